@@ -1,0 +1,24 @@
+"""Entry point: `hflow-rt` and `python -m hflow_rt.cli`."""
+
+import sys
+
+from hflow_rt.cli.app import app
+from hflow_rt.errors import HFlowError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line on stderr and exit code 1; Ctrl-C exits 130."""
+    try:
+        app(prog_name="hflow-rt")
+    except HFlowError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was kept", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

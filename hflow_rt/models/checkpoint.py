@@ -1,0 +1,105 @@
+"""Model files: one safetensors file holds the weights and, in its metadata, everything needed to rebuild the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from hflow_rt.errors import CheckpointError, ConfigError
+from hflow_rt.files import atomic_file
+from hflow_rt.models.family import LatentModel, ModelConfig, family
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["METADATA_KEY", "build_model", "load_model", "load_state", "parse_config", "read_metadata", "save_model"]
+
+METADATA_KEY = "hflow_rt"
+
+
+def parse_config(config_type: type[ModelConfig], values: Mapping[str, Any]) -> ModelConfig:
+    """Validate settings; a mistake becomes a one-line `ConfigError` that names the setting."""
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def build_model(family_name: str, config: Mapping[str, Any] | ModelConfig) -> LatentModel:
+    """A freshly initialised model. Raises `ConfigError`."""
+    found = family(family_name)
+    settings = config if isinstance(config, found.config) else parse_config(found.config, dict(config))
+    return found.build(settings)
+
+
+def save_model(
+    path: Path | str, family_name: str, model: LatentModel, state: Mapping[str, Tensor], extra: Mapping[str, Any]
+) -> None:
+    """Write `state` (weights of `model`, e.g. their moving average) atomically; `extra` is kept as JSON."""
+    from safetensors.torch import save_file
+
+    metadata = {"family": family_name, "config": model.config.model_dump(mode="json"), **extra}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """Family, config and extras of a model file, without reading its weights. Raises `CheckpointError`."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no model file at {path}; train one with 'hflow-rt train'")
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again") from error
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path} holds tensors but no hflow-rt settings; it was not written by hflow-rt")
+    try:
+        parsed: dict[str, Any] = json.loads(metadata[METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: the settings inside are not JSON ({error})") from error
+    return parsed
+
+
+def load_model(path: Path | str) -> LatentModel:
+    """Rebuild the model of a file, in eval mode on the CPU. Raises `CheckpointError` or `ConfigError`."""
+    from safetensors.torch import load_file
+
+    metadata = read_metadata(path)
+    model = build_model(metadata["family"], metadata["config"])
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again") from error
+    load_state(model, state, str(path))
+    model.eval()
+    return model
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`; every name must fit in shape and be finite. Raises one `CheckpointError` for all."""
+    own = module.state_dict()
+    problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in state]
+    problems += [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in own]
+    for name in own.keys() & state.keys():
+        if own[name].shape != state[name].shape:
+            problems.append(f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model")
+        elif state[name].is_floating_point() and not bool(state[name].isfinite().all()):
+            problems.append(f"{name} holds NaN or infinite values")
+    if problems:
+        shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise CheckpointError(f"{source} does not fit the model: {shown}")
+    module.load_state_dict(dict(state))
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

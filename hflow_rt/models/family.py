@@ -1,0 +1,180 @@
+"""The contract every model family keeps, and the registry that finds a family by name.
+
+A family is a folder `hflow_rt/models/<name>/` whose package exposes one `Family` object. Everything else in the
+project (training, export, runtime, command line) knows families only through this file.
+
+`forward` always means latents to image, `inverse` image to latents.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from hflow_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["FAMILIES", "Encoding", "Family", "GraphSpec", "LatentModel", "LossTerms", "ModelConfig", "TensorSpec", "family"]
+
+
+class ModelConfig(BaseModel):
+    """Base of every family's settings: typed, closed, immutable. `resolution` is the side of the square image."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What `inverse` yields: latents by name, and `log_prob` `[B]` in nats (see `LatentModel.encode`)."""
+
+    latents: dict[str, Tensor]
+    log_prob: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A training loss.
+
+    loss: scalar to minimise (a mean over the batch). bits_per_dim: detached scalar, the family's published
+    bound. terms: detached scalars for the log, by name.
+    """
+
+    loss: Tensor
+    bits_per_dim: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named float32 tensor of a graph: `shape` without the batch axis, and the range of its values if bounded."""
+
+    name: str
+    shape: tuple[int, ...]
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph to export: a module that takes the inputs in order and returns the outputs in order as a tuple."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    try:
+        from torch.nn import Module as _Module
+    except ImportError:  # reading a config or a manifest needs no torch
+        _Module = object
+
+
+class LatentModel(_Module, ABC):
+    """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
+
+    An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
+    units where one bin is 1/256 wide, so bits per dimension are `-log_prob / (D ln 2) + 8`, D = 3 R R.
+    """
+
+    config: ModelConfig
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """Side of the image in pixels."""
+
+    @abstractmethod
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape without batch, coarse to fine; this order is the order everywhere."""
+
+    @abstractmethod
+    def prior_std(self) -> dict[str, float]:
+        """Standard deviation of each latent at temperature 1."""
+
+    @abstractmethod
+    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents to images `[B, 3, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Encoding:
+        """Images `[B, 3, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
+
+    @abstractmethod
+    def loss(self, images: Tensor, noise: Mapping[str, Tensor] | None = None) -> LossTerms:
+        """Training loss for a batch made by `dequantize`.
+
+        `noise` gives every standard normal draw by name (`noise_shapes`, each `[B, *shape]`); without it they
+        come from torch's default generator.
+        """
+
+    @abstractmethod
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes without batch of the standard normal draws of one loss, in the order they are used."""
+
+    @abstractmethod
+    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """A true upper bound on bits per dimension, `[B]`, for uint8 images `[B, 3, R, R]`.
+
+        One Monte Carlo draw of uniform dequantisation noise and of every posterior. Raises `ConfigError`
+        where the configuration admits no such bound.
+        """
+
+    @abstractmethod
+    def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
+        """Data-dependent initialisation from uint8 images `[B, 3, R, R]`; called once before training."""
+
+    @abstractmethod
+    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
+        """uint8 images to what `loss` takes: uniform noise within the bin, then Gaussian noise of `noise_std`.
+
+        Without a generator both are off and every pixel stands at the centre of its bin.
+        """
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by optimizer group; the training settings give each group its learning rate."""
+
+    @abstractmethod
+    def graphs(self) -> dict[str, GraphSpec]:
+        """What export writes, by name: always `forward`, and `inverse` where the family has one.
+
+        Everything that does not depend on the input is folded in float64; nothing random is inside.
+        """
+
+    def folded(self) -> Any:
+        """An inference copy with constants folded: an object with `decode` and `encode` like this one's."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the rest of the project finds a family: its settings class, presets, model class, weight names."""
+
+    name: str
+    title: str
+    config: type[ModelConfig]
+    presets: Mapping[str, Mapping[str, Any]]
+    build: Callable[[Any], LatentModel]
+
+
+# name -> module that holds `FAMILY`; one line a family
+FAMILIES = {"hflow": "hflow_rt.models.hflow"}
+
+
+def family(name: str) -> Family:
+    """The family called `name`. Raises `ConfigError` for an unknown one."""
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown model family '{name}'; known: {', '.join(sorted(FAMILIES))}")
+    found: Family = importlib.import_module(FAMILIES[name]).FAMILY
+    return found

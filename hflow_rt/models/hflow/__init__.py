@@ -1,0 +1,18 @@
+"""hflow: an invertible hierarchical flow for images (Timonen, Aittala & Lehtinen, TMLR 2023)."""
+
+from typing import Any
+
+from hflow_rt.models.family import Family, LatentModel
+from hflow_rt.models.hflow.config import HFlowConfig
+from hflow_rt.models.hflow.presets import PRESETS
+
+__all__ = ["FAMILY"]
+
+
+def _build(config: Any) -> LatentModel:
+    from hflow_rt.models.hflow.network import HFlow
+
+    return HFlow(config)
+
+
+FAMILY = Family("hflow", "hflow, invertible hierarchical flow", HFlowConfig, PRESETS, _build)

@@ -1,0 +1,170 @@
+"""The training loss, the published bound and the strict bound (spec section 3)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hflow_rt.errors import ConfigError
+from hflow_rt.models.family import LossTerms
+from hflow_rt.models.hflow.flow import FlowResult
+
+if TYPE_CHECKING:
+    from hflow_rt.models.hflow.network import Encoded, HFlow
+
+__all__ = ["BoundTerm", "evaluate", "noise_shapes", "strict_bits_per_dim", "terms", "training_loss"]
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """One flow's share of the bound, nats: log_prior `[B]`, log_det `[B]`, entropy and constant scalars."""
+
+    log_prior: Tensor
+    log_det: Tensor
+    entropy: Tensor
+    constant: float
+    dimensions: int
+    weight: float
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """log N(z) + log-determinant + entropy of the posterior (+ D log 4 for the image), `[B]`."""
+        return self.log_prior + self.log_det + self.entropy + self.constant
+
+    @property
+    def bits(self) -> Tensor:
+        """Bits per dimension of this flow's own target, `[B]`."""
+        return -self.log_likelihood / (self.dimensions * math.log(2))
+
+
+def terms(model: "HFlow", encoded: "Encoded", spreads: Mapping[str, Tensor]) -> dict[str, BoundTerm]:
+    """Every flow's term by latent name, coarse to fine; `spreads` sets the posteriors' entropies."""
+    relative = model.noised()
+    result: dict[str, BoundTerm] = {}
+
+    def add(name: str, run: FlowResult, prior_std: float, weight: float, constant: float) -> None:
+        dimensions = run.value[0].numel()
+        squares = run.value.flatten(1).square().sum(1)
+        log_prior = -0.5 * (squares / prior_std**2 + dimensions * math.log(2 * math.pi * prior_std**2))
+        entropy = run.value.new_zeros(())
+        if name in relative:
+            std = relative[name] * spreads[name].detach()
+            entropy = dimensions * (0.5 * torch.log(2 * math.pi * std.square()) + 0.5)
+        result[name] = BoundTerm(log_prior, run.log_det, entropy, constant, dimensions, weight)
+
+    for i, run in enumerate(encoded.end):
+        add(f"end{i}", run, 1.0, 1.0, 0.0)
+    for index in model.coarse_to_fine():
+        level, run = model.config.levels[index], encoded.levels[index]
+        constant = run.value[0].numel() * math.log(4) if index == 0 else 0.0
+        add(f"z{index}", run, level.prior_std, level.loss_weight, constant)
+    return result
+
+
+def noise_shapes(model: "HFlow") -> dict[str, tuple[int, ...]]:
+    """Draws of one training loss in the order of use.
+
+    `NAME.flow` noises what the flow of NAME is evaluated at, `NAME.seen` what the decoders see of it.
+    """
+    shapes, relative = model.latent_shapes(), model.noised()
+    ends = [name for name in relative if name.startswith("end")]
+    names = [f"{name}.flow" for name in ends] + [f"{name}.seen" for name in ends]
+    for index in model.coarse_to_fine():
+        if f"z{index + 1}" in relative:
+            names.append(f"z{index + 1}.seen")
+        if f"z{index}" in relative:
+            names.append(f"z{index}.flow")
+    return {
+        name: shapes[base][:1] if base.startswith("end") else shapes[base]
+        for name in names
+        for base in [name.partition(".")[0]]
+    }
+
+
+def evaluate(
+    model: "HFlow", x: Tensor, noise: Mapping[str, Tensor], *, batch_spread: bool, noise_decoders: bool
+) -> dict[str, BoundTerm]:
+    """The original's bound at images in [-0.5, 0.5], one term a flow (spec 3.1).
+
+    batch_spread: posteriors scale with this batch's spread (needs 2 images) instead of the running one.
+    noise_decoders: decoders see noised level targets (training) instead of clean ones.
+    """
+    targets = model.targets(x)
+    relative = model.noised()
+    if batch_spread:
+        spreads = model.batch_spreads(targets)
+        if model.training:
+            model.update_spreads({name: value.detach() for name, value in spreads.items()})
+    else:
+        spreads = {name: getattr(model, f"spread_{name}") for name in relative}
+
+    def noised(name: str, target: Tensor, use: str, scale: float = 1.0) -> Tensor:
+        if name not in relative:
+            return target
+        return target + relative[name] * scale * spreads[name] * noise[f"{name}.{use}"].to(target)
+
+    parts = model.split_end(targets.end)
+    seen_levels = [
+        noised(f"z{index}", target, "seen") if noise_decoders else target
+        for index, target in enumerate(targets.levels)
+    ]
+    seen_end = [noised(f"end{i}", u, "seen", model.config.end.style_noise_scale) for i, u in enumerate(parts)]
+    encoded = model.encode_targets(
+        targets,
+        flow_end=[noised(f"end{i}", u, "flow").detach() for i, u in enumerate(parts)],
+        flow_levels=[noised(f"z{index}", y, "flow").detach() for index, y in enumerate(targets.levels)],
+        seen_end=torch.cat(seen_end, 1),
+        seen_levels=seen_levels,
+    )
+    return terms(model, encoded, spreads)
+
+
+def training_loss(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor] | None) -> LossTerms:
+    """Weighted sum of every flow's bits per own dimension; a single image uses the running spreads."""
+    if noise is None:
+        noise = {
+            name: torch.randn(x.shape[0], *shape, dtype=x.dtype, device=x.device)
+            for name, shape in noise_shapes(model).items()
+        }
+    found = evaluate(
+        model, x, noise, batch_spread=model.training and x.shape[0] > 1, noise_decoders=model.training
+    )
+    loss = torch.stack([term.bits * term.weight for term in found.values()]).sum(0).mean()
+    total = torch.stack([term.log_likelihood for term in found.values()]).sum(0).mean().detach()
+    bits = -total / (x[0].numel() * math.log(2)) + model.config.bits
+    return LossTerms(loss, bits, {name: term.bits.mean().detach() for name, term in found.items()})
+
+
+def strict_bits_per_dim(model: "HFlow", pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """An evidence lower bound: each flow and everything conditioned on its target share one posterior draw.
+
+    Posteriors are `N(y, (noise * running spread)^2)`; pixels get uniform noise of one bin. Raises `ConfigError`
+    where a target has no posterior noise, for then its density under a deterministic encoder bounds nothing.
+    """
+    relative = model.noised()
+    missing = [name for name in model.latent_shapes() if name not in relative and name != "z0"]
+    if missing:
+        raise ConfigError(f"no strict bits/dim: {', '.join(missing)} has no posterior noise in this configuration")
+    x = model.dequantize(pixels, generator).to(next(model.parameters()))
+    targets = model.targets(x)
+    spreads = {name: getattr(model, f"spread_{name}") for name in relative}
+
+    def draw(name: str, target: Tensor) -> Tensor:
+        noise = torch.randn(target.shape, generator=generator).to(target)
+        return target + relative[name] * spreads[name] * noise
+
+    parts = [draw(f"end{i}", u) for i, u in enumerate(model.split_end(targets.end))]
+    levels = [y if index == 0 else draw(f"z{index}", y) for index, y in enumerate(targets.levels)]
+    encoded = model.encode_targets(
+        targets,
+        flow_end=parts,
+        known_end=parts,
+        seen_end=torch.cat(parts, 1),
+        flow_levels=levels,
+        seen_levels=levels,
+    )
+    total = torch.stack([term.log_likelihood for term in terms(model, encoded, spreads).values()]).sum(0)
+    return -total / (pixels[0].numel() * math.log(2)) + model.config.bits

@@ -1,0 +1,116 @@
+"""Named settings: the two published models, a 64-pixel one, and a small one for a CPU."""
+
+from typing import Any
+
+__all__ = ["PRESETS"]
+
+_END = {
+    "channels": [4, 508],
+    "condition_channels": [32],
+    "steps": [8, 8],
+    "coupling_channels": [64, 512],
+    "noise": [0.05, 0.05],
+    "hidden_from_style": [0, 4],
+    "hidden_from_base": [0, 512],
+}
+
+
+def _published(resolutions: tuple[int, int]) -> dict[str, Any]:
+    """Levels of the published presets, which differ only in the two finest resolutions."""
+    hierarchy = "hblocks-lblocks-blocks-channels"
+    return {
+        "levels": [
+            {
+                "resolution": resolutions[0], "channels": 3, "steps": 4, "split": "blocks-channels",
+                "coupling_channels": 32, "unet_growth": 1.1, "unet_depth": 2, "unet_double": True,
+                "encoder_channels": 64, "decoder_channels": 64, "condition_channels": 16,
+            },
+            {
+                "resolution": resolutions[1], "channels": 4, "loss_weight": 10, "noise": 0.4, "split": hierarchy,
+                "coupling_channels": 64, "unet_depth": 2, "unet_double": True, "encoder_channels": 256,
+                "decoder_channels": 256, "condition_channels": 32, "skip_channels": 8, "refine": True,
+            },
+            {
+                "resolution": 32, "channels": 8, "loss_weight": 10, "noise": 0.4, "split": hierarchy,
+                "coupling_channels": 128, "encoder_channels": 256, "decoder_channels": 512,
+                "condition_channels": 64, "skip_channels": 32, "refine": True,
+            },
+            {
+                "resolution": 8, "channels": 8, "noise": 0.05, "split": "channels", "coupling_channels": 128,
+                "encoder_channels": 256, "decoder_channels": 512, "condition_channels": 128, "skip_channels": 32,
+                "refine": True, "style": True, "norm": True,
+            },
+        ],
+        "end": _END,
+        "style_channels": 512,
+    }  # fmt: skip
+
+
+_SMALL_END = {
+    "condition_channels": [16],
+    "steps": [4, 6],
+    "noise": [0.05, 0.05],
+    "hidden_from_style": [0, 4],
+}
+
+_HFLOW_64: dict[str, Any] = {
+    "levels": [
+        {
+            "resolution": 64, "channels": 3, "steps": 4, "split": "blocks-channels", "coupling_channels": 32,
+            "unet_growth": 1.1, "unet_depth": 2, "unet_double": True, "encoder_channels": 48,
+            "decoder_channels": 48, "condition_channels": 16,
+        },
+        {
+            "resolution": 32, "channels": 4, "loss_weight": 10, "noise": 0.4,
+            "split": "hblocks-lblocks-blocks-channels", "coupling_channels": 48, "unet_depth": 2,
+            "encoder_channels": 96, "decoder_channels": 96, "condition_channels": 32, "skip_channels": 8,
+            "refine": True,
+        },
+        {
+            "resolution": 8, "channels": 8, "noise": 0.05, "split": "channels", "coupling_channels": 96,
+            "encoder_channels": 128, "decoder_channels": 192, "condition_channels": 64, "skip_channels": 32,
+            "refine": True, "style": True, "norm": True,
+        },
+    ],
+    "end": _SMALL_END | {
+        "channels": [4, 124], "coupling_channels": [32, 128], "hidden_from_base": [0, 128],
+    },
+    "style_channels": 128,
+}  # fmt: skip
+
+_HFLOW_DEMO: dict[str, Any] = {
+    "levels": [
+        {
+            "resolution": 32, "channels": 3, "steps": 4, "split": "blocks-channels", "coupling_channels": 24,
+            "unet_growth": 1.1, "unet_depth": 2, "encoder_channels": 32, "decoder_channels": 32,
+            "condition_channels": 16,
+        },
+        {
+            "resolution": 16, "channels": 4, "loss_weight": 10, "noise": 0.4, "steps": 4,
+            "split": "blocks-channels", "coupling_channels": 32, "encoder_channels": 64, "decoder_channels": 64,
+            "condition_channels": 24, "skip_channels": 8,
+        },
+        {
+            "resolution": 8, "channels": 8, "noise": 0.05, "steps": 4, "split": "channels",
+            "coupling_channels": 64, "encoder_channels": 64, "decoder_channels": 96, "condition_channels": 32,
+            "skip_channels": 16, "style": True, "norm": True,
+        },
+    ],
+    "end": _SMALL_END | {
+        "channels": [4, 60], "steps": [4, 4], "coupling_channels": [32, 64], "hidden_from_base": [0, 64],
+    },
+    "style_channels": 64,
+}  # fmt: skip
+
+_PUBLISHED_TRAINING: dict[str, Any] = {
+    "batch_size": 4,
+    "accumulate": 4,
+    "learning_rates": {"encoders": 5e-4, "decoders": 2e-3, "flows": 5e-3},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hflow-256": {"model": _published((256, 128)), "training": _PUBLISHED_TRAINING},
+    "hflow-128": {"model": _published((128, 64)), "training": _PUBLISHED_TRAINING},
+    "hflow-64": {"model": _HFLOW_64, "training": _PUBLISHED_TRAINING | {"batch_size": 16, "accumulate": 1}},
+    "hflow-demo": {"model": _HFLOW_DEMO, "training": _PUBLISHED_TRAINING | {"batch_size": 16, "accumulate": 1}},
+}

@@ -1,0 +1,263 @@
+"""What can be done with latents: mix, redraw, walk between, save and load them.
+
+Latents are a dict from name to float32 array `[B, *shape]`, coarse to fine. Everything here is numpy and knows no
+backend; `lerp` and `mix` use nothing but arithmetic and so take torch tensors as well.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hflow_rt.errors import DataError
+from hflow_rt.files import atomic_file
+from hflow_rt.runtime.noise import draw_latents
+
+__all__ = [
+    "MODES",
+    "check_latents",
+    "concatenate",
+    "interpolate",
+    "lerp",
+    "load_latents",
+    "mix",
+    "ping_pong",
+    "random_walk",
+    "resample",
+    "save_latents",
+    "slerp",
+]
+
+Latents = Mapping[str, NDArray[np.float32]]
+
+MODES = ("lerp", "slerp")
+
+_METADATA_KEY = "hflow_rt.latents"
+_SAME = 1e-3  # mean absolute difference below which slerp takes two items for one
+_PARALLEL = 1e-6  # sine of the angle below which the arc is a straight line, or (opposite items) undefined
+
+
+def lerp(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
+    """The straight line from `a` (t = 0) to `b` (t = 1): `(1 - t) a + t b`. Raises `DataError` if they do not match."""
+    _check_pair(a, b)
+    return {name: (1 - t) * a[name] + t * b[name] for name in a}
+
+
+def slerp(a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()) -> dict[str, NDArray[np.float32]]:
+    """The arc from `a` (t = 0) to `b` (t = 1), for each latent of each sample as one long vector.
+
+    `joined` names groups of latents that turn together, as one vector. Items that are parallel, opposite or zero
+    take the straight line; items that differ by less than 1e-3 in the mean stay `a`.
+    Raises `DataError` if `a` and `b` do not match or a group names a latent they lack.
+    """
+    _check_pair(a, b)
+    mixed = {}
+    for group in _groups(list(a), joined):
+        arc = _arc(_flatten(a, group), _flatten(b, group), t)
+        ends = np.cumsum([a[name][0].size for name in group])
+        for name, part in zip(group, np.split(arc, ends[:-1], axis=1), strict=True):
+            mixed[name] = part.reshape(a[name].shape).astype(np.float32)
+    return {name: mixed[name] for name in a}
+
+
+def interpolate(
+    a: Latents, b: Latents, frames: int, mode: str = "lerp", joined: Iterable[Sequence[str]] = ()
+) -> list[dict[str, NDArray[np.float32]]]:
+    """`frames` latents from `a` to `b`, both included, at equal steps; each like `a`. `joined`: see `slerp`.
+
+    Raises `DataError` for fewer than two frames, an unknown mode, or latents that do not match.
+    """
+    if frames < 2:
+        raise DataError(f"an interpolation needs at least 2 frames; found {frames}; ask for more")
+    path = _path(mode, joined)
+    return [path(a, b, float(t)) for t in np.linspace(0, 1, frames)]
+
+
+def ping_pong(n: int) -> list[int]:
+    """Frame numbers there and back, 0 .. n-1, n-2 .. 1: a seamless loop that shows neither end twice."""
+    if n < 1:
+        raise DataError(f"an animation needs at least 1 frame; found {n}")
+    return [*range(n), *range(n - 2, 0, -1)]
+
+
+def mix(base: Latents, other: Latents, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    """Style mixing: `base` with the latents `names` taken from `other`. Raises `DataError` for unknown names."""
+    _check_pair(base, other)
+    chosen = _known(names, base)
+    return {name: (other if name in chosen else base)[name] for name in base}
+
+
+def resample(
+    latents: Latents,
+    names: Iterable[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    prior_std: Mapping[str, float],
+    std: Mapping[str, float],
+    seed: int,
+) -> dict[str, NDArray[np.float32]]:
+    """`latents` with the levels `names` replaced by those that `seed` draws for images 0 .. B-1.
+
+    Raises `DataError` if a name is unknown or the latents do not fit `shapes`.
+    """
+    check_latents(latents, shapes, "latents to resample")
+    count = len(next(iter(latents.values())))
+    return mix(latents, draw_latents(shapes, prior_std, seed, range(count), std), names)
+
+
+def random_walk(
+    shapes: Mapping[str, tuple[int, ...]],
+    prior_std: Mapping[str, float],
+    std: Mapping[str, float],
+    seed: int,
+    keyframes: int,
+    frames_per_segment: int,
+    closed: bool = True,
+    mode: str = "slerp",  # keeps the norm, hence the std, all along; lerp dips to 0.7 of it between keyframes
+) -> list[dict[str, NDArray[np.float32]]]:
+    """Latents `[1, *shape]` on a path through the images 0 .. keyframes-1 of `seed`, no frame twice.
+
+    Closed, the path returns to the first keyframe: keyframes * frames_per_segment frames that loop. Open, it ends
+    on the last: (keyframes - 1) * frames_per_segment + 1. Raises `DataError` for counts too small or a wrong mode.
+    """
+    if keyframes < 2 or frames_per_segment < 1:
+        raise DataError(
+            "a walk needs at least 2 keyframes and 1 frame per segment; "
+            f"found {keyframes} and {frames_per_segment}; ask for more"
+        )
+    path = _path(mode, ())
+    keys = [draw_latents(shapes, prior_std, seed, [index], std) for index in range(keyframes)]
+    stops = [*keys[1:], keys[0]] if closed else keys[1:]
+    frames = [
+        path(start, stop, step / frames_per_segment)
+        for start, stop in zip(keys, stops, strict=False)
+        for step in range(frames_per_segment)
+    ]
+    return frames if closed else [*frames, keys[-1]]
+
+
+def concatenate(parts: Sequence[Latents]) -> dict[str, NDArray[np.float32]]:
+    """One batch out of several, in order. Raises `DataError` for none, or if their names differ."""
+    if not parts:
+        raise DataError("at least one set of latents must be joined; found none")
+    for part in parts[1:]:
+        _check_pair({name: part[name][:1] for name in part}, {name: parts[0][name][:1] for name in parts[0]})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]) -> None:
+    """Write latents and what is known of them (family, model hash, seed, std, ...: JSON values) as safetensors.
+
+    Raises `DataError` if the file cannot be written.
+    """
+    # contiguous because safetensors writes the memory as it lies; the order because it sorts the names
+    arrays = {name: np.ascontiguousarray(values) for name, values in latents.items()}
+    header = json.dumps({"order": list(latents), "metadata": dict(metadata)})
+    content = save(arrays, {_METADATA_KEY: header})
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+    """Latents in the order they were saved, and their metadata.
+
+    Raises `DataError` for a missing or broken file and for one that `save_latents` did not write. Whether the
+    latents fit a model is for `check_latents` to say.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no latents file at {path}; write one with 'hflow-rt encode' or 'hflow-rt sample'")
+    try:
+        with safe_open(path, "np") as file:
+            header = (file.metadata() or {}).get(_METADATA_KEY)
+            if header is None:
+                raise DataError(f"{path} is a safetensors file but holds no latents; give one written by 'hflow-rt encode'")
+            described = json.loads(header)
+            order, metadata = described["order"], described["metadata"]
+            if sorted(order) != sorted(file.keys()) or not isinstance(metadata, dict):
+                raise ValueError("names differ from the header's")
+            return {name: file.get_tensor(name) for name in order}, metadata
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is not a whole latents file ({reason}); write it again with 'hflow-rt encode'") from error
+
+
+def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise one `DataError` unless `latents` are finite float32 arrays `[B, *shape]` of one batch size B >= 1.
+
+    `what` says where they are from, e.g. a file's path.
+    """
+    problems = [f"missing {name} {list(shape)}" for name, shape in shapes.items() if name not in latents]
+    problems += [f"unexpected {name} {list(latents[name].shape[1:])}" for name in latents if name not in shapes]
+    known = {name: latents[name] for name in shapes if name in latents}
+    for name, values in known.items():
+        if values.ndim == 0 or values.shape[1:] != tuple(shapes[name]):
+            problems.append(f"{name} is {list(values.shape[1:])} there and {list(shapes[name])} in the model")
+        elif values.dtype != np.float32:
+            problems.append(f"{name} is {values.dtype}, not float32")
+        elif not np.isfinite(values).all():
+            problems.append(f"{name} holds NaN or infinite values")
+    sizes = sorted({values.shape[0] for values in known.values() if values.ndim})
+    if len(sizes) > 1:
+        problems.append(f"batch sizes {', '.join(map(str, sizes))} where all must be equal")
+    elif sizes == [0]:
+        problems.append("an empty batch")
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise DataError(f"{what}: latents do not fit the model: {shown}; use latents of this model")
+
+
+def _path(mode: str, joined: Iterable[Sequence[str]]) -> Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]:
+    if mode not in MODES:
+        raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
+    groups = list(joined)
+    return lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups)
+
+
+def _arc(a: NDArray[np.float64], b: NDArray[np.float64], t: float) -> NDArray[np.float64]:
+    """slerp of the rows of `a` and `b`, `[B, D]`."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = np.divide((a * b).sum(axis=1), lengths, out=np.ones_like(lengths), where=lengths > 0)
+    angle = np.arccos(np.clip(cosine, -1, 1))[:, None]  # rounding takes the cosine of parallel rows past 1
+    sine = np.sin(angle)
+    straight = sine < _PARALLEL
+    divisor = np.where(straight, 1, sine)
+    from_a = np.where(straight, 1 - t, np.sin((1 - t) * angle) / divisor)
+    from_b = np.where(straight, t, np.sin(t * angle) / divisor)
+    same = np.abs(a - b).mean(axis=1, keepdims=True) < _SAME
+    return np.where(same, a, from_a * a + from_b * b)
+
+
+def _flatten(latents: Latents, group: Sequence[str]) -> NDArray[np.float64]:
+    rows = [latents[name].reshape(len(latents[name]), -1).astype(np.float64) for name in group]
+    return np.concatenate(rows, axis=1)
+
+
+def _groups(names: Sequence[str], joined: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """`joined` as given, then every other name alone."""
+    rest = list(names)
+    for group in joined:
+        _known(group, rest)  # a name in two groups is gone from the rest by then
+        rest = [name for name in rest if name not in group]
+        yield group
+    for name in rest:
+        yield (name,)
+
+
+def _known(names: Iterable[str], latents: Iterable[str]) -> set[str]:
+    chosen, known = list(names), list(latents)
+    for name in chosen:
+        if name not in known:
+            raise DataError(f"unknown latent '{name}'; choose among {', '.join(known)}")
+    return set(chosen)
+
+
+def _check_pair(a: Latents, b: Latents) -> None:
+    for name in [*a, *(name for name in b if name not in a)]:
+        left, right = (str(list(side[name].shape)) if name in side else "missing" for side in (a, b))
+        if left != right:
+            raise DataError(f"latents must agree in names and shapes; '{name}' is {left} and {right}; take both from one model")

@@ -1,0 +1,94 @@
+"""Noise and stds of latents: image `i` of seed `s` is the same in any batch, on any backend, on any machine.
+
+Every image has a counter-based stream of its own (Philox, keyed by seed and image index), from which its latents
+are drawn in the order of `shapes`, coarse to fine.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.errors import DataError
+
+__all__ = ["draw", "draw_latents", "parse_std"]
+
+_KEYS = 2**64  # Philox takes two 64-bit words as its key
+
+
+def draw(shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    """Standard normal float32 arrays `[len(indices), *shape]` by name; row k belongs to image `indices[k]`.
+
+    Raises `DataError` for no indices, and for a seed or an index outside 0 .. 2^64 - 1.
+    """
+    if len(indices) == 0:
+        raise DataError("at least one image must be drawn; found 0; ask for 1 or more")
+    streams = [_stream(seed, index) for index in indices]
+    return {
+        name: np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+        for name, shape in shapes.items()
+    }
+
+
+def draw_latents(
+    shapes: Mapping[str, tuple[int, ...]],
+    prior_std: Mapping[str, float],  # of each latent at temperature 1
+    seed: int,
+    indices: Sequence[int],
+    std: Mapping[str, float],  # multiplies the prior's, see `parse_std`
+) -> dict[str, NDArray[np.float32]]:
+    """Latents of the images `indices` of `seed`: `draw` times prior std times std. Raises `DataError` as `draw` does."""
+    noise = draw(shapes, seed, indices)
+    return {name: values * np.float32(prior_std[name] * std[name]) for name, values in noise.items()}
+
+
+def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The std of every latent in `names` from a number, a mapping, or texts like `0.7` and `name=0.5`.
+
+    A plain number sets all levels, later texts override earlier ones, and what nothing sets is 1.
+    Raises `DataError` for an unknown name and for anything that is not a finite number above zero.
+    """
+    names = list(names)
+    entries: list[tuple[str | None, float | str]]
+    if isinstance(values, Mapping):
+        entries = list(values.items())
+    elif isinstance(values, str):
+        entries = [_split(values)]
+    elif isinstance(values, Sequence):
+        entries = [_split(text) for text in values]
+    else:
+        entries = [(None, values)]
+
+    stds = dict.fromkeys(names, 1.0)
+    for name, number in entries:
+        if name is not None and name not in stds:
+            raise DataError(f"std of an unknown latent '{name}'; the latents of this model are {', '.join(names)}")
+        stds.update(dict.fromkeys(names if name is None else [name], _positive(name, number, names)))
+    return stds
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    name, equals, number = text.partition("=")
+    return (name.strip(), number) if equals else (None, text)
+
+
+def _positive(name: str | None, number: float | str, names: Sequence[str]) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:  # NaN fails both comparisons
+        found = number if name is None else f"{name}={number}"
+        raise DataError(
+            f"std must be a finite number > 0; found '{found}'; "
+            f"give a number, or NAME=NUMBER for one of the latents {', '.join(names)}"
+        )
+    return value
+
+
+def _stream(seed: int, index: int) -> np.random.Generator:
+    for what, value in (("seed", seed), ("image index", index)):
+        if not 0 <= value < _KEYS:
+            raise DataError(f"{what} must be in 0 .. 2^64 - 1; found {value}; choose another")
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))

@@ -1,0 +1,168 @@
+"""Pictures in and out: files to arrays, arrays to grids, grids to files.
+
+Images are uint8 `[B, H, W, 3]` to look at and float32 `[B, 3, R, R]` in [0, 1] for models; `v / 255` and rounding
+lead from one to the other, so an 8-bit image survives the trip unchanged.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from hflow_rt.errors import DataError
+from hflow_rt.files import atomic_file
+
+__all__ = [
+    "check_pixels",
+    "from_uint8",
+    "grid",
+    "labelled_rows",
+    "read_image",
+    "save_image",
+    "strip",
+    "to_uint8",
+]
+
+_VISIBLE = 96  # pixels: a cell smaller than this is enlarged, so that people can see it
+
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix: Pillow's name and settings
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+
+# what Pillow raises on damaged files, besides OSError
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Float `[B, 3, R, R]` in [0, 1] to uint8 `[B, R, R, 3]`, rounded; values a little outside are clipped.
+
+    Raises `DataError` for another shape or type and for NaN.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
+        raise DataError(f"images must be float [B, 3, R, R] in [0, 1]; found {images.dtype} {list(images.shape)}")
+    if not np.isfinite(images).all():
+        raise DataError("images must be finite; found NaN or infinite pixels; lower the std or check the model")
+    levels = np.rint(np.clip(images.astype(np.float32, copy=False), 0, 1) * np.float32(255))
+    return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def from_uint8(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`, `v / 255`. Raises `DataError` for another shape or type."""
+    check_pixels(images)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
+
+
+def check_pixels(images: NDArray[np.uint8], what: str = "images") -> None:
+    """Raise `DataError` unless `images` is a non-empty uint8 array `[B, H, W, 3]`."""
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or images.size == 0:
+        raise DataError(f"{what} must be uint8 [B, H, W, 3], not empty; found {images.dtype} {list(images.shape)}")
+
+
+def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArray[np.float32]:
+    """An image file as float32 `[3, R, R]` in [0, 1]: turned as its EXIF says, transparency on white.
+
+    `crop` is `center` (the largest square in the middle) or `none` (the image must be square); what is larger than
+    R is reduced with a Lanczos filter. Raises `DataError` for a file that is missing, damaged, no image or too small.
+    """
+    if crop not in ("center", "none"):
+        raise DataError(f"crop must be 'center' or 'none'; found '{crop}'")
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no image at {path}; check the name")
+    try:
+        with Image.open(path) as file:
+            picture = _on_white(ImageOps.exif_transpose(file))
+    except _DAMAGED as error:
+        raise DataError(f"{path} is not a whole image that Pillow can read; convert or copy it again") from error
+    width, height = picture.size
+    if crop == "none" and width != height:
+        raise DataError(f"{path} must be square when nothing is cropped; found {width}x{height}; use crop 'center'")
+    side = min(width, height)
+    if side < resolution:
+        raise DataError(f"{path} must be at least {resolution}x{resolution}; found {width}x{height}; give a larger image")
+    left, top = (width - side) // 2, (height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))
+    if side != resolution:
+        picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return from_uint8(np.asarray(picture)[None])[0]
+
+
+def grid(
+    images: NDArray[np.uint8], columns: int | None = None, padding: int = 2, scale: int | None = None
+) -> Image.Image:
+    """uint8 `[B, H, W, 3]` in rows on white, `padding` pixels apart; nearly square unless `columns` is given.
+
+    Each pixel becomes `scale` x `scale`; without it small images are enlarged to about 96 pixels.
+    Raises `DataError` for an empty or wrong array and for counts out of range.
+    """
+    check_pixels(images)
+    count, height, width, _ = images.shape
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    scale = max(1, math.ceil(_VISIBLE / min(height, width))) if scale is None else scale
+    if columns < 1 or padding < 0 or scale < 1:
+        raise DataError(
+            f"a grid needs columns >= 1, padding >= 0, scale >= 1; found columns {columns}, padding {padding}, scale {scale}"
+        )
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    step_y, step_x = height * scale + padding, width * scale + padding
+    canvas = np.full((rows * step_y + padding, columns * step_x + padding, 3), 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = padding + row * step_y, padding + column * step_x
+        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(canvas)
+
+
+def strip(images: NDArray[np.uint8], padding: int = 2, scale: int | None = None) -> Image.Image:
+    """`grid` in one row."""
+    check_pixels(images)
+    return grid(images, columns=len(images), padding=padding, scale=scale)
+
+
+def labelled_rows(rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 2, scale: int | None = None) -> Image.Image:
+    """One `strip` a row with its label to the left, from (label, uint8 `[B, H, W, 3]`) pairs; rows may differ in length.
+
+    Raises `DataError` for no rows or a wrong array.
+    """
+    if not rows:
+        raise DataError("at least one row of images must be shown; found none")
+    strips = [strip(images, padding, scale) for _, images in rows]
+    font = ImageFont.load_default(16)
+    gap = 8
+    margin = gap + math.ceil(max(font.getbbox(label)[2] for label, _ in rows)) + gap
+    canvas = Image.new("RGB", (margin + max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    pen = ImageDraw.Draw(canvas)
+    top = 0
+    for (label, _), row in zip(rows, strips, strict=True):
+        canvas.paste(row, (margin, top))
+        pen.text((margin - gap, top + row.height / 2), label, fill="black", font=font, anchor="rm")
+        top += row.height
+    return canvas
+
+
+def save_image(path: Path | str, image: Image.Image) -> None:
+    """Write a picture in the format its suffix names. Raises `DataError` for another suffix or an unwritable place."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise DataError(f"a picture's name must end in {', '.join(_FORMATS)}; found '{path.name}'; rename it")
+    name, settings = _FORMATS[path.suffix.lower()]
+    with atomic_file(path) as temporary:
+        image.save(temporary, format=name, **settings)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
+        picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    front = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", front.size, "white"), front).convert("RGB")

@@ -1,7 +1,7 @@
 """What can be done with latents: mix, redraw, walk between, save and load them.
 
-Latents are a dict from name to float32 array `[B, *shape]`, coarse to fine. Everything here is numpy and knows no
-backend; `lerp` and `mix` use nothing but arithmetic and so take torch tensors as well.
+Latents are a dict from name to float32 array `[B, *shape]`, coarse to fine. Everything here is numpy and
+knows no backend; `lerp` and `mix` use nothing but arithmetic and so take torch tensors as well.
 """
 
 import json
@@ -20,6 +20,7 @@ from hflow_rt.runtime.noise import draw_latents
 
 __all__ = [
     "MODES",
+    "Latents",
     "check_latents",
     "concatenate",
     "interpolate",
@@ -43,17 +44,22 @@ _PARALLEL = 1e-6  # sine of the angle below which the arc is a straight line, or
 
 
 def lerp(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
-    """The straight line from `a` (t = 0) to `b` (t = 1): `(1 - t) a + t b`. Raises `DataError` if they do not match."""
+    """The straight line from `a` (t = 0) to `b` (t = 1): `(1 - t) a + t b`.
+
+    Raises `DataError` if their names or shapes differ.
+    """
     _check_pair(a, b)
     return {name: (1 - t) * a[name] + t * b[name] for name in a}
 
 
-def slerp(a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()) -> dict[str, NDArray[np.float32]]:
+def slerp(
+    a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()
+) -> dict[str, NDArray[np.float32]]:
     """The arc from `a` (t = 0) to `b` (t = 1), for each latent of each sample as one long vector.
 
-    `joined` names groups of latents that turn together, as one vector. Items that are parallel, opposite or zero
-    take the straight line; items that differ by less than 1e-3 in the mean stay `a`.
-    Raises `DataError` if `a` and `b` do not match or a group names a latent they lack.
+    `joined` names groups of latents that turn together, as one vector. Items that are parallel, opposite or
+    zero take the straight line; items that differ by less than 1e-3 in the mean stay `a`.
+    Raises `DataError` if names or shapes differ or a group names a latent that is not there or taken.
     """
     _check_pair(a, b)
     mixed = {}
@@ -86,7 +92,10 @@ def ping_pong(n: int) -> list[int]:
 
 
 def mix(base: Latents, other: Latents, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-    """Style mixing: `base` with the latents `names` taken from `other`. Raises `DataError` for unknown names."""
+    """Style mixing: `base` with the latents `names` taken from `other`.
+
+    Raises `DataError` for an unknown name, or if names or shapes of the two differ.
+    """
     _check_pair(base, other)
     chosen = _known(names, base)
     return {name: (other if name in chosen else base)[name] for name in base}
@@ -119,10 +128,11 @@ def random_walk(
     closed: bool = True,
     mode: str = "slerp",  # keeps the norm, hence the std, all along; lerp dips to 0.7 of it between keyframes
 ) -> list[dict[str, NDArray[np.float32]]]:
-    """Latents `[1, *shape]` on a path through the images 0 .. keyframes-1 of `seed`, no frame twice.
+    """Latents `[1, *shape]` on a path through the images 0 .. keyframes-1 of `seed`, each keyframe once.
 
-    Closed, the path returns to the first keyframe: keyframes * frames_per_segment frames that loop. Open, it ends
-    on the last: (keyframes - 1) * frames_per_segment + 1. Raises `DataError` for counts too small or a wrong mode.
+    Closed, the path returns to the first keyframe: keyframes * frames_per_segment frames that loop. Open, it
+    ends on the last: (keyframes - 1) * frames_per_segment + 1.
+    Raises `DataError` for counts too small or an unknown mode.
     """
     if keyframes < 2 or frames_per_segment < 1:
         raise DataError(
@@ -150,7 +160,7 @@ def concatenate(parts: Sequence[Latents]) -> dict[str, NDArray[np.float32]]:
 
 
 def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]) -> None:
-    """Write latents and what is known of them (family, model hash, seed, std, ...: JSON values) as safetensors.
+    """Write latents and what is known of them (family, model hash, seed, ...: JSON values) as safetensors.
 
     Raises `DataError` if the file cannot be written.
     """
@@ -175,7 +185,9 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
         with safe_open(path, "np") as file:
             header = (file.metadata() or {}).get(_METADATA_KEY)
             if header is None:
-                raise DataError(f"{path} is a safetensors file but holds no latents; give one written by 'hflow-rt encode'")
+                raise DataError(
+                    f"{path} holds tensors but no latents; give a file written by 'hflow-rt encode'"
+                )
             described = json.loads(header)
             order, metadata = described["order"], described["metadata"]
             if sorted(order) != sorted(file.keys()) or not isinstance(metadata, dict):
@@ -183,16 +195,18 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
             return {name: file.get_tensor(name) for name in order}, metadata
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} is not a whole latents file ({reason}); write it again with 'hflow-rt encode'") from error
+        raise DataError(f"{path} is not a whole latents file ({reason}); encode or copy it again") from error
 
 
 def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise one `DataError` unless `latents` are finite float32 arrays `[B, *shape]` of one batch size B >= 1.
+    """Raise one `DataError` unless `latents` are finite float32 arrays `[B, *shape]` of equal B >= 1.
 
     `what` says where they are from, e.g. a file's path.
     """
     problems = [f"missing {name} {list(shape)}" for name, shape in shapes.items() if name not in latents]
-    problems += [f"unexpected {name} {list(latents[name].shape[1:])}" for name in latents if name not in shapes]
+    problems += [
+        f"unexpected {name} {list(latents[name].shape[1:])}" for name in latents if name not in shapes
+    ]
     known = {name: latents[name] for name in shapes if name in latents}
     for name, values in known.items():
         if values.ndim == 0 or values.shape[1:] != tuple(shapes[name]):
@@ -211,7 +225,9 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
         raise DataError(f"{what}: latents do not fit the model: {shown}; use latents of this model")
 
 
-def _path(mode: str, joined: Iterable[Sequence[str]]) -> Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]:
+def _path(
+    mode: str, joined: Iterable[Sequence[str]]
+) -> Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]:
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)
@@ -260,4 +276,6 @@ def _check_pair(a: Latents, b: Latents) -> None:
     for name in [*a, *(name for name in b if name not in a)]:
         left, right = (str(list(side[name].shape)) if name in side else "missing" for side in (a, b))
         if left != right:
-            raise DataError(f"latents must agree in names and shapes; '{name}' is {left} and {right}; take both from one model")
+            raise DataError(
+                f"latents must agree in shape; '{name}' is {left} and {right}; take both from one model"
+            )

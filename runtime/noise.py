@@ -1,7 +1,7 @@
 """Noise and stds of latents: image `i` of seed `s` is the same in any batch, on any backend, on any machine.
 
-Every image has a counter-based stream of its own (Philox, keyed by seed and image index), from which its latents
-are drawn in the order of `shapes`, coarse to fine.
+Every image has a counter-based stream of its own (Philox, keyed by seed and image index), from which its
+latents are drawn in the order of `shapes`, coarse to fine.
 """
 
 import math
@@ -17,7 +17,9 @@ __all__ = ["draw", "draw_latents", "parse_std"]
 _KEYS = 2**64  # Philox takes two 64-bit words as its key
 
 
-def draw(shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+def draw(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int]
+) -> dict[str, NDArray[np.float32]]:
     """Standard normal float32 arrays `[len(indices), *shape]` by name; row k belongs to image `indices[k]`.
 
     Raises `DataError` for no indices, and for a seed or an index outside 0 .. 2^64 - 1.
@@ -38,12 +40,14 @@ def draw_latents(
     indices: Sequence[int],
     std: Mapping[str, float],  # multiplies the prior's, see `parse_std`
 ) -> dict[str, NDArray[np.float32]]:
-    """Latents of the images `indices` of `seed`: `draw` times prior std times std. Raises `DataError` as `draw` does."""
+    """Latents of the images `indices` of `seed`: `draw` times prior std times std; raises as `draw` does."""
     noise = draw(shapes, seed, indices)
     return {name: values * np.float32(prior_std[name] * std[name]) for name, values in noise.items()}
 
 
-def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+def parse_std(
+    values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]
+) -> dict[str, float]:
     """The std of every latent in `names` from a number, a mapping, or texts like `0.7` and `name=0.5`.
 
     A plain number sets all levels, later texts override earlier ones, and what nothing sets is 1.
@@ -63,7 +67,9 @@ def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: 
     stds = dict.fromkeys(names, 1.0)
     for name, number in entries:
         if name is not None and name not in stds:
-            raise DataError(f"std of an unknown latent '{name}'; the latents of this model are {', '.join(names)}")
+            raise DataError(
+                f"unknown latent '{name}' in std; the latents of this model are {', '.join(names)}"
+            )
         stds.update(dict.fromkeys(names if name is None else [name], _positive(name, number, names)))
     return stds
 

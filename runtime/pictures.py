@@ -1,7 +1,7 @@
 """Pictures in and out: files to arrays, arrays to grids, grids to files.
 
-Images are uint8 `[B, H, W, 3]` to look at and float32 `[B, 3, R, R]` in [0, 1] for models; `v / 255` and rounding
-lead from one to the other, so an 8-bit image survives the trip unchanged.
+Images are uint8 `[B, H, W, 3]` to look at and float32 `[B, 3, R, R]` in [0, 1] for models; `v / 255` and
+rounding lead from one to the other, so an 8-bit image survives the trip unchanged.
 """
 
 import math
@@ -47,15 +47,17 @@ def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     Raises `DataError` for another shape or type and for NaN.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
-        raise DataError(f"images must be float [B, 3, R, R] in [0, 1]; found {images.dtype} {list(images.shape)}")
+        raise DataError(
+            f"images must be float [B, 3, R, R] in [0, 1]; found {images.dtype} {list(images.shape)}"
+        )
     if not np.isfinite(images).all():
-        raise DataError("images must be finite; found NaN or infinite pixels; lower the std or check the model")
+        raise DataError("pixels must be finite; found NaN or infinity; lower the std or check the model")
     levels = np.rint(np.clip(images.astype(np.float32, copy=False), 0, 1) * np.float32(255))
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def from_uint8(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`, `v / 255`. Raises `DataError` for another shape or type."""
+    """uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`, `v / 255`; raises as `check_pixels` does."""
     check_pixels(images)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
 
@@ -63,14 +65,16 @@ def from_uint8(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 def check_pixels(images: NDArray[np.uint8], what: str = "images") -> None:
     """Raise `DataError` unless `images` is a non-empty uint8 array `[B, H, W, 3]`."""
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or images.size == 0:
-        raise DataError(f"{what} must be uint8 [B, H, W, 3], not empty; found {images.dtype} {list(images.shape)}")
+        found = f"{images.dtype} {list(images.shape)}"
+        raise DataError(f"{what} must be uint8 [B, H, W, 3] and not empty; found {found}")
 
 
 def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArray[np.float32]:
     """An image file as float32 `[3, R, R]` in [0, 1]: turned as its EXIF says, transparency on white.
 
-    `crop` is `center` (the largest square in the middle) or `none` (the image must be square); what is larger than
-    R is reduced with a Lanczos filter. Raises `DataError` for a file that is missing, damaged, no image or too small.
+    `crop` is `center` (the largest square in the middle) or `none` (the image must be square); what is larger
+    than R is reduced with a Lanczos filter.
+    Raises `DataError` for a file that is missing, damaged, no image or too small.
     """
     if crop not in ("center", "none"):
         raise DataError(f"crop must be 'center' or 'none'; found '{crop}'")
@@ -81,18 +85,20 @@ def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArr
         with Image.open(path) as file:
             picture = _on_white(ImageOps.exif_transpose(file))
     except _DAMAGED as error:
-        raise DataError(f"{path} is not a whole image that Pillow can read; convert or copy it again") from error
+        raise DataError(f"{path} is not a whole image of a known kind; convert or copy it again") from error
     width, height = picture.size
     if crop == "none" and width != height:
-        raise DataError(f"{path} must be square when nothing is cropped; found {width}x{height}; use crop 'center'")
+        raise DataError(f"{path} must be square if not cropped; found {width}x{height}; use crop 'center'")
     side = min(width, height)
     if side < resolution:
-        raise DataError(f"{path} must be at least {resolution}x{resolution}; found {width}x{height}; give a larger image")
+        smallest = f"{resolution}x{resolution}"
+        raise DataError(f"{path} must be at least {smallest}; found {width}x{height}; give a larger image")
     left, top = (width - side) // 2, (height - side) // 2
     picture = picture.crop((left, top, left + side, top + side))
     if side != resolution:
         picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return from_uint8(np.asarray(picture)[None])[0]
+    pixels: NDArray[np.float32] = from_uint8(np.asarray(picture)[None])[0]
+    return pixels
 
 
 def grid(
@@ -108,9 +114,8 @@ def grid(
     columns = math.ceil(math.sqrt(count)) if columns is None else columns
     scale = max(1, math.ceil(_VISIBLE / min(height, width))) if scale is None else scale
     if columns < 1 or padding < 0 or scale < 1:
-        raise DataError(
-            f"a grid needs columns >= 1, padding >= 0, scale >= 1; found columns {columns}, padding {padding}, scale {scale}"
-        )
+        found = f"{columns}, {padding} and {scale}"
+        raise DataError(f"a grid needs columns >= 1, padding >= 0 and scale >= 1; found {found}")
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     step_y, step_x = height * scale + padding, width * scale + padding
@@ -118,7 +123,9 @@ def grid(
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = padding + row * step_y, padding + column * step_x
-        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(
+            scale, 1
+        )
     return Image.fromarray(canvas)
 
 
@@ -128,8 +135,10 @@ def strip(images: NDArray[np.uint8], padding: int = 2, scale: int | None = None)
     return grid(images, columns=len(images), padding=padding, scale=scale)
 
 
-def labelled_rows(rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 2, scale: int | None = None) -> Image.Image:
-    """One `strip` a row with its label to the left, from (label, uint8 `[B, H, W, 3]`) pairs; rows may differ in length.
+def labelled_rows(
+    rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 2, scale: int | None = None
+) -> Image.Image:
+    """One `strip` a row with its label to the left, from (label, uint8 `[B, H, W, 3]`) pairs of any length.
 
     Raises `DataError` for no rows or a wrong array.
     """
@@ -150,7 +159,10 @@ def labelled_rows(rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 
 
 
 def save_image(path: Path | str, image: Image.Image) -> None:
-    """Write a picture in the format its suffix names. Raises `DataError` for another suffix or an unwritable place."""
+    """Write a picture in the format its suffix names.
+
+    Raises `DataError` for another suffix or if the file cannot be written.
+    """
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise DataError(f"a picture's name must end in {', '.join(_FORMATS)}; found '{path.name}'; rename it")
@@ -161,7 +173,9 @@ def save_image(path: Path | str, image: Image.Image) -> None:
 
 def _on_white(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
-        picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+        picture = Image.fromarray(
+            (np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8)
+        )
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     front = picture.convert("RGBA")

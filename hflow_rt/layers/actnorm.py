@@ -1,5 +1,6 @@
 """Per-channel affine with data-dependent initialisation (hflow spec 2.11-2.12; Kingma & Dhariwal 2018, section 3.1)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,7 +34,7 @@ class ActNorm(nn.Module):
 
     def log_det(self, x: Tensor) -> Tensor:
         """Log-determinant of `inverse` at the size of `x`: a scalar, in nats."""
-        return -self.log_scale.sum() * (x[0].numel() // x.shape[1])
+        return -self.log_scale.sum() * math.prod(x.shape[2:])
 
     @staticmethod
     def _like(values: Tensor, x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Every matrix that is inverted or exponentiated is computed in float64 and rounde
 a 508-wide skew matrix is orthogonal only to 1e-4, which makes image inversion 100 times worse.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +42,7 @@ class FreeMixing(nn.Module):
     def log_det(self, x: Tensor) -> Tensor:
         """Log-determinant of `inverse` at the size of `x`: a scalar, in nats."""
         log_abs: Tensor = torch.linalg.slogdet(self.weight.double() * self.scale)[1]
-        return (log_abs * (x[0].numel() // x.shape[1])).to(x.dtype)
+        return (log_abs * math.prod(x.shape[2:])).to(x.dtype)
 
 
 class UnitaryMixing(nn.Module):

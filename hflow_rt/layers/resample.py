@@ -1,10 +1,13 @@
 """Factor-2 resampling and instance norm as modules, so that export can swap each for a graph-friendly equal."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hflow_rt.kernels.blur import blur_down, blur_up
-from hflow_rt.kernels.instance_norm import instance_norm
+from hflow_rt.kernels.instance_norm import EPSILON, instance_norm
 
 __all__ = ["Bilinear", "BlurDown", "BlurUp", "InstanceNorm", "MeanDown"]
 
@@ -12,8 +15,19 @@ __all__ = ["Bilinear", "BlurDown", "BlurUp", "InstanceNorm", "MeanDown"]
 class BlurDown(nn.Module):
     """`[B, C, H, W]` to half the size with the (1, 3, 3, 1) kernel."""
 
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
     def forward(self, x: Tensor) -> Tensor:
         return blur_down(x)
+
+    def fold(self) -> nn.Module:
+        """The same as a depthwise convolution with stored weights."""
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
+        conv = nn.Conv2d(self.channels, self.channels, 4, 2, groups=self.channels, bias=False)
+        conv.weight = nn.Parameter((taps[:, None] * taps).expand(self.channels, 1, 4, 4).contiguous())
+        return nn.Sequential(nn.ReflectionPad2d(1), conv)
 
 
 class BlurUp(nn.Module):
@@ -47,3 +61,27 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return instance_norm(x) if x.shape[2] * x.shape[3] > 1 else x
+
+    def fold(self) -> nn.Module:
+        """The same in terms of the biased variance that inference engines normalise with."""
+        return FoldedInstanceNorm()
+
+
+class FoldedInstanceNorm(nn.Module):
+    """Instance norm through the engines' own operator, whose variance is biased.
+
+    With n pixels, a factor of sqrt((n - 1) / n) and an epsilon of (n - 1) / n times ours make up for that exactly.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.shape[2] * x.shape[3]
+        if pixels == 1:
+            return x
+        ratio = (pixels - 1) / pixels
+        scale = torch.full((x.shape[1],), math.sqrt(ratio), dtype=x.dtype, device=x.device)
+        if torch.onnx.is_in_onnx_export():  # the exporter would spell instance_norm as a batch norm over B*C channels
+            attributes: dict[str, float] = {"epsilon": EPSILON * ratio}
+            return torch.onnx.ops.symbolic(
+                "InstanceNormalization", (x, scale, torch.zeros_like(scale)), attributes, dtype=x.dtype, shape=x.shape, version=None
+            )
+        return F.instance_norm(x, weight=scale, eps=EPSILON * ratio)

@@ -152,9 +152,13 @@ class LatentModel(_Module, ABC):
         Everything that does not depend on the input is folded in float64; nothing random is inside.
         """
 
-    def folded(self) -> Any:
-        """An inference copy with constants folded: an object with `decode` and `encode` like this one's."""
-        raise NotImplementedError
+    @abstractmethod
+    def folded(self) -> LatentModel:
+        """A float32 inference copy of the same map with every constant folded in float64."""
+
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        """Other spaces to interpolate in, by name: the graph from some latents into it and the graph back."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,12 @@ def test_slerp_without_an_angle_is_lerp(a, b):
         np.testing.assert_allclose(slerp(a, b, t)["z"], lerp(a, b, t)["z"], atol=1e-6)
 
 
+def test_slerp_survives_cosines_past_one():
+    a = draw({"z": (50,)}, 0, range(200))  # rounding takes about half of the 200 parallel pairs past 1
+    b = {"z": 3 * a["z"]}
+    np.testing.assert_allclose(slerp(a, b, 0.5)["z"], 2 * a["z"], rtol=1e-6)
+
+
 def test_slerp_of_nearly_equal_items_stays_at_a():
     a, _ = pair(0)
     b = {name: values + np.float32(0.9e-3) for name, values in a.items()}

@@ -24,7 +24,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         kernel = kernel if size >= 4 else 1
         self.conv1 = EqualizedConv2d(c_in, width, kernel, activation="leaky", lr_scale=lr_scale)
-        self.shrink = BlurDown() if blur and size > 4 else MeanDown()
+        self.shrink = BlurDown(width) if blur and size > 4 else MeanDown()
         self.norm = InstanceNorm()
         self.conv2 = EqualizedConv2d(width, width, kernel, activation="leaky", lr_scale=lr_scale)
         self.target = EqualizedConv2d(width, target, lr_scale=lr_scale) if target else None
@@ -80,7 +80,9 @@ class RefineUNet(nn.Module):
         self.start = leaky(c_in, c_in)
         self.down = nn.ModuleList(leaky(a, b) for a, b in pairs)
         self.down_b = nn.ModuleList(leaky(b, b) for _, b in pairs)
-        self.shrink = nn.ModuleList(BlurDown() if size > 8 else MeanDown() for size in sizes[:-1])
+        self.shrink = nn.ModuleList(
+            BlurDown(width) if size > 8 else MeanDown() for size, width in zip(sizes, widths[1:], strict=False)
+        )
         self.bottom = leaky(widths[-1], widths[-1], 1)
         pairs.reverse()
         self.grow = nn.ModuleList(

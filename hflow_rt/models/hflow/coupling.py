@@ -55,7 +55,7 @@ class CouplingUNet(nn.Module):
         self.scale_head, self.shift_head = leaky(half, half, 3), leaky(half, half, 3)
         self.scale_out = EqualizedConv2d(half, level.channels, zero=True)
         self.shift_out = EqualizedConv2d(half, level.channels, zero=True)
-        self.shrink, self.grow = _resamplers(level.resolution, level.unet_depth, level.unet_double)
+        self.shrink, self.grow = _resamplers(level.resolution, widths[:-1], level.unet_double)
         self.norm = InstanceNorm()
 
     def forward(self, seen: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,14 +75,14 @@ class CouplingUNet(nn.Module):
         return self.scale_out(self.scale_head(h_scale)), self.shift_out(self.shift_head(h_shift))
 
 
-def _resamplers(resolution: int, depth: int, double: bool) -> tuple[nn.ModuleList, nn.ModuleList]:
+def _resamplers(resolution: int, widths: list[int], double: bool) -> tuple[nn.ModuleList, nn.ModuleList]:
     """The way down and the way up again: blur where the size is above 4, else corner-aligned bilinear."""
     down, up, size = [], [], resolution
-    for _ in range(depth):
+    for width in widths:
         shrink: list[nn.Module] = []
         grow: list[nn.Module] = []
         for _ in range(2 if double else 1):
-            shrink.append(BlurDown() if size > 4 else Bilinear(0.5, align_corners=True))
+            shrink.append(BlurDown(width) if size > 4 else Bilinear(0.5, align_corners=True))
             size = math.ceil(size / 2)
             grow.insert(0, BlurUp() if size > 4 else Bilinear(2, align_corners=True))
         down.append(nn.Sequential(*shrink))

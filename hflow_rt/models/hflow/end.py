@@ -1,9 +1,12 @@
 """The end block: the coarsest vector, its encoder, its flow, and what it feeds (spec 2.8-2.10)."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
+from hflow_rt.layers.fold import fold_children
 from hflow_rt.models.hflow.autoencoder import EncoderBlock
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.flow import FlowResult, end_chain
@@ -103,3 +106,14 @@ class EndOutput(nn.Module):
             return style, self.constant.expand(end.shape[0], -1, -1, -1)
         base = self.base((end * self.visible_to_base)[:, :, None, None])
         return style, base + self.constant
+
+    def fold(self) -> nn.Module:
+        """The same with the visibility masks folded into weights; a start that sees nothing becomes a constant."""
+        folded = copy.deepcopy(self)
+        if self.constant_start or not bool(self.visible_to_base.any()):
+            if not self.constant_start:
+                folded.constant = nn.Parameter(self.constant + self.base.effective()[1].view(1, -1, 1, 1))
+            folded.constant_start = True
+            folded.base = nn.Identity()  # type: ignore[assignment]
+        fold_children(folded)
+        return folded

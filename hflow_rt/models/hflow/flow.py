@@ -1,8 +1,9 @@
 """Flow steps and the chain of a level (spec 2.11): `forward` is latent to target, `inverse` target to latent."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from hflow_rt.layers.mixing import FreeMixing, UnitaryMixing
 from hflow_rt.models.hflow.config import LevelConfig
 from hflow_rt.models.hflow.coupling import CouplingMLP, coupling_net
 
-__all__ = ["FlowChain", "FlowResult", "FlowStep", "LevelFlow", "SEEN_GAIN", "Theta", "end_chain"]
+__all__ = ["BetweenAffines", "FlowChain", "FlowResult", "FlowStep", "LevelFlow", "SEEN_GAIN", "Theta", "end_chain"]
 
 # Restores the variance of a half-masked input. The original keeps it in float32 masks, hence sqrt(2) rounded to
 # float32: in float64 the difference shows (4e-6 relative on overdriven samples).
@@ -28,6 +29,10 @@ class Theta(NamedTuple):
     start_log_scale: Tensor
     end_shift: Tensor
     end_log_scale: Tensor
+
+    def log_det(self) -> Tensor:
+        """Log-determinant `[B]` of both maps from latent to data."""
+        return self.start_log_scale.flatten(1).sum(1) + self.end_log_scale.flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,12 @@ class FlowChain(nn.Module):
         actnorm, mixing = self._constants(x)
         return FlowResult(x, torch.stack(log_dets), actnorm, mixing, x.new_zeros(()))
 
+    def fold(self) -> nn.Module:
+        """The same chain with constants folded."""
+        from hflow_rt.models.hflow.folded import FoldedChain
+
+        return FoldedChain(self)
+
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input-independent log-determinants of `inverse`: of all actnorms and of all mixings."""
         steps = [step for step in self.steps if isinstance(step, FlowStep)]
@@ -114,8 +125,30 @@ class FlowChain(nn.Module):
         return actnorm, torch.stack([step.mixing.log_det(x) for step in steps]).sum()
 
 
-class LevelFlow(FlowChain):
-    """The chain of an image level, between the decoder's start (data side) and end (latent side) affines."""
+class BetweenAffines:
+    """`decode` and `encode` of a level: its chain between the start (data side) and end (latent side) affines."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, condition: Tensor | None) -> FlowResult: ...
+
+        def inverse(self, x: Tensor, condition: Tensor | None) -> FlowResult: ...
+
+    def decode(self, z: Tensor, theta: Theta, condition: Tensor) -> FlowResult:
+        """Latent to target."""
+        run = self(z * torch.exp(theta.end_log_scale) + theta.end_shift, condition)
+        value = run.value * torch.exp(theta.start_log_scale) + theta.start_shift
+        return dataclasses.replace(run, value=value, theta=theta.log_det())
+
+    def encode(self, y: Tensor, theta: Theta, condition: Tensor) -> FlowResult:
+        """Target to latent."""
+        run = self.inverse((y - theta.start_shift) * torch.exp(-theta.start_log_scale), condition)
+        value = (run.value - theta.end_shift) * torch.exp(-theta.end_log_scale)
+        return dataclasses.replace(run, value=value, theta=-theta.log_det())
+
+
+class LevelFlow(BetweenAffines, FlowChain):
+    """The flow of an image level."""
 
     def __init__(self, level: LevelConfig) -> None:
         super().__init__(
@@ -133,21 +166,11 @@ class LevelFlow(FlowChain):
             ]
         )
 
-    def decode(self, z: Tensor, theta: Theta, condition: Tensor) -> FlowResult:
-        """Latent to target."""
-        run = self(z * torch.exp(theta.end_log_scale) + theta.end_shift, condition)
-        value = run.value * torch.exp(theta.start_log_scale) + theta.start_shift
-        return FlowResult(value, run.coupling, run.actnorm, run.mixing, self._theta(theta))
+    def fold(self) -> nn.Module:
+        """The same flow with constants folded."""
+        from hflow_rt.models.hflow.folded import FoldedLevelFlow
 
-    def encode(self, y: Tensor, theta: Theta, condition: Tensor) -> FlowResult:
-        """Target to latent."""
-        run = self.inverse((y - theta.start_shift) * torch.exp(-theta.start_log_scale), condition)
-        value = (run.value - theta.end_shift) * torch.exp(-theta.end_log_scale)
-        return FlowResult(value, run.coupling, run.actnorm, run.mixing, -self._theta(theta))
-
-    @staticmethod
-    def _theta(theta: Theta) -> Tensor:
-        return theta.start_log_scale.flatten(1).sum(1) + theta.end_log_scale.flatten(1).sum(1)
+        return FoldedLevelFlow(self)
 
 
 def end_chain(channels: int, width: int, condition: int | None, steps: int, scale: float, unitary: bool) -> FlowChain:

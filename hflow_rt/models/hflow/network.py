@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
+from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
@@ -267,9 +268,10 @@ class HFlow(LatentModel):
         return graphs(self)
 
     def folded(self) -> "HFlow":
-        from hflow_rt.models.hflow.fold import fold
+        return folded_copy(self)
 
-        return fold(self)
+    def spaces(self) -> dict[str, tuple[str, str]]:
+        return {"y0": ("end_forward", "end_inverse")}
 
     # -- spreads
 

@@ -1,0 +1,69 @@
+"""What export writes for hflow: both directions, and the end flow alone for interpolation between end vectors."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hflow_rt.models.family import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from hflow_rt.models.hflow.network import HFlow
+
+__all__ = ["graphs"]
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: "HFlow") -> None:
+        super().__init__()
+        self.model = model
+        self.names = list(model.latent_shapes())
+
+    def forward(self, *latents: Tensor) -> tuple[Tensor]:
+        return (self.model.decode(dict(zip(self.names, latents, strict=True))),)
+
+
+class _Inverse(nn.Module):
+    def __init__(self, model: "HFlow") -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        encoding = self.model.encode(image)
+        return (*encoding.latents.values(), encoding.log_prob)
+
+
+class _EndForward(nn.Module):
+    def __init__(self, model: "HFlow") -> None:
+        super().__init__()
+        self.flow = model.end_flow
+
+    def forward(self, *parts: Tensor) -> tuple[Tensor]:
+        return (torch.cat([part.value for part in self.flow.decode([z.flatten(1) for z in parts])], 1),)
+
+
+class _EndInverse(nn.Module):
+    def __init__(self, model: "HFlow") -> None:
+        super().__init__()
+        self.flow, self.channels = model.end_flow, list(model.config.end.channels)
+
+    def forward(self, end: Tensor) -> tuple[Tensor, ...]:
+        parts = self.flow.encode(list(end.split(self.channels, 1)))
+        return tuple(part.value[:, :, None, None] for part in parts)
+
+
+def graphs(model: "HFlow") -> dict[str, GraphSpec]:
+    """Folded graphs by name."""
+    folded = model.folded()
+    latents = tuple(TensorSpec(name, shape) for name, shape in model.latent_shapes().items())
+    ends = tuple(spec for spec in latents if spec.name.startswith("end"))
+    image = TensorSpec("image", (3, model.resolution, model.resolution), (0.0, 1.0))
+    y_end = TensorSpec("y_end", (model.config.end.width,))
+    log_prob = TensorSpec("log_prob", ())
+    specs = (
+        GraphSpec("forward", _Forward(folded), latents, (image,)),
+        GraphSpec("inverse", _Inverse(folded), (image,), (*latents, log_prob)),
+        GraphSpec("end_forward", _EndForward(folded), ends, (y_end,)),
+        GraphSpec("end_inverse", _EndInverse(folded), (y_end,), ends),
+    )
+    return {spec.name: spec for spec in specs}

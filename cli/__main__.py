@@ -2,10 +2,14 @@
 
 import sys
 
+from hflow_rt.cli import dataset, demo, encode, export, info, interpolate, sample, train
 from hflow_rt.cli.app import app
 from hflow_rt.errors import HFlowError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
+
+# importing a module registers its commands; the order is that of the help
+COMMANDS = (demo, dataset, train, export, sample, encode, interpolate, info)
 
 
 def main() -> None:

@@ -1,0 +1,102 @@
+"""`hflow-rt encode` and `hflow-rt decode`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    open_session,
+    print_json,
+    read_pictures,
+    say_next,
+    tracked,
+    write_pictures,
+)
+
+_BATCH = 16
+
+
+@app.command()
+def encode(
+    images: Annotated[list[Path], typer.Argument(help="Image files, folders or archives.")],
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the latents go (.safetensors).")] = Path("latents.safetensors"),
+    picture: Annotated[Path | None, typer.Option(help="Also write originals over their reconstructions.")] = None,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Map images to latents, exactly, with their log-probability.
+
+    Example: hflow-rt encode photo.png -o latents.safetensors --picture reconstruction.png
+    """
+    import math
+
+    import numpy as np
+
+    from hflow_rt.runtime.latents import concatenate, save_latents
+    from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
+
+    session = open_session(model, backend, device, quiet=json)
+    names, pixels = read_pictures(images, session.resolution)
+    batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
+    encoded = [session.inverse(batch) for batch in tracked(batches, len(pixels), len, "encoding")]
+    latents = concatenate([part.latents for part in encoded])
+    log_prob = np.concatenate([part.log_prob for part in encoded])
+    bits = -log_prob / (pixels[0].size * math.log(2)) + 8
+    about = {"family": session.manifest.family, "model": session.manifest.checkpoint["sha256"], "images": names}
+    save_latents(output, latents, about | {"log_prob": [float(value) for value in log_prob]})
+    if picture is not None:
+        first = {name: values[:8] for name, values in latents.items()}
+        rows = [("original", to_uint8(pixels[:8])), ("decoded", to_uint8(session.forward(first)))]
+        save_image(picture, labelled_rows(rows))
+    if json:
+        print_json({"output": str(output), "images": names, "bits_per_dim": [float(value) for value in bits]})
+        return
+    for name, value in list(zip(names, bits, strict=True))[:8]:
+        print(f"{name}: {value:.3f} bits/dim (plug-in estimate)")
+    print(f"latents of {len(names)} images: {output}" + (f"; reconstruction: {picture}" if picture else ""))
+    say_next(f"hflow-rt decode {output} -o decoded.png")
+
+
+@app.command()
+def decode(
+    latents: Annotated[Path, typer.Argument(help="A latents file of encode or sample.")],
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each.")] = Path("decoded.png"),
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Map latents back to images.
+
+    Example: hflow-rt decode latents.safetensors -o decoded.png
+    """
+    import sys
+
+    import numpy as np
+
+    from hflow_rt.runtime.latents import check_latents, load_latents
+    from hflow_rt.runtime.pictures import to_uint8
+
+    session = open_session(model, backend, device, quiet=json)
+    values, about = load_latents(latents)
+    check_latents(values, session.latent_shapes, str(latents))
+    if about.get("model") not in (None, session.manifest.checkpoint["sha256"]):
+        print(f"warning: {latents} was made by another training state of this kind of model", file=sys.stderr)
+    count = len(next(iter(values.values())))
+    batches = [{name: v[start : start + _BATCH] for name, v in values.items()} for start in range(0, count, _BATCH)]
+    size = lambda part: len(next(iter(part.values())))  # noqa: E731
+    images = [to_uint8(session.forward(part)) for part in tracked(batches, count, size, "decoding")]
+    where = write_pictures(output, np.concatenate(images))
+    if json:
+        print_json({"images": count, "output": where})
+        return
+    print(f"{count} images: {where}")
+    say_next("hflow-rt sample --std 0.7")

@@ -1,0 +1,157 @@
+"""`hflow-rt export` and `hflow-rt check`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    locate_bundle,
+    print_json,
+    read_pictures,
+    say_next,
+    status,
+)
+
+_ENGINES = ("onnx",)
+_IMAGES = 8
+
+
+class _Direction(StrEnum):
+    forward = "forward"
+    inverse = "inverse"
+    both = "both"
+
+
+_ImagesOption = Annotated[
+    list[Path] | None,
+    typer.Option("--images", help="Images to prove the engines on; without it the bundled ones.", show_default=False),
+]
+
+
+@app.command()
+def export(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run or a model file; without it the latest run.", show_default=False)] = None,
+    engine: Annotated[str, typer.Option(help="What to build: onnx.")] = "onnx",
+    direction: Annotated[_Direction, typer.Option(help="forward is latents to image, inverse image to latents.")] = _Direction.both,
+    output: Annotated[Path | None, typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False)] = None,
+    images: _ImagesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the engines of a trained model and prove that they are that model.
+
+    Example: hflow-rt export --engine onnx
+    """
+    from hflow_rt.errors import BackendUnavailable
+
+    if engine not in _ENGINES:
+        raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
+    _needs_training_extra()
+    from hflow_rt.export.bundle import export_bundle
+    from hflow_rt.manifest import MODEL
+    from hflow_rt.models.checkpoint import build_model, read_metadata
+    from hflow_rt.runs import resolve_run
+    from hflow_rt.runtime.bundle import BUNDLE
+
+    source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
+    folder = output or source.parent / BUNDLE
+    metadata = read_metadata(source)
+    pictures = _pictures(images, build_model(metadata["family"], metadata["config"]).resolution)
+    with status(quiet=json) as progress:
+        manifest = export_bundle(source, folder, pictures, direction.value, progress)
+    report = manifest.parity
+    assert report is not None
+    if json:
+        print_json({"bundle": str(folder), "graphs": list(manifest.graphs), "verified": manifest.verified, "parity": report})
+    else:
+        for name, graph in manifest.graphs.items():
+            size = manifest.files[graph.file].bytes / 1e6
+            print(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
+        _print_report(report)
+        say_next("hflow-rt sample --std 0.7" if run is None else f"hflow-rt sample {folder} --std 0.7")
+    _fail_on(report)
+
+
+@app.command()
+def check(
+    model: ModelArgument = None,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    images: _ImagesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare every engine of a bundle with the torch reference in float64; exit 1 if one differs.
+
+    Example: hflow-rt check --images photos/
+    """
+    from hflow_rt.runtime.session import check_backend
+
+    check_backend(backend, device)
+    _needs_training_extra()
+    from hflow_rt.export.bundle import check_bundle
+
+    bundle = locate_bundle(model)
+    pictures = _pictures(images, bundle.manifest.resolution)
+    with status(quiet=json) as progress:
+        report = check_bundle(bundle, pictures, backend, device, progress)
+    if json:
+        print_json(report)
+    else:
+        print(f"{bundle.path} on {report['backend']}")
+        _print_report(report)
+        say_next("hflow-rt sample --std 0.7")
+    _fail_on(report)
+
+
+def _needs_training_extra() -> None:
+    import importlib.util
+
+    from hflow_rt.errors import BackendUnavailable
+
+    for package in ("torch", "onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[train]'")
+
+
+def _pictures(paths: list[Path] | None, resolution: int) -> Any:
+    """Images to prove engines on: the given ones, or bundled ones enlarged where the model is larger than they are."""
+    import numpy as np
+
+    from hflow_rt.assets import demo_images
+
+    if paths:
+        return read_pictures(paths, resolution)[1][:_IMAGES]
+    native = min(resolution, 64)
+    pixels = read_pictures([demo_images()], native)[1]
+    chosen = pixels[:: max(1, len(pixels) // _IMAGES)][:_IMAGES]
+    return np.ascontiguousarray(chosen.repeat(resolution // native, 2).repeat(resolution // native, 3))
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    print("largest error against float64            engine    torch fp32    allowed")
+    for graph, cases in report["graphs"].items():
+        for name in cases[0]["outputs"]:
+            worst = max((case["outputs"][name] for case in cases), key=lambda entry: entry["max"] / entry["bound"])
+            columns = f"{worst['max']:10.2e} {worst['torch_float32_max']:13.2e} {worst['bound']:10.2e}"
+            print(f"  {graph + ' ' + name:34s} {columns}" + (f"   {worst['psnr_db']:.0f} dB" if "psnr_db" in worst else ""))
+        differences = [case["bits_per_dim_difference"] for case in cases if "bits_per_dim_difference" in case]
+        if differences:
+            print(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}")
+    for trip in report.get("round_trip", []):
+        if trip["path"] == "image":
+            print(f"  image -> latents -> image, batch {trip['batch']}: max {trip['max']:.2e}, {trip['uint8_differs']:.2%} of 8-bit values differ")
+    print("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
+
+
+def _fail_on(report: dict[str, Any]) -> None:
+    from hflow_rt.errors import ParityError
+
+    if not report["passed"]:
+        shown = "; ".join(report["failures"][:3])
+        raise ParityError(f"the engines differ from the reference, the bundle is marked unverified: {shown}")

@@ -1,0 +1,125 @@
+"""`hflow-rt info` and `hflow-rt doctor`."""
+
+from pathlib import Path
+from typing import Any
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import JsonOption, ModelArgument, print_json, say_next
+
+
+@app.command()
+def info(model: ModelArgument = None, json: JsonOption = False) -> None:
+    """Describe a run, a bundle or a model file.
+
+    Example: hflow-rt info runs/my-run
+    """
+    from hflow_rt.manifest import MANIFEST, MODEL, read_manifest
+    from hflow_rt.models.checkpoint import read_metadata
+    from hflow_rt.runs import resolve_run
+    from hflow_rt.runtime.bundle import BUNDLE
+
+    path = model if model is not None and (model.is_file() or (model / MANIFEST).is_file()) else resolve_run(model)
+    found: dict[str, Any] = {"path": str(path)}
+    weights = path if path.is_file() else path / MODEL
+    found["model"] = read_metadata(weights) | {"parameters": _parameters(weights)}
+    bundle = next((folder for folder in (path, path / BUNDLE) if (folder / MANIFEST).is_file()), None)
+    if bundle is not None:
+        found["bundle"] = {"path": str(bundle), **read_manifest(bundle).model_dump(mode="json", exclude={"config"})}
+    if json:
+        print_json(found)
+        return
+    _print_model(path, found["model"])
+    if bundle is None:
+        say_next(f"hflow-rt export {path}")
+        return
+    manifest = read_manifest(bundle)
+    print(f"bundle: {bundle}, {'verified' if manifest.verified else 'UNVERIFIED'}, {manifest.precision}, opset {manifest.opset}")
+    print("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
+    for latent in manifest.latents:
+        print(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
+    for name, graph in manifest.graphs.items():
+        counts = ", ".join(f"{count} {operator}" for operator, count in graph.operators.items())
+        size = manifest.files[graph.file].bytes / 1e6
+        print(f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}")
+        print(f"    {counts}")
+    say_next("hflow-rt sample --std 0.7")
+
+
+def _parameters(path: Path) -> int:
+    import math
+
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _print_model(path: Path, model: dict[str, Any]) -> None:
+    print(f"{path}: {model['family']}, {model['parameters']:,} values")
+    for key, value in model.items():
+        if key not in ("family", "config", "parameters"):
+            print(f"  {key}: {value}")
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Say what this machine can train, export and run, and what is missing.
+
+    Example: hflow-rt doctor
+    """
+    import importlib.metadata
+    import platform
+
+    from hflow_rt import __version__
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    facts: dict[str, Any] = {"hflow-rt": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    cpu, gpu = version("onnxruntime"), version("onnxruntime-gpu")
+    findings = {
+        "onnx backend": _onnx_backend(cpu, gpu),
+        "torch backend": _torch_backend(version("torch")),
+        "training and export": _missing("train", version, "torch", "onnx", "onnxscript", "accelerate", "tensorboard"),
+        "mp4 video": _missing("video", version, "av"),
+        "triton kernels": "not in this version",
+        "TensorRT engines": "not in this version",
+    }
+    if json:
+        print_json(facts | findings)
+        return
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    for name, finding in findings.items():
+        print(f"  {name}: {finding}")
+    say_next("hflow-rt demo")
+
+
+def _missing(extra: str, version: Any, *packages: str) -> str:
+    absent = [package for package in packages if version(package) is None]
+    return f"missing {', '.join(absent)}: pip install 'hflow-rt[{extra}]'" if absent else "ok"
+
+
+def _onnx_backend(cpu: str | None, gpu: str | None) -> str:
+    if cpu and gpu:
+        return "BROKEN: onnxruntime and onnxruntime-gpu overwrite each other; uninstall both, then install one"
+    if not cpu and not gpu:
+        return "missing: pip install 'hflow-rt[cpu]' or 'hflow-rt[gpu]'"
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "get_available_providers"):
+        return "BROKEN: its files were removed with another package; pip install --force-reinstall --no-deps onnxruntime"
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return f"onnxruntime {onnxruntime.__version__}, compiled with {providers}"
+
+
+def _torch_backend(version: str | None) -> str:
+    if version is None:
+        return "missing: pip install 'hflow-rt[train]'"
+    import torch
+
+    if torch.cuda.is_available():
+        return f"torch {version}, {torch.cuda.get_device_name()}"
+    return f"torch {version}, CPU only"

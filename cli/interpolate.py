@@ -1,0 +1,80 @@
+"""`hflow-rt interpolate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    StdOption,
+    open_session,
+    print_json,
+    read_pictures,
+    say_next,
+    tracked,
+)
+
+
+@app.command()
+def interpolate(
+    images: Annotated[list[Path] | None, typer.Argument(help="Two images; without them two samples are joined.", show_default=False)] = None,
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help=".png (a strip), .gif, .webp or .mp4.")] = Path("interpolation.png"),
+    frames: Annotated[int, typer.Option(help="From one end to the other, both included.")] = 12,
+    mode: Annotated[str, typer.Option(help="lerp or slerp.")] = "lerp",
+    space: Annotated[str, typer.Option(help="z, or another space of the family (hflow: y0, the end vector itself).")] = "z",
+    seed: Annotated[int, typer.Option(help="Without images: join samples 0 and 1 of this seed.")] = 0,
+    std: StdOption = None,
+    fps: Annotated[float, typer.Option(help="Frames per second of an animation.")] = 12.0,
+    loop: Annotated[bool, typer.Option(help="Animations go there and back without a stop.")] = True,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Walk between two images, or two samples, through the latents.
+
+    Example: hflow-rt interpolate a.png b.png --mode slerp --frames 24 -o walk.gif
+    """
+    import numpy as np
+
+    from hflow_rt.errors import DataError
+    from hflow_rt.runtime.latents import concatenate, ping_pong
+    from hflow_rt.runtime.latents import interpolate as between
+    from hflow_rt.runtime.pictures import to_uint8
+    from hflow_rt.runtime.video import save_animation
+
+    if frames < 2:
+        raise DataError(f"an interpolation needs at least 2 frames, not {frames}")
+    if images and len(images) != 2:
+        raise DataError(f"an interpolation joins two images, not {len(images)}")
+    if not fps > 0:
+        raise DataError(f"fps must be above 0, not {fps}")
+    session = open_session(model, backend, device, quiet=json)
+    if images:
+        _, pixels = read_pictures(images, session.resolution)
+        latents = session.inverse(pixels).latents
+    else:
+        latents = next(session.draw([0, 1], std or ["0.7"], seed))
+    if space != "z":
+        latents = session.into_space(space, latents)
+    ends = [{name: values[i : i + 1] for name, values in latents.items()} for i in (0, 1)]
+    joined = session.joined if space == "z" else ()
+    path = between(ends[0], ends[1], frames, mode, joined)
+    batches = [concatenate(path[start : start + 8]) for start in range(0, frames, 8)]
+    pictures = []
+    for part in tracked(batches, frames, lambda p: len(next(iter(p.values()))), "decoding"):
+        pictures.append(to_uint8(session.forward(part if space == "z" else session.from_space(space, part))))
+    shown = np.concatenate(pictures)
+    if loop and output.suffix.lower() != ".png":
+        shown = shown[ping_pong(frames)]
+    save_animation(output, shown, fps)
+    if json:
+        print_json({"output": str(output), "frames": len(shown), "mode": mode, "space": space})
+        return
+    print(f"{len(shown)} frames ({mode} in {space}): {output}")
+    say_next("hflow-rt interpolate A.png B.png -o walk.gif" if not images else "hflow-rt sample --std 0.7")

@@ -1,0 +1,69 @@
+"""`hflow-rt sample`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    StdOption,
+    open_session,
+    print_json,
+    say_next,
+    tracked,
+    write_pictures,
+)
+
+
+@app.command()
+def sample(
+    model: ModelArgument = None,
+    number: Annotated[int, typer.Option("-n", "--number", help="How many images.")] = 16,
+    std: StdOption = None,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each.")] = Path("samples.png"),
+    latents: Annotated[Path | None, typer.Option(help="Also save the latents (.safetensors).")] = None,
+    batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Draw images from the model.
+
+    Example: hflow-rt sample --backend onnx --std 0.7 -n 16 -o samples.png
+    """
+    import numpy as np
+
+    from hflow_rt.errors import DataError
+    from hflow_rt.runtime.latents import concatenate, save_latents
+    from hflow_rt.runtime.pictures import to_uint8
+
+    if number < 1:
+        raise DataError(f"the number of images must be at least 1, not {number}")
+    session = open_session(model, backend, device, quiet=json)
+    stds = std or ["0.7"]
+    parts = session.draw(range(number), stds, seed, batch)
+    drawn, images, kept = 0, [], []
+    for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):
+        pixels = to_uint8(session.forward(part))
+        if output.suffix:
+            images.append(pixels)
+        else:
+            write_pictures(output, pixels, drawn)
+        if latents is not None:
+            kept.append(part)
+        drawn += len(pixels)
+    where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
+    if latents is not None:
+        about = {"family": session.manifest.family, "model": session.manifest.checkpoint["sha256"], "seed": seed, "std": stds}
+        save_latents(latents, concatenate(kept), about)
+    if json:
+        print_json({"images": drawn, "output": where, "seed": seed, "std": stds, "backend": session.backend, "bundle": str(session.bundle.path)})
+        return
+    print(f"{drawn} images at std {' '.join(stds)}, seed {seed}: {where}")
+    say_next("hflow-rt interpolate -o walk.gif", "hflow-rt encode IMAGE -o latents.safetensors")

@@ -1,0 +1,125 @@
+"""Build a bundle: fold, write the graphs, prove them, and only then give the folder its name."""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt import __version__
+from hflow_rt.errors import BundleError
+from hflow_rt.export.onnx import OPSET, export_graph
+from hflow_rt.export.parity import run_parity
+from hflow_rt.files import atomic_directory, atomic_file, sha256
+from hflow_rt.manifest import MANIFEST, MODEL, BundledFile, Latent, Manifest
+from hflow_rt.models.checkpoint import load_model, read_metadata
+from hflow_rt.models.family import LatentModel
+from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.session import open_bundle
+
+__all__ = ["Direction", "check_bundle", "export_bundle"]
+
+Direction = Literal["forward", "inverse", "both"]
+
+
+def export_bundle(
+    checkpoint: Path,
+    output: Path,
+    images: NDArray[np.float32],
+    direction: Direction = "both",
+    progress: Callable[[str], None] = lambda text: None,
+) -> Manifest:
+    """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
+
+    images: `[N, 3, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
+    failure leaves the bundle in place, marked unverified in its manifest. Raises `CheckpointError`, `BundleError`.
+    """
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise BundleError(f"{output} exists and is not a bundle; choose another --out")
+    model, metadata = load_model(checkpoint), read_metadata(checkpoint)
+    with atomic_directory(output) as folder:
+        shutil.copyfile(checkpoint, folder / MODEL)
+        weights = sha256(folder / MODEL)
+        specs = model.graphs()
+        needed = {"forward", "inverse"} if direction == "both" else {direction}
+        if missing := sorted(needed - specs.keys()):
+            raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
+        if direction == "inverse":
+            specs = {"inverse": specs["inverse"]}
+        elif direction == "forward":  # with the graphs of other spaces, which serve interpolation
+            specs = {name: spec for name, spec in specs.items() if name != "inverse"}
+        graphs = {}
+        for name, spec in specs.items():
+            progress(f"writing {name}.onnx")
+            notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes)
+        manifest = Manifest(
+            family=metadata["family"],
+            config=metadata["config"],
+            resolution=model.resolution,
+            latents=tuple(
+                Latent(name=name, shape=shape, prior_std=model.prior_std()[name])
+                for name, shape in model.latent_shapes().items()
+            ),
+            spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
+            graphs=graphs,
+            opset=OPSET,
+            tools={"hflow-rt": __version__, **_versions("torch", "onnx", "onnxscript", "onnxruntime")},
+            checkpoint={
+                "sha256": weights,
+                **{key: value for key, value in metadata.items() if key not in ("family", "config")},
+            },
+            files={
+                path.name: BundledFile(sha256=sha256(path), bytes=path.stat().st_size)
+                for path in sorted(folder.iterdir())
+            },
+        )
+        manifest = _checked(Bundle(folder, manifest), model, images, "onnx", "cpu", progress)
+        (folder / MANIFEST).write_text(manifest.dump())
+    return manifest
+
+
+def check_bundle(
+    bundle: Bundle,
+    images: NDArray[np.float32],
+    backend: str = "onnx",
+    device: str = "auto",
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Run the parity check on a finished bundle and return its report.
+
+    The report of the `onnx` backend, the one that ships graphs, is written into the manifest.
+    """
+    for name in bundle.manifest.files:
+        bundle.file(name)
+    manifest = _checked(bundle, load_model(bundle.model), images, backend, device, progress)
+    assert manifest.parity is not None
+    if backend == "onnx":
+        with atomic_file(bundle.path / MANIFEST) as temporary:
+            temporary.write_text(manifest.dump())
+    return manifest.parity
+
+
+def _checked(
+    bundle: Bundle,
+    model: LatentModel,
+    images: NDArray[np.float32],
+    backend: str,
+    device: str,
+    progress: Callable[[str], None],
+) -> Manifest:
+    report = run_parity(model, open_bundle(bundle, backend, device), images, progress=progress)
+    return bundle.manifest.model_copy(update={"parity": report, "verified": report["passed"]})
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

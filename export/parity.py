@@ -1,0 +1,170 @@
+"""Is the engine the model? Every graph against the torch reference in float64, on the same inputs.
+
+The tolerance is measured, not chosen: an engine may be at most `FACTOR` times as far from float64 as torch's own
+float32 is on these inputs, plus one part in a million of the output's scale.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hflow_rt.errors import DataError
+from hflow_rt.models.family import LatentModel
+from hflow_rt.runtime.noise import draw_latents
+from hflow_rt.runtime.session import Session
+
+__all__ = ["FACTOR", "STDS", "compare", "failures", "run_parity"]
+
+FACTOR = 4.0
+STDS = (0.5, 0.7, 1.0)
+BATCHES = (1, 3)
+Array = NDArray[Any]
+
+
+def run_parity(
+    model: LatentModel,
+    session: Session,
+    images: Array,
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Compare every direction the bundle has; returns a JSON-ready report with `passed`.
+
+    images: float32 `[N, 3, R, R]` in [0, 1], N at least 1. Raises `DataError` if there is nothing to compare.
+    """
+    if len(images) < 1:
+        raise DataError("parity needs at least one image")
+    reference, single = _double(model), model.float().eval()
+    names = list(session.latent_shapes)
+    report: dict[str, Any] = {"backend": session.backend, "reference": "torch float64", "factor": FACTOR, "graphs": {}}
+    graphs = session.manifest.graphs
+
+    if "forward" in graphs:
+        progress("forward: latents to image")
+        report["graphs"]["forward"] = []
+        for batch in BATCHES:
+            for std in STDS:
+                stds = dict.fromkeys(names, std)
+                latents = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(batch), stds)
+                exact, plain = _decode(reference, latents), _decode(single, latents)
+                outputs = {"image": compare(session.forward(latents), exact, plain, picture=True)}
+                report["graphs"]["forward"].append({"batch": batch, "std": std, "outputs": outputs})
+    if "inverse" in graphs:
+        progress("inverse: image to latents")
+        report["graphs"]["inverse"] = []
+        for batch in BATCHES:
+            chosen = images[np.arange(batch) % len(images)]
+            exact_all, plain_all = _encode(reference, chosen), _encode(single, chosen)
+            encoded = session.inverse(chosen)
+            found = {**encoded.latents, "log_prob": encoded.log_prob}
+            outputs = {name: compare(found[name], exact_all[name], plain_all[name]) for name in found}
+            dimensions = chosen[0].size * math.log(2)
+            bits = float(np.abs(found["log_prob"] - exact_all["log_prob"]).max()) / dimensions
+            report["graphs"]["inverse"].append({"batch": batch, "bits_per_dim_difference": bits, "outputs": outputs})
+    if "forward" in graphs and "inverse" in graphs:
+        progress("round trips")
+        report["round_trip"] = list(_round_trips(session, images, names, seed))
+    _set_bounds(report)
+    report["failures"] = failures(report)
+    report["passed"] = not report["failures"]
+    return report
+
+
+def compare(found: Array, exact: Array, plain: Array, picture: bool = False) -> dict[str, Any]:
+    """Errors of `found` against float64 `exact`, beside those of torch float32 `plain`."""
+    error = np.abs(found.astype(np.float64) - exact)
+    own = float(np.abs(plain.astype(np.float64) - exact).max())
+    scale = float(np.abs(exact).max())
+    relative = error / np.maximum(np.abs(exact), 1e-6 * max(scale, 1e-30))
+    entry: dict[str, Any] = {
+        "max": float(error.max()),
+        "mean": float(error.mean()),
+        "p99.9": float(np.quantile(error, 0.999)),
+        "relative_max": float(relative.max()),
+        "relative_mean": float(relative.mean()),
+        "relative_p99.9": float(np.quantile(relative, 0.999)),
+        "nan": int(np.isnan(found).sum()),
+        "torch_float32_max": own,
+        "scale": scale,
+        "elements": int(error.size),
+    }
+    if picture:
+        entry["psnr_db"] = _psnr(error)
+        entry["uint8_differs"] = float((np.rint(found * 255.0) != np.rint(exact * 255.0)).mean())
+    return entry
+
+
+def _set_bounds(report: Mapping[str, Any]) -> None:
+    """Bound each output by what torch float32 does over all cases of its graph: one case may be exact by luck."""
+    for cases in report["graphs"].values():
+        for name in cases[0]["outputs"]:
+            entries = [case["outputs"][name] for case in cases]
+            own = max(entry["torch_float32_max"] for entry in entries)
+            for entry in entries:
+                entry["bound"] = FACTOR * own + 1e-6 * entry["scale"]
+
+
+def failures(report: Mapping[str, Any]) -> list[str]:
+    """One line for each output beyond its bound; comparing nothing is a failure, and so is NaN."""
+    lines = []
+    for graph, cases in report["graphs"].items():
+        for case in cases:
+            for name, entry in case["outputs"].items():
+                where = f"{graph}.{name} at batch {case['batch']}" + (f", std {case['std']}" if "std" in case else "")
+                if entry["nan"]:
+                    lines.append(f"{where}: {entry['nan']} NaN")
+                elif not entry["max"] <= entry["bound"]:
+                    lines.append(f"{where}: error {entry['max']:.3g} above {entry['bound']:.3g}")
+    for trip in report.get("round_trip", []):
+        if trip["path"] == "image" and not trip["uint8_differs"] == 0:
+            lines.append(f"image -> latents -> image changes {trip['uint8_differs']:.2%} of the 8-bit values")
+    if not any(cases for cases in report["graphs"].values()):
+        lines.append("nothing was compared: the bundle has neither direction")
+    return lines
+
+
+def _round_trips(session: Session, images: Array, names: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
+    for batch in BATCHES:
+        chosen = images[np.arange(batch) % len(images)]
+        back = session.forward(session.inverse(chosen).latents)
+        error = np.abs(back.astype(np.float64) - chosen)
+        differs = float((np.rint(back * 255.0) != np.rint(chosen * 255.0)).mean())
+        yield {"path": "image", "batch": batch, "max": float(error.max()), "psnr_db": _psnr(error), "uint8_differs": differs}
+    # informative only: a latent list may hold more numbers than an image, and then this is not the identity
+    stds = dict.fromkeys(names, 0.7)
+    latents = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(1), stds)
+    again = session.inverse(session.forward(latents)).latents
+    yield {"path": "latents", "batch": 1, "max": {n: float(np.abs(again[n] - latents[n]).max()) for n in names}}
+
+
+def _psnr(error: Array) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 1; 999 stands for equal."""
+    square = float(np.square(error).mean())
+    return 999.0 if square == 0 else -10 * math.log10(square)
+
+
+def _double(model: LatentModel) -> LatentModel:
+    import copy
+
+    return copy.deepcopy(model).double().eval()
+
+
+def _dtype(model: LatentModel) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+@torch.no_grad()
+def _decode(model: LatentModel, latents: Mapping[str, Array]) -> Array:
+    found: Array = model.decode({n: torch.from_numpy(v).to(_dtype(model)) for n, v in latents.items()}).numpy()
+    return found
+
+
+@torch.no_grad()
+def _encode(model: LatentModel, images: Array) -> dict[str, Array]:
+    encoding = model.encode(torch.from_numpy(images).to(_dtype(model)))
+    return {**{n: v.numpy() for n, v in encoding.latents.items()}, "log_prob": encoding.log_prob.numpy()}

@@ -1,0 +1,100 @@
+"""The manifest of a bundle: what an exported model is, so that it can be run without its training code."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hflow_rt.errors import BundleError
+
+__all__ = ["MANIFEST", "MODEL", "SCHEMA", "BundledFile", "Graph", "Latent", "Manifest", "Tensor", "read_manifest"]
+
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+SCHEMA = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tensor(_Entry):
+    """A named tensor of a graph; `shape` is without the batch axis, which is always first and dynamic."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["float32"] = "float32"
+    range: tuple[float, float] | None = None
+
+
+class Graph(_Entry):
+    """One direction of the model."""
+
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    batch: tuple[int, int] = Field(description="smallest and largest batch of one call")
+    operators: dict[str, int]
+
+
+class Latent(_Entry):
+    """A latent and its prior, in the order coarse to fine."""
+
+    name: str
+    shape: tuple[int, ...]
+    prior_std: float
+
+
+class BundledFile(_Entry):
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(_Entry):
+    """Everything the runtime needs to know."""
+
+    schema_version: Literal[1] = 1
+    family: str
+    config: dict[str, Any]
+    resolution: int
+    latents: tuple[Latent, ...]
+    spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
+    graphs: dict[str, Graph]
+    precision: Literal["fp32"] = "fp32"
+    opset: int
+    tools: dict[str, str]
+    checkpoint: dict[str, Any] = Field(description="sha256 of the weights and what training said of them")
+    files: dict[str, BundledFile]
+    parity: dict[str, Any] | None = None
+    verified: bool = False
+
+    @property
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape without batch, coarse to fine."""
+        return {latent.name: latent.shape for latent in self.latents}
+
+    @property
+    def prior_std(self) -> dict[str, float]:
+        """Name to std at temperature 1."""
+        return {latent.name: latent.prior_std for latent in self.latents}
+
+    def dump(self) -> str:
+        """The JSON text of the manifest file."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Parse a bundle's manifest. Raises `BundleError` if it is missing, broken or of another version."""
+    path = bundle / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"{bundle} is not a bundle: it has no {MANIFEST}; make one with 'hflow-rt export'") from error
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise BundleError(f"{path} is broken or of another version ({where}: {first['msg']}); export again") from error

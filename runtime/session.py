@@ -1,0 +1,202 @@
+"""One way to run a bundle, whatever computes it: `load(path, backend).forward / inverse / sample`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.errors import BackendUnavailable, BundleError, DataError
+from hflow_rt.manifest import Graph, Manifest
+from hflow_rt.runtime.bundle import Bundle, find_bundle
+from hflow_rt.runtime.latents import check_latents
+from hflow_rt.runtime.noise import draw_latents, parse_std
+from hflow_rt.runtime.pictures import check_pixels, from_uint8
+
+__all__ = ["BACKENDS", "DEVICES", "Encoded", "Engine", "Session", "check_backend", "load", "open_bundle"]
+
+Array = NDArray[np.float32]
+
+# name -> (module with `open_engine`, what it is); also what the command line offers
+BACKENDS = {
+    "onnx": ("hflow_rt.runtime.onnx", "ONNX Runtime on the exported graphs"),
+    "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
+}
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Engine(Protocol):
+    """What a backend implements: run one graph on float32 arrays in the graph's order."""
+
+    @property
+    def backend(self) -> str:
+        """What really runs, e.g. `onnxruntime CPUExecutionProvider`."""
+
+    def run(self, graph: str, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs of `graph`. Raises `BundleError` where the bundle lacks it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + 8)."""
+
+    latents: dict[str, Any]
+    log_prob: Any
+
+
+class Session:
+    """A loaded model. Arrays come back as the kind that went in: numpy, or torch on the tensor's device."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.manifest: Manifest = bundle.manifest
+        self._engine = engine
+
+    @property
+    def backend(self) -> str:
+        """What actually runs."""
+        return self._engine.backend
+
+    @property
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape without batch, coarse to fine."""
+        return self.manifest.latent_shapes
+
+    @property
+    def resolution(self) -> int:
+        """Side of the image."""
+        return self.manifest.resolution
+
+    @property
+    def joined(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of latents that are one vector of some other space, and so are turned together by slerp."""
+        graphs = [self.manifest.graphs.get(into) for into, _ in self.manifest.spaces.values()]
+        return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
+
+    def forward(self, latents: Mapping[str, Any]) -> Any:
+        """Latents to images float32 `[B, 3, R, R]` in [0, 1]. Raises `DataError` for latents that do not fit."""
+        arrays, restore = _to_numpy(latents)
+        check_latents(arrays, self.latent_shapes, "these latents")
+        return restore(self._run("forward", arrays)["image"])
+
+    def inverse(self, images: Any) -> Encoded:
+        """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability."""
+        arrays, restore = _to_numpy({"image": images})
+        outputs = self._run("inverse", {"image": self._images(arrays["image"])})
+        log_prob = outputs.pop("log_prob")
+        return Encoded({name: restore(outputs[name]) for name in self.latent_shapes}, restore(log_prob))
+
+    def sample(self, n: int, std: float | str | Sequence[str] | Mapping[str, float] = 1.0, seed: int = 0) -> Array:
+        """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`."""
+        if n < 1:
+            raise DataError(f"the number of images must be at least 1, not {n}")
+        parts = [self.forward(latents) for latents in self.draw(range(n), std, seed)]
+        return np.concatenate(parts)
+
+    def draw(
+        self,
+        indices: Sequence[int],
+        std: float | str | Sequence[str] | Mapping[str, float] = 1.0,
+        seed: int = 0,
+        batch: int = 16,
+    ) -> Iterator[dict[str, Array]]:
+        """Prior latents of the images `indices` of `seed`, at most `batch` at a time."""
+        if batch < 1:
+            raise DataError(f"the batch must be at least 1, not {batch}")
+        stds = parse_std(std, self.latent_shapes)
+        for start in range(0, len(indices), batch):
+            yield draw_latents(self.latent_shapes, self.manifest.prior_std, seed, indices[start : start + batch], stds)
+
+    def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
+        """Latents with those that have another form in `space` (e.g. `y0`) replaced by it."""
+        graph, _ = self._space(space)
+        inputs = {tensor.name for tensor in self.manifest.graphs[graph].inputs}
+        return {n: v for n, v in latents.items() if n not in inputs} | self._run(graph, latents)
+
+    def from_space(self, space: str, values: Mapping[str, Array]) -> dict[str, Array]:
+        """The inverse of `into_space`."""
+        _, graph = self._space(space)
+        found = dict(values) | self._run(graph, values)
+        return {name: found[name] for name in self.latent_shapes}
+
+    def _space(self, space: str) -> tuple[str, str]:
+        if space not in self.manifest.spaces:
+            known = ", ".join(["z", *self.manifest.spaces])
+            raise DataError(f"unknown space '{space}' for this {self.manifest.family} model; known: {known}")
+        pair = self.manifest.spaces[space]
+        for graph in pair:
+            self._graph(graph)
+        return pair
+
+    def _graph(self, name: str) -> Graph:
+        if name not in self.manifest.graphs:
+            have = ", ".join(self.manifest.graphs)
+            raise BundleError(f"this bundle has no '{name}' engine (it has: {have}); export it with 'hflow-rt export'")
+        return self.manifest.graphs[name]
+
+    def _run(self, name: str, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph on any batch size: batches beyond its largest are split."""
+        graph = self._graph(name)
+        inputs = [values[tensor.name] for tensor in graph.inputs]
+        largest = graph.batch[1]
+        parts = [
+            self._engine.run(name, [array[start : start + largest] for array in inputs])
+            for start in range(0, len(inputs[0]), largest)
+        ]
+        joined = [outputs[0] if len(outputs) == 1 else np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
+
+    def _images(self, images: NDArray[Any]) -> Array:
+        side = self.resolution
+        if images.dtype == np.uint8:
+            check_pixels(images)
+            images = from_uint8(images)
+        if images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) < 1:
+            raise DataError(f"images must be float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3], not {list(images.shape)}")
+        if images.dtype != np.float32:
+            raise DataError(f"images must be float32 in [0, 1] or uint8, not {images.dtype}")
+        if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+            raise DataError("images must lie in [0, 1]; found values outside, NaN or infinity")
+        return images
+
+
+def load(path: Path | str, backend: str = "onnx", device: str = "auto") -> Session:
+    """Open the bundle (or exported run) at `path`.
+
+    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works. Raises `BundleError` for a
+    missing or changed bundle and `BackendUnavailable` for a backend or device that is not there; there is no
+    fallback.
+    """
+    check_backend(backend, device)
+    return open_bundle(find_bundle(path), backend, device)
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Raise `BackendUnavailable` for names that nobody knows, before anything is read."""
+    if backend not in BACKENDS:
+        raise BackendUnavailable(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
+    if device not in DEVICES:
+        raise BackendUnavailable(f"unknown device '{device}'; known: {', '.join(DEVICES)}")
+
+
+def open_bundle(bundle: Bundle, backend: str, device: str) -> Session:
+    """`load` for a bundle that was found already."""
+    import importlib
+
+    module = importlib.import_module(BACKENDS[backend][0])
+    return Session(bundle, module.open_engine(bundle, device))
+
+
+def _to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Numpy views of the inputs, and a function that gives results the kind and device of the first input."""
+    first = next(iter(arrays.values()), None)
+    if isinstance(first, np.ndarray) or first is None:
+        return dict(arrays), lambda array: array
+    if type(first).__module__.partition(".")[0] == "torch":
+        import torch
+
+        device = first.device
+        return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)
+    raise DataError(f"arrays must be numpy or torch, not {type(first).__name__}")

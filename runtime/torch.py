@@ -1,0 +1,52 @@
+"""PyTorch backend: the bundled reference weights with constants folded, on any torch device."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.errors import BackendUnavailable
+from hflow_rt.runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    import torch
+
+    from hflow_rt.models.family import GraphSpec
+
+__all__ = ["TorchEngine", "open_engine"]
+
+
+class TorchEngine:
+    """Runs the same graphs that export writes, as torch modules."""
+
+    def __init__(self, graphs: "dict[str, GraphSpec]", device: "torch.device") -> None:
+        self._graphs, self._device = graphs, device
+        for graph in graphs.values():
+            graph.module.eval().to(device)
+
+    @property
+    def backend(self) -> str:
+        return f"torch {self._device}"
+
+    def run(self, graph: str, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        import torch
+
+        with torch.inference_mode():
+            tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in inputs]
+            return [output.cpu().numpy() for output in self._graphs[graph].module(*tensors)]
+
+
+def open_engine(bundle: Bundle, device: str) -> TorchEngine:
+    """The engine on `device`; `auto` takes CUDA where it is. Raises `BackendUnavailable`."""
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendUnavailable("the torch backend needs PyTorch: pip install 'hflow-rt[train]'") from error
+    from hflow_rt.models.checkpoint import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("torch finds no CUDA device here; install a CUDA build and driver, or use --device cpu")
+    return TorchEngine(load_model(bundle.model).graphs(), torch.device(device))

@@ -7,10 +7,10 @@ __all__ = ["demo_images"]
 
 
 def demo_images() -> Path:
-    """Path of a zip of 64x64 emoji (`train/`, `test/`; split by emoji family), for a first run without any data.
+    """Path of a zip of 64x64 emoji (`train/`, `test/`; split by emoji family), for a first run without data.
 
-    Source: Microsoft Fluent emoji, composited on white; evenly spaced 600 of the sorted training names and all
-    105 test images of the full set. Licence: MIT, Copyright (c) Microsoft Corporation (`EMOJI-LICENSE.txt` beside
-    the zip, `LICENSE.txt` inside).
+    Source: Microsoft Fluent emoji, composited on white: 600 training images, evenly spaced in the sorted
+    names of the full set's 3157, and all 105 test images. Licence: MIT, Copyright (c) Microsoft Corporation
+    (`EMOJI-LICENSE.txt` beside the zip, `LICENSE.txt` inside).
     """
     return Path(str(files(__name__) / "emoji.zip"))

@@ -1,0 +1,83 @@
+"""`hflow-rt dataset`: turn a folder, zip or tar of images into one training file."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+
+if TYPE_CHECKING:
+    from hflow_rt.data.dataset import Progress
+
+__all__ = ["CropChoice", "dataset"]
+
+
+class CropChoice(StrEnum):
+    """How an image that is not square is treated."""
+
+    CENTER = "center"
+    NONE = "none"
+
+
+@app.command()
+def dataset(
+    source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images (anything Pillow reads).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .npy.")],
+    resolution: Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")],
+    crop: Annotated[
+        CropChoice, typer.Option(help="center, or none: skip oblong images.")
+    ] = CropChoice.CENTER,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the first unusable file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Turn a folder, zip or tar of images into one file to train on.
+
+    Transparency becomes white, grey becomes RGB, EXIF orientation is obeyed. Files that are no images, are
+    broken or smaller than the resolution are skipped and counted.
+
+    Example: hflow-rt dataset photos.zip -o photos-128.npy --resolution 128
+    """
+    from hflow_rt.data.dataset import build_dataset
+
+    with _progress_bar() as progress:
+        info = build_dataset(source, output, resolution, crop.value, strict, progress)
+    size = output.stat().st_size
+    if as_json:
+        summary = {"path": str(output), "bytes": size, **info.model_dump(exclude={"names"})}
+        typer.echo(json.dumps(summary))
+        return
+    typer.echo(f"{info.count} images of {resolution}x{resolution} in {output} ({size / 1e6:.1f} MB)")
+    for reason, count in info.skipped.items():
+        typer.echo(f"skipped {count}: {reason}")
+    typer.echo(f"next: hflow-rt train --data {output}")
+
+
+@contextmanager
+def _progress_bar() -> Iterator["Progress | None"]:
+    """A bar with rate and time left on stderr; none where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} files/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, rate="-")
+
+        def advance(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.0f}" if speed else "-")
+
+        yield advance

@@ -20,7 +20,7 @@ class LevelConfig(ModelConfig):
     """One level: its target's shape, the flow over it, and the encoder and decoder between it and the next coarser."""
 
     resolution: PositiveInt
-    channels: int = Field(ge=2, description="channels of the target the flow models")
+    channels: PositiveInt = Field(description="channels of the target the flow models")
     loss_weight: float = 1.0
     prior_std: float = Field(default=1.0, gt=0)
     noise: float | None = Field(default=None, gt=0, description="posterior std relative to the data's; None for none")
@@ -59,6 +59,8 @@ class LevelConfig(ModelConfig):
                 raise ValueError(f"split '{split}' needs a resolution divisible by {PERIODS[split]}, not {self.resolution}")
             if split in ("lblocks", "hblocks", "vhalfs", "hhalfs") and not self.uses_unet(split):
                 raise ValueError(f"split '{split}' exists only with a UNet coupling net")
+        if "channels" in split_steps(self.split, self.steps) and self.channels < 2:
+            raise ValueError("split 'channels' needs at least 2 channels")
         if self.coupling_channels % 2:
             raise ValueError(f"coupling_channels must be even, not {self.coupling_channels}")
         return self

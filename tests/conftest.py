@@ -1,0 +1,75 @@
+"""A tiny hflow model, its run folder and its exported bundle, made once for all tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+TINY: dict[str, Any] = {
+    "levels": [
+        {
+            "resolution": 16, "channels": 3, "steps": 2, "split": "blocks-channels", "coupling_channels": 8,
+            "encoder_channels": 6, "decoder_channels": 6, "condition_channels": 4,
+        },
+        {
+            "resolution": 8, "channels": 4, "steps": 2, "split": "channels", "coupling_channels": 8, "noise": 0.2,
+            "encoder_channels": 6, "decoder_channels": 8, "condition_channels": 4, "skip_channels": 3,
+            "style": True, "norm": True,
+        },
+    ],
+    "end": {
+        "channels": [2, 6], "condition_channels": [4], "steps": [2, 2], "coupling_channels": [8, 8],
+        "hidden_from_style": [0, 2], "hidden_from_base": [0, 8],
+    },
+    "style_channels": 8,
+}  # fmt: skip
+
+
+def photographs(count: int, resolution: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Smooth colour images uint8 `[N, 3, R, R]`, all different."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 1, resolution)
+    corners = rng.uniform(0, 255, (count, 3, 4, 1, 1))
+    x, y = ramp[None, None, None, :], ramp[None, None, :, None]
+    mixed = (
+        corners[:, :, 0] * (1 - x) * (1 - y) + corners[:, :, 1] * x * (1 - y)
+        + corners[:, :, 2] * (1 - x) * y + corners[:, :, 3] * x * y
+    )  # fmt: skip
+    return np.rint(mixed).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, Any]:
+    return json.loads(json.dumps(TINY))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    """Eval mode, initialised on images, with nothing left at zero."""
+    torch = pytest.importorskip("torch")
+    from hflow_rt.models.checkpoint import build_model
+
+    torch.manual_seed(0)
+    model = build_model("hflow", TINY)
+    for parameter in model.parameters():
+        if parameter.detach().abs().max() == 0:
+            parameter.data = 0.05 * torch.randn(parameter.shape)
+    model.initialize(torch.from_numpy(photographs(16, 16)), torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with weights and an exported, verified bundle. Copy it before changing anything."""
+    from hflow_rt.export.bundle import export_bundle
+    from hflow_rt.models.checkpoint import save_model
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    save_model(run / "model.safetensors", "hflow", tiny_model, tiny_model.state_dict(), {"images": 0})
+    images = photographs(4, 16, seed=1).astype(np.float32) / 255
+    manifest = export_bundle(run / "model.safetensors", run / "bundle", images)
+    assert manifest.verified, manifest.parity
+    return run

@@ -1,0 +1,202 @@
+"""Export writes graphs that are the model (A10), clean, complete and atomically."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from hflow_rt.errors import BundleError, CheckpointError, HFlowError
+from hflow_rt.export import bundle as export_module
+from hflow_rt.export.bundle import check_bundle, export_bundle
+from hflow_rt.export.onnx import export_graph
+from hflow_rt.export.parity import compare, failures, run_parity
+from hflow_rt.manifest import read_manifest
+from hflow_rt.models.family import GraphSpec, TensorSpec
+from hflow_rt.runtime import load
+from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.session import open_bundle
+
+IMAGES = np.random.default_rng(0).uniform(0, 1, (3, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a10_engines_are_the_model(tiny_run: Path, tiny_model: Any, batch: int) -> None:
+    session = load(tiny_run)
+    reference = tiny_model.float()
+    images = np.random.default_rng(batch).uniform(0, 1, (batch, 3, 16, 16)).astype(np.float32)
+    encoded = session.inverse(images)
+    with torch.no_grad():
+        expected = reference.encode(torch.from_numpy(images))
+        decoded = reference.decode({n: torch.from_numpy(z) for n, z in encoded.latents.items()})
+    assert list(encoded.latents) == list(expected.latents) == ["end0", "end1", "z1", "z0"]
+    for name, latent in encoded.latents.items():
+        assert np.abs(latent - expected.latents[name].numpy()).max() < 1e-4
+    assert np.abs(encoded.log_prob - expected.log_prob.numpy()).max() < 1e-4 * np.abs(encoded.log_prob).max()
+    image = session.forward(encoded.latents)
+    assert np.abs(image - decoded.numpy()).max() < 5e-4
+    assert np.abs(image - images).max() < 1e-3
+    assert (np.rint(image * 255) == np.rint(images * 255)).all()
+
+
+def test_graphs_are_clean(tiny_run: Path) -> None:
+    manifest = read_manifest(tiny_run / "bundle")
+    assert set(manifest.graphs) == {"forward", "inverse", "end_forward", "end_inverse"}
+    for name, graph in manifest.graphs.items():
+        proto = onnx.load(tiny_run / "bundle" / graph.file)
+        onnx.checker.check_model(proto, full_check=True)
+        counts = graph.operators
+        assert counts == {op: sum(n.op_type == op for n in proto.graph.node) for op in counts}
+        assert not counts.keys() & {"ScatterND", "MatMul", "Einsum", "Identity", "RandomNormalLike", "Where", "Gather"}
+        assert counts.get("Shape", 0) <= 8, f"{name}: {counts}"
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        assert metadata["family"] == "hflow"
+        assert metadata["direction"] == name
+        assert "/" not in "".join(p.value for n in proto.graph.node for p in n.metadata_props).replace("/ops", "")
+        for tensor in (*proto.graph.input, *proto.graph.output):
+            sides = tensor.type.tensor_type.shape.dim
+            assert sides[0].dim_param
+            assert all(side.dim_value for side in sides[1:])
+
+
+def test_spaces_go_there_and_back(tiny_run: Path) -> None:
+    session = load(tiny_run)
+    latents = session.inverse(IMAGES).latents
+    inside = session.into_space("y0", latents)
+    assert set(inside) == {"y_end", "z1", "z0"}
+    back = session.from_space("y0", inside)
+    for name, value in latents.items():
+        np.testing.assert_allclose(back[name], value, atol=1e-5)
+
+
+def test_folded_model_is_the_model(tiny_model: Any) -> None:
+    """Folding changes only rounding: a folded copy kept in float64 agrees to 1e-10."""
+    import copy
+
+    from hflow_rt.layers.fold import fold_children
+
+    double = copy.deepcopy(tiny_model).double().eval()
+    folded = copy.deepcopy(double)
+    fold_children(folded)
+    images = torch.from_numpy(IMAGES).double()
+    with torch.no_grad():
+        a, b = double.encode(images), folded.encode(images)
+        for name in a.latents:
+            assert (a.latents[name] - b.latents[name]).abs().max() < 1e-10
+        assert (a.log_prob - b.log_prob).abs().max() < 1e-8
+        assert (double.decode(a.latents) - folded.decode(a.latents)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("direction", "graphs"), [("forward", {"forward", "end_forward", "end_inverse"}), ("inverse", {"inverse"})])
+def test_one_direction(tiny_run: Path, tmp_path: Path, direction: Any, graphs: set[str]) -> None:
+    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, direction)
+    assert set(manifest.graphs) == graphs
+    assert manifest.verified
+    other = {"forward": "inverse", "inverse": "forward"}[direction]
+    session = load(tmp_path / "b")
+    with pytest.raises(BundleError, match=f"no '{other}' engine"):
+        _ = session.inverse(IMAGES) if other == "inverse" else session.sample(1)
+
+
+def test_parity_catches_a_changed_engine(tiny_run: Path, tmp_path: Path, tiny_model: Any) -> None:
+    """Move one weight of the engine by one percent: the check must fail, say where, and unverify the bundle."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "bundle" / "forward.onnx"
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4 and t.dims[0] == 8)
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values.flat[np.abs(values).argmax()] *= 1.01
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(proto, path)
+    _trust(run / "bundle", "forward.onnx")
+    bundle = find_bundle(run)
+    report = check_bundle(bundle, IMAGES, "onnx", "cpu")
+    assert not report["passed"]
+    assert any("forward.image" in line for line in report["failures"])
+    assert not read_manifest(run / "bundle").verified
+    assert run_parity(tiny_model, open_bundle(bundle, "torch", "cpu"), IMAGES)["passed"]
+
+
+def test_parity_knows_nan_and_nothing() -> None:
+    exact = np.linspace(0, 1, 50).reshape(1, 50)
+    broken = exact.astype(np.float32)
+    broken[0, 3] = np.nan
+    entry = compare(broken, exact, exact.astype(np.float32))
+    entry["bound"] = 1.0
+    report = {"graphs": {"forward": [{"batch": 1, "outputs": {"image": entry}}]}}
+    assert failures(report) == ["forward.image at batch 1: 1 NaN"]
+    assert "nothing was compared" in failures({"graphs": {}})[0]
+
+
+def test_check_refuses_a_changed_byte(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    data = bytearray((run / "bundle" / "inverse.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "bundle" / "inverse.onnx").write_bytes(bytes(data))
+    with pytest.raises(BundleError, match=r"inverse.onnx was changed after export \(sha256"):
+        check_bundle(find_bundle(run), IMAGES)
+
+
+def test_an_interrupted_export_leaves_nothing(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "run_parity", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, "inverse")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_keeps_an_unverified_bundle(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hflow_rt.export.parity.FACTOR", 0.0)
+    monkeypatch.setattr("hflow_rt.export.parity._set_bounds", _no_slack)
+    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, "inverse")
+    assert not manifest.verified
+    assert not read_manifest(tmp_path / "b").verified
+
+
+def _no_slack(report: Any) -> None:
+    for cases in report["graphs"].values():
+        for case in cases:
+            for entry in case["outputs"].values():
+                entry["bound"] = 0.0
+
+
+def test_export_refuses_to_replace_something_else(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.txt").write_text("keep me")
+    with pytest.raises(BundleError, match="is not a bundle; choose another"):
+        export_bundle(tiny_run / "model.safetensors", tmp_path / "photos", IMAGES)
+    assert (tmp_path / "photos" / "cat.txt").read_text() == "keep me"
+
+
+def test_export_refuses_bad_checkpoints(tiny_run: Path, tmp_path: Path) -> None:
+    whole = (tiny_run / "model.safetensors").read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        export_bundle(cut, tmp_path / "b", IMAGES)
+    assert not (tmp_path / "b").exists()
+
+
+def test_export_refuses_unfolded_operators(tmp_path: Path) -> None:
+    class Determinant(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (torch.linalg.det(x),)
+
+    spec = GraphSpec("forward", Determinant(), (TensorSpec("x", (3, 3)),), (TensorSpec("y", ()),))
+    with pytest.raises(HFlowError, match="still holds Det"):
+        export_graph(spec, tmp_path / "x.onnx", {})
+
+
+def _trust(bundle: Path, name: str) -> None:
+    """Rewrite the manifest so that the file as it is now counts as exported."""
+    from hflow_rt.files import sha256
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": sha256(bundle / name), "bytes": (bundle / name).stat().st_size}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))

@@ -1,9 +1,9 @@
 """Where a training run keeps its files, and how the latest run is found. Needs no torch.
 
-    runs/NAME/run.json                     what `RunConfig` holds, and under "run" the data it saw
-              model.safetensors            averaged weights, rewritten with every checkpoint
-              checkpoints/000012800/       all that resuming needs, by images seen
-              tensorboard/  samples/       for people
+runs/NAME/run.json                     what `RunConfig` holds, and under "run" the data it saw
+          model.safetensors            averaged weights, rewritten with every checkpoint
+          checkpoints/000012800/       all that resuming needs, by images seen
+          tensorboard/  samples/       for people
 """
 
 from __future__ import annotations
@@ -79,5 +79,7 @@ def read_run(run: Path | str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); copy it again or train again") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must hold an object, not a {type(found).__name__}; copy it again or train again")
+        raise CheckpointError(
+            f"{path} must hold an object, not a {type(found).__name__}; copy it again or train again"
+        )
     return found

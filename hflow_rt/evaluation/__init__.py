@@ -1,0 +1,1 @@
+"""Measuring a model on images it was not trained on."""

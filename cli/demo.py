@@ -1,0 +1,113 @@
+"""`hflow-rt demo`: everything once, on the images that ship, with a page to look at."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import say_next
+
+if TYPE_CHECKING:
+    from hflow_rt.runtime.session import Session
+
+_STDS = (0.4, 0.7, 1.0)
+_COLUMNS = 10
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(help="How long to train.")] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/hflow-demo-DATE-TIME.", show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help="Images; by default the bundled ones.", show_default=False)] = None,
+) -> None:
+    """Train the small model, export and check it, sample, encode and interpolate; writes a page with the pictures.
+
+    Example: hflow-rt demo --minutes 2
+    """
+    from hflow_rt.cli.export import export
+    from hflow_rt.cli.train import train
+    from hflow_rt.runs import new_run, read_run
+    from hflow_rt.runtime import load
+
+    run = out or new_run("hflow-demo")
+    train(preset="hflow-demo", data=data, out=run, minutes=minutes)
+    export(run=run)
+    session = load(run, "onnx", "cpu")
+    page = run / "demo"
+    pictures = _draw(session, page, data)
+    _write_page(page / "index.html", session, read_run(run), pictures)
+    print(f"the page: {page / 'index.html'}; the pictures: {', '.join(pictures)} beside it")
+    say_next("hflow-rt sample --std 0.7", "hflow-rt interpolate -o walk.gif", "hflow-rt train --preset hflow-64 --data YOUR_IMAGES.zip")
+
+
+def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
+    """Write every picture; returns file name to caption."""
+    import numpy as np
+
+    from hflow_rt.assets import demo_images
+    from hflow_rt.data.dataset import open_dataset
+    from hflow_rt.runtime.latents import concatenate, interpolate, ping_pong
+    from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.video import save_animation
+
+    rows = [(f"std {std}", to_uint8(session.sample(_COLUMNS, std))) for std in _STDS]
+    save_image(page / "samples.png", labelled_rows(rows))
+
+    images = open_dataset(data or demo_images(), session.resolution)
+    held_out = images.split()[1]
+    chosen = held_out[:: max(1, len(held_out) // _COLUMNS)][:_COLUMNS]
+    pixels = images.pixels(chosen).astype(np.float32) / 255
+    latents = session.inverse(pixels).latents
+    detail = list(session.latent_shapes)[-1]
+    coarse = latents | {detail: np.zeros_like(latents[detail])}
+    rows = [
+        ("held out", to_uint8(pixels)),
+        ("decoded", to_uint8(session.forward(latents))),
+        (f"{detail} = 0", to_uint8(session.forward(coarse))),
+    ]
+    save_image(page / "reconstruction.png", labelled_rows(rows))
+
+    first, second = ({name: values[i : i + 1] for name, values in latents.items()} for i in (0, min(4, len(chosen) - 1)))
+    walks = []
+    for space in ("z", *session.manifest.spaces):
+        ends = (first, second) if space == "z" else tuple(session.into_space(space, end) for end in (first, second))
+        path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, "slerp" if space == "z" else "lerp"))
+        walks.append((f"in {space}", to_uint8(session.forward(path if space == "z" else session.from_space(space, path)))))
+    save_image(page / "interpolation.png", labelled_rows(walks))
+    frames = concatenate(interpolate(first, second, 24, "slerp"))
+    big = to_uint8(session.forward(frames)).repeat(4, 1).repeat(4, 2)
+    save_animation(page / "interpolation.gif", big[ping_pong(24)], 12)
+    return {
+        "samples.png": "Samples of the exported engine: the same noise at three temperatures.",
+        "reconstruction.png": f"Images the model never saw, encoded and decoded again; last row without the finest latent {detail}.",
+        "interpolation.png": "Between two held-out images, in every space the model offers.",
+        "interpolation.gif": "The same walk as a loop.",
+    }
+
+
+def _write_page(path: Path, session: "Session", run: dict[str, Any], pictures: dict[str, str]) -> None:
+    import html
+    import json
+
+    from hflow_rt.files import atomic_file
+
+    manifest = session.manifest
+    assert manifest.parity is not None
+    facts = json.dumps(manifest.checkpoint, indent=1)
+    verdict = "verified: the engines are the model" if manifest.verified else "NOT VERIFIED: " + "; ".join(manifest.parity["failures"])
+    figures = "\n".join(
+        f'<figure><img src="{name}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for name, caption in pictures.items()
+    )
+    text = f"""<!doctype html>
+<meta charset="utf-8"><title>hflow-rt demo</title>
+<style>body{{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}
+img{{max-width:100%;image-rendering:pixelated}}figure{{margin:2em 0}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
+<h1>{html.escape(manifest.family)} {manifest.resolution}x{manifest.resolution}, run {html.escape(path.parents[1].name)}</h1>
+<p>Engines: {html.escape(', '.join(manifest.graphs))} on {html.escape(session.backend)}; {html.escape(verdict)}.</p>
+{figures}
+<h2>Training</h2><pre>{html.escape(facts)}</pre>
+"""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)

@@ -1,0 +1,51 @@
+"""When a loss or a gradient is no longer a number: say where, and what to try."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from hflow_rt.errors import TrainingError
+from hflow_rt.training.batches import Place
+from hflow_rt.training.config import TrainingConfig
+
+__all__ = ["TERM", "broken_values", "diverged"]
+
+TERM = "terms/"  # starts the tag of each named part of a loss, such as a level
+
+
+def broken_values(logged: Mapping[str, float]) -> list[str]:
+    """`tag is value` for everything that is not finite; if parts of the loss are, only these."""
+    broken = {tag: value for tag, value in logged.items() if not math.isfinite(value)}
+    parts = {tag: value for tag, value in broken.items() if tag.startswith(TERM)}
+    return [f"{tag.removeprefix(TERM)} is {value}" for tag, value in (parts or broken).items()]
+
+
+def diverged(
+    broken: list[str],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    place: Place,
+    config: TrainingConfig,
+    checkpoint: Path | None,
+) -> TrainingError:
+    """The error for a step that was not taken, with its number, the level at fault and a remedy.
+
+    Where only the gradient is broken, the parameters are named. checkpoint: the last one, which is still good.
+    """
+    what = ", ".join(broken[:4])
+    if broken[0].startswith("gradient_norm"):
+        gradients = [(name, parameter.grad) for name, parameter in parameters if parameter.grad is not None]
+        names = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        what = f"the gradient of {', '.join(names[:3]) or 'all parameters together'}{more} is not finite"
+    after = (
+        f"go on with --resume {checkpoint}" if checkpoint else "there is no checkpoint yet, so start again"
+    )
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in config.learning_rates.items())
+    precision = "" if config.precision == "no" else " or training.precision=no"
+    return TrainingError(
+        f"loss and gradients must stay finite: at step {place.step} ({place.images} images) {what}; "
+        f"{after} and try lower training.learning_rates (now {rates}), a smaller training.grad_clip (now "
+        f"{config.grad_clip:g}){precision}"
+    )

@@ -1,0 +1,102 @@
+"""What a run tells people while it runs: a mean over recent steps, TensorBoard, progress for a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from hflow_rt.evaluation.bits import Evaluation
+
+__all__ = ["Log", "Meter", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Handed to `on_progress` after every step, and with an `evaluation` after each of these.
+
+    bits_per_dim: the published bound on recent training batches. seconds_left: None while nobody can tell.
+    """
+
+    step: int
+    images: int
+    total_images: int
+    images_per_second: float
+    seconds_left: float | None
+    loss: float
+    bits_per_dim: float
+    evaluation: Evaluation | None = None
+
+
+class Meter:
+    """Means over the steps since the last `reset`, and the rate of training over the whole session."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self.reset()
+
+    def add(self, values: Mapping[str, float], images: int, seconds: float) -> None:
+        """Count one step."""
+        self.images += images
+        self.seconds += seconds
+        self._images += images
+        self._seconds += seconds
+        self._steps += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """Mean of every value since the reset."""
+        return {name: total / self._steps for name, total in self._sums.items()}
+
+    @property
+    def recent_rate(self) -> float:
+        """Images per second since the reset."""
+        return self._images / max(self._seconds, 1e-9)
+
+    @property
+    def rate(self) -> float:
+        """Images per second of the session, without evaluations and checkpoints."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def reset(self) -> None:
+        """Start new means."""
+        self._sums: dict[str, float] = {}
+        self._images, self._seconds, self._steps = 0, 0.0, 0
+
+
+class Log:
+    """TensorBoard files; the x-axis is images seen. On a process that does not write, nothing happens."""
+
+    def __init__(self, folder: Path, images: int, writes: bool) -> None:
+        # Events after the place a run is resumed at belong to a future that will not happen.
+        self._writer = (
+            SummaryWriter(str(folder), purge_step=images or None, flush_secs=20) if writes else None
+        )
+
+    def scalars(self, values: Mapping[str, float], images: int) -> None:
+        """Add points to curves, by tag."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, images)
+
+    def evaluation(self, found: Evaluation) -> None:
+        """Add what an evaluation found."""
+        strict = {} if found.strict is None else {"bits_per_dim/held_out_strict": found.strict.mean}
+        paper = {} if found.paper is None else {"bits_per_dim/held_out_paper": found.paper}
+        self.scalars(strict | paper, found.images)
+
+    def picture(self, image: NDArray[np.uint8], images: int) -> None:
+        """Add a picture `[H, W, 3]`."""
+        if self._writer is not None:
+            self._writer.add_image("samples", image, images, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is pending."""
+        if self._writer is not None:
+            self._writer.close()

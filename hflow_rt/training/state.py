@@ -1,0 +1,154 @@
+"""Checkpoints: everything that resuming needs, in one folder that appears whole or not at all.
+
+    checkpoints/000012800/state.safetensors   model/NAME, average/NAME, adam/SLOT/NAME
+                          state.json          step, images, family, data, evaluations
+
+The weights to go on from are the raw ones, to which the optimizer's moments belong; their average is beside.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hflow_rt.errors import CheckpointError, DataError, TrainingError
+from hflow_rt.files import atomic_directory
+from hflow_rt.models.checkpoint import load_state
+from hflow_rt.models.family import LatentModel
+from hflow_rt.runs import CHECKPOINTS, checkpoints
+
+__all__ = ["find_checkpoint", "load_checkpoint", "prune", "read_about", "save_checkpoint", "set_later_aside"]
+
+_TENSORS, _ABOUT = "state.safetensors", "state.json"
+
+
+def save_checkpoint(
+    run: Path,
+    model: LatentModel,
+    average: LatentModel,
+    optimizer: torch.optim.Optimizer,
+    images: int,
+    about: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint at `images` and return its folder.
+
+    Raises `TrainingError` if a weight is not finite (nothing is written then) and `DataError` on a full disk.
+    """
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        slots = optimizer.state.get(parameter, {})
+        tensors |= {f"adam/{slot}/{name}": value for slot, value in slots.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrainingError(
+                f"weights must stay finite: {name.partition('/')[2]} is not after {images} images, so no "
+                "checkpoint was written; resume the last one with lower training.learning_rates"
+            )
+    target = run / CHECKPOINTS / f"{images:09d}"
+    with atomic_directory(target) as folder:
+        try:
+            save_file(tensors, folder / _TENSORS)
+        except SafetensorError as error:
+            raise DataError(f"cannot write {target}: {error}; free space or choose another place") from error
+        (folder / _ABOUT).write_text(json.dumps(dict(about), indent=1, allow_nan=False) + "\n")
+    return target
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, or the last one of the run at `path`. Raises `CheckpointError`."""
+    if (path / _ABOUT).is_file() or path.parent.name == CHECKPOINTS:
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no checkpoint to resume; start again with 'hflow-rt train --out NEW'"
+        )
+    return found[-1]
+
+
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises `CheckpointError`."""
+    try:
+        about = json.loads((checkpoint / _ABOUT).read_bytes())
+        for key in ("family", "step", "images", "data"):
+            about[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_broken(checkpoint, _ABOUT, error)) from error
+    return dict(about)
+
+
+def load_checkpoint(
+    checkpoint: Path, model: LatentModel, average: LatentModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Restore weights, their average and the optimizer's moments. Raises `CheckpointError`."""
+    path = checkpoint / _TENSORS
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_broken(checkpoint, _TENSORS, error)) from error
+    load_state(model, _part(tensors, "model/"), str(path))
+    load_state(average, _part(tensors, "average/"), str(path))
+    adam: dict[str, dict[str, Tensor]] = {}
+    for key, value in _part(tensors, "adam/").items():
+        slot, _, name = key.partition("/")
+        adam.setdefault(name, {})[slot] = value
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in order:
+        for slot, value in adam.get(names[parameter], {}).items():
+            if slot != "step" and value.shape != parameter.shape:
+                found, needed = list(value.shape), list(parameter.shape)
+                raise CheckpointError(
+                    f"{path}: adam/{slot}/{names[parameter]} is {found} and must be {needed}"
+                )
+    state = {
+        index: adam[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in adam
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints."""
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def set_later_aside(run: Path, images: int) -> list[Path]:
+    """Rename the checkpoints after `images`, which a run resumed there will not pass through; the new paths.
+
+    They are kept, but no longer count as the run's last.
+    """
+    moved = []
+    for later in checkpoints(run):
+        if int(later.name) > images:
+            target = later.with_name(f"aside-{later.name}")
+            number = 1
+            while target.exists():
+                number += 1
+                target = later.with_name(f"aside-{later.name}-{number}")
+            moved.append(later.rename(target))
+    return moved
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _broken(checkpoint: Path, file: str, error: Exception) -> str:
+    """One line: which file, and the checkpoint before it if there is one."""
+    if not checkpoint.is_dir():
+        return f"no checkpoint at {checkpoint}; name a run or one of its {CHECKPOINTS}/ folders"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    before = [path for path in checkpoints(checkpoint.parent.parent) if path.name < checkpoint.name]
+    remedy = f"go on from the one before with --resume {before[-1]}" if before else "train again"
+    return f"{checkpoint / file} is not a whole checkpoint ({reason}); {remedy}"

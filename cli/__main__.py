@@ -19,9 +19,6 @@ def main() -> None:
     except HFlowError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written was kept", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

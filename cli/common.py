@@ -25,6 +25,7 @@ __all__ = [
     "ModelOption",
     "StdOption",
     "locate_bundle",
+    "named",
     "open_session",
     "print_json",
     "read_pictures",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 _MODEL_HELP = "A run or a bundle; without it the latest run under ./runs."
-ModelArgument = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP, show_default=False)]
+ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default=False)]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx or torch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto for the best that works.")]
@@ -46,6 +47,8 @@ StdOption = Annotated[
 ]
 
 T = TypeVar("T")
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy")
 
 
 def locate_bundle(model: Path | None) -> "Bundle":
@@ -65,9 +68,15 @@ def open_session(model: Path | None, backend: str, device: str, quiet: bool = Fa
     session = open_bundle(bundle, backend, device)
     if not quiet:
         manifest = bundle.manifest
-        print(f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}", file=sys.stderr)
+        print(
+            f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}",
+            file=sys.stderr,
+        )
     if not bundle.manifest.verified:
-        print(f"warning: this bundle is unverified (parity failed or never ran); see 'hflow-rt check {bundle.path}'", file=sys.stderr)
+        print(
+            f"warning: this bundle is unverified (parity failed or never ran); see 'hflow-rt check {bundle.path}'",
+            file=sys.stderr,
+        )
     return session
 
 
@@ -81,10 +90,14 @@ def read_pictures(paths: Sequence[Path], resolution: int) -> tuple[list[str], "N
     names: list[str] = []
     images: list[NDArray[np.float32]] = []
     for path in paths:
-        if path.is_dir() or path.suffix in (".zip", ".tar", ".npy"):
+        if path.is_dir() or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
             from hflow_rt.data.dataset import open_dataset
 
             found = open_dataset(path, resolution)
+            skipped = {reason: count for reason, count in found.skipped.items() if reason != "not an image"}
+            if skipped:
+                counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+                print(f"{len(found)} images in {path}; not used: {counts}", file=sys.stderr)
             names += found.names
             images += list(found.pixels(range(len(found))).astype(np.float32) / 255)
         else:
@@ -107,6 +120,11 @@ def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) ->
     for index, image in enumerate(images):
         save_image(output / f"{start + index:06d}.png", Image.fromarray(image))
     return f"{output}/"
+
+
+def named(model: Path | None, option: str = "") -> str:
+    """What a next command needs to find `model` again: nothing for the latest run."""
+    return "" if model is None else f" {option}{model}"
 
 
 def say_next(*commands: str) -> None:
@@ -143,7 +161,13 @@ def tracked(items: Iterable[T], total: int, size: Callable[[T], int], label: str
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task, done = bar.add_task(label, total=total, rate=""), 0

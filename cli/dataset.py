@@ -30,9 +30,7 @@ def dataset(
     source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images (anything Pillow reads).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .npy.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")],
-    crop: Annotated[
-        CropChoice, typer.Option(help="center, or none: skip oblong images.")
-    ] = CropChoice.CENTER,
+    crop: Annotated[CropChoice, typer.Option(help="center, or none: skip oblong images.")] = CropChoice.CENTER,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the first unusable file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:

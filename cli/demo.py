@@ -18,7 +18,10 @@ _COLUMNS = 10
 @app.command()
 def demo(
     minutes: Annotated[float, typer.Option(help="How long to train.")] = 2.0,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/hflow-demo-DATE-TIME.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder; by default runs/hflow-demo-DATE-TIME.", show_default=False),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Images; by default the bundled ones.", show_default=False)] = None,
 ) -> None:
     """Train the small model, export and check it, sample, encode and interpolate; writes a page with the pictures.
@@ -38,7 +41,11 @@ def demo(
     pictures = _draw(session, page, data)
     _write_page(page / "index.html", session, read_run(run), pictures)
     print(f"the page: {page / 'index.html'}; the pictures: {', '.join(pictures)} beside it")
-    say_next("hflow-rt sample --std 0.7", "hflow-rt interpolate -o walk.gif", "hflow-rt train --preset hflow-64 --data YOUR_IMAGES.zip")
+    say_next(
+        "hflow-rt sample --std 0.7",
+        "hflow-rt interpolate -o walk.gif",
+        "hflow-rt train --preset hflow-64 --data YOUR_IMAGES.zip",
+    )
 
 
 def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
@@ -68,19 +75,26 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     ]
     save_image(page / "reconstruction.png", labelled_rows(rows))
 
-    first, second = ({name: values[i : i + 1] for name, values in latents.items()} for i in (0, min(4, len(chosen) - 1)))
+    first, second = (
+        {name: values[i : i + 1] for name, values in latents.items()} for i in (0, min(4, len(chosen) - 1))
+    )
     walks = []
     for space in ("z", *session.manifest.spaces):
         ends = (first, second) if space == "z" else tuple(session.into_space(space, end) for end in (first, second))
         path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, "slerp" if space == "z" else "lerp"))
-        walks.append((f"in {space}", to_uint8(session.forward(path if space == "z" else session.from_space(space, path)))))
+        walks.append(
+            (
+                f"in {space}",
+                to_uint8(session.forward(path if space == "z" else session.from_space(space, path))),
+            )
+        )
     save_image(page / "interpolation.png", labelled_rows(walks))
     frames = concatenate(interpolate(first, second, 24, "slerp"))
     big = to_uint8(session.forward(frames)).repeat(4, 1).repeat(4, 2)
     save_animation(page / "interpolation.gif", big[ping_pong(24)], 12)
     return {
         "samples.png": "Samples of the exported engine: the same noise at three temperatures.",
-        "reconstruction.png": f"Images the model never saw, encoded and decoded again; last row without the finest latent {detail}.",
+        "reconstruction.png": f"Images the model never saw, encoded and decoded; last: without latent {detail}.",
         "interpolation.png": "Between two held-out images, in every space the model offers.",
         "interpolation.gif": "The same walk as a loop.",
     }
@@ -95,7 +109,11 @@ def _write_page(path: Path, session: "Session", run: dict[str, Any], pictures: d
     manifest = session.manifest
     assert manifest.parity is not None
     facts = json.dumps(manifest.checkpoint, indent=1)
-    verdict = "verified: the engines are the model" if manifest.verified else "NOT VERIFIED: " + "; ".join(manifest.parity["failures"])
+    verdict = (
+        "verified: the engines are the model"
+        if manifest.verified
+        else "NOT VERIFIED: " + "; ".join(manifest.parity["failures"])
+    )
     figures = "\n".join(
         f'<figure><img src="{name}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
         for name, caption in pictures.items()
@@ -103,9 +121,11 @@ def _write_page(path: Path, session: "Session", run: dict[str, Any], pictures: d
     text = f"""<!doctype html>
 <meta charset="utf-8"><title>hflow-rt demo</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}}
-img{{max-width:100%;image-rendering:pixelated}}figure{{margin:2em 0}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
-<h1>{html.escape(manifest.family)} {manifest.resolution}x{manifest.resolution}, run {html.escape(path.parents[1].name)}</h1>
-<p>Engines: {html.escape(', '.join(manifest.graphs))} on {html.escape(session.backend)}; {html.escape(verdict)}.</p>
+img{{max-width:100%;image-rendering:pixelated}}
+figure{{margin:2em 0}}
+pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
+<h1>{html.escape(f"{manifest.family} {manifest.resolution}x{manifest.resolution}, run {path.parents[1].name}")}</h1>
+<p>Engines: {html.escape(", ".join(manifest.graphs))} on {html.escape(session.backend)}; {html.escape(verdict)}.</p>
 {figures}
 <h2>Training</h2><pre>{html.escape(facts)}</pre>
 """

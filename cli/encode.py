@@ -11,6 +11,7 @@ from hflow_rt.cli.common import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    named,
     open_session,
     print_json,
     read_pictures,
@@ -26,7 +27,9 @@ _BATCH = 16
 def encode(
     images: Annotated[list[Path], typer.Argument(help="Image files, folders or archives.")],
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the latents go (.safetensors).")] = Path("latents.safetensors"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the latents go (.safetensors).")] = Path(
+        "latents.safetensors"
+    ),
     picture: Annotated[Path | None, typer.Option(help="Also write originals over their reconstructions.")] = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
@@ -50,7 +53,11 @@ def encode(
     latents = concatenate([part.latents for part in encoded])
     log_prob = np.concatenate([part.log_prob for part in encoded])
     bits = -log_prob / (pixels[0].size * math.log(2)) + 8
-    about = {"family": session.manifest.family, "model": session.manifest.checkpoint["sha256"], "images": names}
+    about = {
+        "family": session.manifest.family,
+        "model": session.manifest.checkpoint["sha256"],
+        "images": names,
+    }
     save_latents(output, latents, about | {"log_prob": [float(value) for value in log_prob]})
     if picture is not None:
         first = {name: values[:8] for name, values in latents.items()}
@@ -62,14 +69,17 @@ def encode(
     for name, value in list(zip(names, bits, strict=True))[:8]:
         print(f"{name}: {value:.3f} bits/dim (plug-in estimate)")
     print(f"latents of {len(names)} images: {output}" + (f"; reconstruction: {picture}" if picture else ""))
-    say_next(f"hflow-rt decode {output} -o decoded.png")
+    say_next(f"hflow-rt decode {output}{named(model, '--model ')} -o decoded.png")
 
 
 @app.command()
 def decode(
     latents: Annotated[Path, typer.Argument(help="A latents file of encode or sample.")],
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each.")] = Path("decoded.png"),
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each."),
+    ] = Path("decoded.png"),
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -99,4 +109,4 @@ def decode(
         print_json({"images": count, "output": where})
         return
     print(f"{count} images: {where}")
-    say_next("hflow-rt sample --std 0.7")
+    say_next(f"hflow-rt sample{named(model)} --std 0.7")

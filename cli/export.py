@@ -13,6 +13,7 @@ from hflow_rt.cli.common import (
     JsonOption,
     ModelArgument,
     locate_bundle,
+    named,
     print_json,
     read_pictures,
     say_next,
@@ -37,10 +38,18 @@ _ImagesOption = Annotated[
 
 @app.command()
 def export(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run or a model file; without it the latest run.", show_default=False)] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run or a model file; without it the latest run.", show_default=False),
+    ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx.")] = "onnx",
-    direction: Annotated[_Direction, typer.Option(help="forward is latents to image, inverse image to latents.")] = _Direction.both,
-    output: Annotated[Path | None, typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False)] = None,
+    direction: Annotated[
+        _Direction, typer.Option(help="forward is latents to image, inverse image to latents.")
+    ] = _Direction.both,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False),
+    ] = None,
     images: _ImagesOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -68,9 +77,16 @@ def export(
     report = manifest.parity
     assert report is not None
     if json:
-        print_json({"bundle": str(folder), "graphs": list(manifest.graphs), "verified": manifest.verified, "parity": report})
+        print_json(
+            {
+                "bundle": str(folder),
+                "graphs": list(manifest.graphs),
+                "verified": manifest.verified,
+                "parity": report,
+            }
+        )
     else:
-        for name, graph in manifest.graphs.items():
+        for graph in manifest.graphs.values():
             size = manifest.files[graph.file].bytes / 1e6
             print(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
         _print_report(report)
@@ -105,7 +121,7 @@ def check(
     else:
         print(f"{bundle.path} on {report['backend']}")
         _print_report(report)
-        say_next("hflow-rt sample --std 0.7")
+        say_next(f"hflow-rt sample{named(model)} --std 0.7")
     _fail_on(report)
 
 
@@ -139,13 +155,17 @@ def _print_report(report: dict[str, Any]) -> None:
         for name in cases[0]["outputs"]:
             worst = max((case["outputs"][name] for case in cases), key=lambda entry: entry["max"] / entry["bound"])
             columns = f"{worst['max']:10.2e} {worst['torch_float32_max']:13.2e} {worst['bound']:10.2e}"
-            print(f"  {graph + ' ' + name:34s} {columns}" + (f"   {worst['psnr_db']:.0f} dB" if "psnr_db" in worst else ""))
+            print(
+                f"  {graph + ' ' + name:34s} {columns}"
+                + (f"   {worst['psnr_db']:.0f} dB" if "psnr_db" in worst else "")
+            )
         differences = [case["bits_per_dim_difference"] for case in cases if "bits_per_dim_difference" in case]
         if differences:
             print(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}")
     for trip in report.get("round_trip", []):
         if trip["path"] == "image":
-            print(f"  image -> latents -> image, batch {trip['batch']}: max {trip['max']:.2e}, {trip['uint8_differs']:.2%} of 8-bit values differ")
+            differs = f"max {trip['max']:.2e}, {trip['uint8_differs']:.2%} of 8-bit values differ"
+            print(f"  image -> latents -> image, batch {trip['batch']}: {differs}")
     print("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, print_json, say_next
+from hflow_rt.cli.common import JsonOption, ModelArgument, named, print_json, say_next
 
 
 @app.command()
@@ -24,7 +24,10 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
     found["model"] = read_metadata(weights) | {"parameters": _parameters(weights)}
     bundle = next((folder for folder in (path, path / BUNDLE) if (folder / MANIFEST).is_file()), None)
     if bundle is not None:
-        found["bundle"] = {"path": str(bundle), **read_manifest(bundle).model_dump(mode="json", exclude={"config"})}
+        found["bundle"] = {
+            "path": str(bundle),
+            **read_manifest(bundle).model_dump(mode="json", exclude={"config"}),
+        }
     if json:
         print_json(found)
         return
@@ -33,16 +36,19 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
         say_next(f"hflow-rt export {path}")
         return
     manifest = read_manifest(bundle)
-    print(f"bundle: {bundle}, {'verified' if manifest.verified else 'UNVERIFIED'}, {manifest.precision}, opset {manifest.opset}")
+    verdict = "verified" if manifest.verified else "UNVERIFIED"
+    print(f"bundle: {bundle}, {verdict}, {manifest.precision}, opset {manifest.opset}")
     print("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     for latent in manifest.latents:
         print(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
     for name, graph in manifest.graphs.items():
         counts = ", ".join(f"{count} {operator}" for operator, count in graph.operators.items())
         size = manifest.files[graph.file].bytes / 1e6
-        print(f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}")
+        print(
+            f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}"
+        )
         print(f"    {counts}")
-    say_next("hflow-rt sample --std 0.7")
+    say_next(f"hflow-rt sample{named(model)} --std 0.7")
 
 
 def _parameters(path: Path) -> int:
@@ -78,7 +84,11 @@ def doctor(json: JsonOption = False) -> None:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    facts: dict[str, Any] = {"hflow-rt": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    facts: dict[str, Any] = {
+        "hflow-rt": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
     cpu, gpu = version("onnxruntime"), version("onnxruntime-gpu")
     findings = {
         "onnx backend": _onnx_backend(cpu, gpu),
@@ -110,7 +120,9 @@ def _onnx_backend(cpu: str | None, gpu: str | None) -> str:
     import onnxruntime
 
     if not hasattr(onnxruntime, "get_available_providers"):
-        return "BROKEN: its files were removed with another package; pip install --force-reinstall --no-deps onnxruntime"
+        return (
+            "BROKEN: its files were removed with another package; pip install --force-reinstall --no-deps onnxruntime"
+        )
     providers = ", ".join(onnxruntime.get_available_providers())
     return f"onnxruntime {onnxruntime.__version__}, compiled with {providers}"
 

@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     JsonOption,
     ModelOption,
     StdOption,
+    named,
     open_session,
     print_json,
     read_pictures,
@@ -22,12 +23,19 @@ from hflow_rt.cli.common import (
 
 @app.command()
 def interpolate(
-    images: Annotated[list[Path] | None, typer.Argument(help="Two images; without them two samples are joined.", show_default=False)] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Two images; without them two samples are joined.", show_default=False),
+    ] = None,
     model: ModelOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help=".png (a strip), .gif, .webp or .mp4.")] = Path("interpolation.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help=".png (a strip), .gif, .webp or .mp4.")] = Path(
+        "interpolation.png"
+    ),
     frames: Annotated[int, typer.Option(help="From one end to the other, both included.")] = 12,
     mode: Annotated[str, typer.Option(help="lerp or slerp.")] = "lerp",
-    space: Annotated[str, typer.Option(help="z, or another space of the family (hflow: y0, the end vector itself).")] = "z",
+    space: Annotated[
+        str, typer.Option(help="z, or another space of the family (hflow: y0, the end vector itself).")
+    ] = "z",
     seed: Annotated[int, typer.Option(help="Without images: join samples 0 and 1 of this seed.")] = 0,
     std: StdOption = None,
     fps: Annotated[float, typer.Option(help="Frames per second of an animation.")] = 12.0,
@@ -50,13 +58,13 @@ def interpolate(
 
     if frames < 2:
         raise DataError(f"an interpolation needs at least 2 frames, not {frames}")
-    if images and len(images) != 2:
-        raise DataError(f"an interpolation joins two images, not {len(images)}")
     if not fps > 0:
         raise DataError(f"fps must be above 0, not {fps}")
     session = open_session(model, backend, device, quiet=json)
     if images:
         _, pixels = read_pictures(images, session.resolution)
+        if len(pixels) != 2:
+            raise DataError(f"an interpolation joins two images, not {len(pixels)}")
         latents = session.inverse(pixels).latents
     else:
         latents = next(session.draw([0, 1], std or ["0.7"], seed))
@@ -77,4 +85,8 @@ def interpolate(
         print_json({"output": str(output), "frames": len(shown), "mode": mode, "space": space})
         return
     print(f"{len(shown)} frames ({mode} in {space}): {output}")
-    say_next("hflow-rt interpolate A.png B.png -o walk.gif" if not images else "hflow-rt sample --std 0.7")
+    say_next(
+        f"hflow-rt sample{named(model)} --std 0.7"
+        if images
+        else f"hflow-rt interpolate A.png B.png{named(model, '--model ')} -o walk.gif"
+    )

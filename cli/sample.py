@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     JsonOption,
     ModelArgument,
     StdOption,
+    named,
     open_session,
     print_json,
     say_next,
@@ -26,7 +27,10 @@ def sample(
     number: Annotated[int, typer.Option("-n", "--number", help="How many images.")] = 16,
     std: StdOption = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")] = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each.")] = Path("samples.png"),
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each."),
+    ] = Path("samples.png"),
     latents: Annotated[Path | None, typer.Option(help="Also save the latents (.safetensors).")] = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     backend: BackendOption = "onnx",
@@ -60,10 +64,25 @@ def sample(
         drawn += len(pixels)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
     if latents is not None:
-        about = {"family": session.manifest.family, "model": session.manifest.checkpoint["sha256"], "seed": seed, "std": stds}
+        about = {
+            "family": session.manifest.family,
+            "model": session.manifest.checkpoint["sha256"],
+            "seed": seed,
+            "std": stds,
+        }
         save_latents(latents, concatenate(kept), about)
     if json:
-        print_json({"images": drawn, "output": where, "seed": seed, "std": stds, "backend": session.backend, "bundle": str(session.bundle.path)})
+        print_json(
+            {
+                "images": drawn,
+                "output": where,
+                "seed": seed,
+                "std": stds,
+                "backend": session.backend,
+                "bundle": str(session.bundle.path),
+            }
+        )
         return
     print(f"{drawn} images at std {' '.join(stds)}, seed {seed}: {where}")
-    say_next("hflow-rt interpolate -o walk.gif", "hflow-rt encode IMAGE -o latents.safetensors")
+    again = named(model, "--model ")
+    say_next(f"hflow-rt interpolate{again} -o walk.gif", f"hflow-rt encode IMAGE{again} -o latents.safetensors")

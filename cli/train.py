@@ -35,9 +35,7 @@ _SAMPLES_A_ROW = 8
 def train(
     run: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="RUN", help="With --resume: a run, or one of its checkpoints.", show_default=False
-        ),
+        typer.Argument(metavar="RUN", help="With --resume: a run, or one of its checkpoints.", show_default=False),
     ] = None,
     preset: Annotated[
         str | None,
@@ -53,9 +51,7 @@ def train(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="A folder, zip, tar or .npy of images; by default the bundled ones.", show_default=False
-        ),
+        typer.Option(help="A folder, zip, tar or .npy of images; by default the bundled ones.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -63,9 +59,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or the latest run.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long.", show_default=False)] = None,
-    images: Annotated[
-        int | None, typer.Option(help="Stop after so many images in all.", show_default=False)
-    ] = None,
+    images: Annotated[int | None, typer.Option(help="Stop after so many images in all.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for the best that works.")] = "auto",
     json: JsonOption = False,
 ) -> None:
@@ -94,9 +88,7 @@ def train(
             about = {"source": values.get("run", {}).get("data", {}).get("source")}
     else:
         if run is not None:
-            raise ConfigError(
-                f"a run is named only with --resume; found '{run}'; name a new run's folder with --out"
-            )
+            raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
         chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
         folder = out or new_run(chosen.preset or chosen.family)
     opened = _open(about["source"], chosen)
@@ -185,9 +177,7 @@ def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    with Bar(
-        BarColumn(24), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-    ) as bar:
+    with Bar(BarColumn(24), TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         started = time.monotonic()
 
@@ -212,9 +202,7 @@ def _line(progress: Progress) -> str:
     if progress.seconds_left is not None:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         hours, minutes = divmod(minutes, 60)
-        parts.append(
-            f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
-        )
+        parts.append(f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left")
     return "  ".join(parts)
 
 
@@ -250,11 +238,7 @@ def _finish(result: TrainResult, json: bool) -> None:
         print(f"bits/dim{f' on {count} held-out images' if count else ''}:")
         for when, found in (("at initialisation", result.initial), ("now", result.final)):
             if found is not None and (when != "now" or found.images):
-                at = (
-                    f" (at {found.images:,} images)"
-                    if when == "now" and found.images != result.images
-                    else ""
-                )
+                at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
                 print(f"  {when}{at}: {_bits(found)}")
         if interrupted:
             say_next(f"hflow-rt train --resume {result.run}", f"hflow-rt export {result.run}")

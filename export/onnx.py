@@ -20,7 +20,17 @@ __all__ = ["MAX_BATCH", "OPSET", "export_graph", "operator_counts"]
 OPSET = 20  # 17 is silently invalid with this exporter; 22 and up only for bfloat16
 MAX_BATCH = 64
 # every one of these means that something independent of the input was not folded
-_UNFOLDED = {"Inverse", "Det", "ScatterND", "ScatterElements", "RandomNormal", "RandomNormalLike", "RandomUniform", "Loop", "If"}
+_UNFOLDED = {
+    "Inverse",
+    "Det",
+    "ScatterND",
+    "ScatterElements",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "Loop",
+    "If",
+}
 
 
 def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str]) -> Graph:
@@ -51,7 +61,9 @@ def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str]) -> Graph
     onnx.checker.check_model(proto, full_check=True)
     counts = operator_counts(proto)
     if leftover := sorted(_UNFOLDED & counts.keys()):
-        raise HFlowError(f"graph '{spec.name}' still holds {', '.join(leftover)}; the family must fold it before export")
+        raise HFlowError(
+            f"graph '{spec.name}' still holds {', '.join(leftover)}; the family must fold it before export"
+        )
     path.write_bytes(proto.SerializeToString())
     return Graph(
         file=path.name,

@@ -41,7 +41,12 @@ def run_parity(
         raise DataError("parity needs at least one image")
     reference, single = _double(model), model.float().eval()
     names = list(session.latent_shapes)
-    report: dict[str, Any] = {"backend": session.backend, "reference": "torch float64", "factor": FACTOR, "graphs": {}}
+    report: dict[str, Any] = {
+        "backend": session.backend,
+        "reference": "torch float64",
+        "factor": FACTOR,
+        "graphs": {},
+    }
     graphs = session.manifest.graphs
 
     if "forward" in graphs:
@@ -121,7 +126,7 @@ def failures(report: Mapping[str, Any]) -> list[str]:
                 elif not entry["max"] <= entry["bound"]:
                     lines.append(f"{where}: error {entry['max']:.3g} above {entry['bound']:.3g}")
     for trip in report.get("round_trip", []):
-        if trip["path"] == "image" and not trip["uint8_differs"] == 0:
+        if trip["path"] == "image" and trip["uint8_differs"] != 0:
             lines.append(f"image -> latents -> image changes {trip['uint8_differs']:.2%} of the 8-bit values")
     if not any(cases for cases in report["graphs"].values()):
         lines.append("nothing was compared: the bundle has neither direction")
@@ -134,12 +139,22 @@ def _round_trips(session: Session, images: Array, names: Sequence[str], seed: in
         back = session.forward(session.inverse(chosen).latents)
         error = np.abs(back.astype(np.float64) - chosen)
         differs = float((np.rint(back * 255.0) != np.rint(chosen * 255.0)).mean())
-        yield {"path": "image", "batch": batch, "max": float(error.max()), "psnr_db": _psnr(error), "uint8_differs": differs}
+        yield {
+            "path": "image",
+            "batch": batch,
+            "max": float(error.max()),
+            "psnr_db": _psnr(error),
+            "uint8_differs": differs,
+        }
     # informative only: a latent list may hold more numbers than an image, and then this is not the identity
     stds = dict.fromkeys(names, 0.7)
     latents = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(1), stds)
     again = session.inverse(session.forward(latents)).latents
-    yield {"path": "latents", "batch": 1, "max": {n: float(np.abs(again[n] - latents[n]).max()) for n in names}}
+    yield {
+        "path": "latents",
+        "batch": 1,
+        "max": {n: float(np.abs(again[n] - latents[n]).max()) for n in names},
+    }
 
 
 def _psnr(error: Array) -> float:

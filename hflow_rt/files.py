@@ -30,7 +30,9 @@ def atomic_file(target: Path | str) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}; free space or choose another place") from error
+        raise DataError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -38,7 +40,10 @@ def atomic_file(target: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(target: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; on success it takes the place of `target`, else it is removed."""
+    """Yield a temporary folder beside `target`; on success it takes the place of `target`, else it is removed.
+
+    Raises `DataError` where the folder cannot be written or the disk is full; `target` is then as it was.
+    """
     target = Path(target)
     temporary: Path | None = None
     try:
@@ -48,13 +53,21 @@ def atomic_directory(target: Path | str) -> Iterator[Path]:
         os.chmod(temporary, 0o777 & ~_umask())
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
+            try:
+                os.replace(target, old / target.name)
+                os.replace(temporary, target)
+            except BaseException:
+                if not target.exists():
+                    os.replace(old / target.name, target)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, target)
     except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror or error}; free space or choose another place") from error
+        raise DataError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,13 +1,23 @@
 """The manifest of a bundle: what an exported model is, so that it can be run without its training code."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hflow_rt.errors import BundleError
 
-__all__ = ["MANIFEST", "MODEL", "SCHEMA", "BundledFile", "Graph", "Latent", "Manifest", "Tensor", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "MODEL",
+    "SCHEMA",
+    "BundledFile",
+    "Graph",
+    "Latent",
+    "Manifest",
+    "Tensor",
+    "read_manifest",
+]
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
@@ -69,6 +79,16 @@ class Manifest(_Entry):
     files: dict[str, BundledFile]
     parity: dict[str, Any] | None = None
     verified: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        for name in self.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"file '{name}' lies outside the bundle")
+        for name, graph in self.graphs.items():
+            if graph.file not in self.files:
+                raise ValueError(f"graph '{name}' is in {graph.file}, which is not among the files")
+        return self
 
     @property
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:

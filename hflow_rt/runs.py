@@ -79,7 +79,5 @@ def read_run(run: Path | str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); copy it again or train again") from error
     if not isinstance(found, dict):
-        raise CheckpointError(
-            f"{path} must hold an object, not a {type(found).__name__}; copy it again or train again"
-        )
+        raise CheckpointError(f"{path} must hold an object, not a {type(found).__name__}; copy it again or train again")
     return found

@@ -1,0 +1,1 @@
+"""Plain references of the operations that dominate memory traffic, one file each."""

@@ -27,10 +27,14 @@ class Bundle:
             raise BundleError(f"{self.path} has no {name}; export again with 'hflow-rt export'")
         size = path.stat().st_size
         if size != expected.bytes:
-            raise BundleError(f"{path} must be {expected.bytes} bytes, not {size}: it was cut or replaced; export again")
+            raise BundleError(
+                f"{path} must be {expected.bytes} bytes, not {size}: it was cut or replaced; export again"
+            )
         found = sha256(path)
         if found != expected.sha256:
-            raise BundleError(f"{path} was changed after export (sha256 {found[:12]}…, not {expected.sha256[:12]}…); export again")
+            raise BundleError(
+                f"{path} was changed after export (sha256 {found[:12]}…, not {expected.sha256[:12]}…); export again"
+            )
         return path
 
     def graph(self, name: str) -> Path:

@@ -52,9 +52,7 @@ def lerp(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
     return {name: (1 - t) * a[name] + t * b[name] for name in a}
 
 
-def slerp(
-    a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()
-) -> dict[str, NDArray[np.float32]]:
+def slerp(a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()) -> dict[str, NDArray[np.float32]]:
     """The arc from `a` (t = 0) to `b` (t = 1), for each latent of each sample as one long vector.
 
     `joined` names groups of latents that turn together, as one vector. Items that are parallel, opposite or
@@ -185,9 +183,7 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
         with safe_open(path, "np") as file:
             header = (file.metadata() or {}).get(_METADATA_KEY)
             if header is None:
-                raise DataError(
-                    f"{path} holds tensors but no latents; give a file written by 'hflow-rt encode'"
-                )
+                raise DataError(f"{path} holds tensors but no latents; give a file written by 'hflow-rt encode'")
             described = json.loads(header)
             order, metadata = described["order"], described["metadata"]
             if sorted(order) != sorted(file.keys()) or not isinstance(metadata, dict):
@@ -204,9 +200,7 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
     `what` says where they are from, e.g. a file's path.
     """
     problems = [f"missing {name} {list(shape)}" for name, shape in shapes.items() if name not in latents]
-    problems += [
-        f"unexpected {name} {list(latents[name].shape[1:])}" for name in latents if name not in shapes
-    ]
+    problems += [f"unexpected {name} {list(latents[name].shape[1:])}" for name in latents if name not in shapes]
     known = {name: latents[name] for name in shapes if name in latents}
     for name, values in known.items():
         if values.ndim == 0 or values.shape[1:] != tuple(shapes[name]):
@@ -276,6 +270,4 @@ def _check_pair(a: Latents, b: Latents) -> None:
     for name in [*a, *(name for name in b if name not in a)]:
         left, right = (str(list(side[name].shape)) if name in side else "missing" for side in (a, b))
         if left != right:
-            raise DataError(
-                f"latents must agree in shape; '{name}' is {left} and {right}; take both from one model"
-            )
+            raise DataError(f"latents must agree in shape; '{name}' is {left} and {right}; take both from one model")

@@ -17,9 +17,7 @@ __all__ = ["draw", "draw_latents", "parse_std"]
 _KEYS = 2**64  # Philox takes two 64-bit words as its key
 
 
-def draw(
-    shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int]
-) -> dict[str, NDArray[np.float32]]:
+def draw(shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int]) -> dict[str, NDArray[np.float32]]:
     """Standard normal float32 arrays `[len(indices), *shape]` by name; row k belongs to image `indices[k]`.
 
     Raises `DataError` for no indices, and for a seed or an index outside 0 .. 2^64 - 1.
@@ -45,9 +43,7 @@ def draw_latents(
     return {name: values * np.float32(prior_std[name] * std[name]) for name, values in noise.items()}
 
 
-def parse_std(
-    values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]
-) -> dict[str, float]:
+def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """The std of every latent in `names` from a number, a mapping, or texts like `0.7` and `name=0.5`.
 
     A plain number sets all levels, later texts override earlier ones, and what nothing sets is 1.
@@ -67,9 +63,7 @@ def parse_std(
     stds = dict.fromkeys(names, 1.0)
     for name, number in entries:
         if name is not None and name not in stds:
-            raise DataError(
-                f"unknown latent '{name}' in std; the latents of this model are {', '.join(names)}"
-            )
+            raise DataError(f"unknown latent '{name}' in std; the latents of this model are {', '.join(names)}")
         stds.update(dict.fromkeys(names if name is None else [name], _positive(name, number, names)))
     return stds
 

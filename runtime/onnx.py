@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable, BundleError
 from hflow_rt.runtime.bundle import Bundle
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 __all__ = ["OnnxEngine", "open_engine"]
 
@@ -23,7 +20,7 @@ class OnnxEngine:
 
     def __init__(self, bundle: Bundle, provider: str, runtime: Any) -> None:
         self._bundle, self._provider, self._runtime = bundle, provider, runtime
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._sessions: dict[str, Any] = {}
         self._lock = Lock()
 
     @property
@@ -38,7 +35,7 @@ class OnnxEngine:
         results: list[NDArray[np.float32]] = session.run(outputs, feeds)
         return results
 
-    def session(self, graph: str) -> "onnxruntime.InferenceSession":
+    def session(self, graph: str) -> Any:
         """The session of a graph on exactly the provider that was asked for."""
         with self._lock:
             if graph not in self._sessions:
@@ -49,7 +46,9 @@ class OnnxEngine:
                     found = self._runtime.InferenceSession(str(path), options, providers=[self._provider])
                 except Exception as error:  # ONNX Runtime raises a dozen classes of its own, none public
                     reason = str(error).splitlines()[0]
-                    raise BundleError(f"ONNX Runtime {self._runtime.__version__} cannot open {path}: {reason}") from error
+                    raise BundleError(
+                        f"ONNX Runtime {self._runtime.__version__} cannot open {path}: {reason}"
+                    ) from error
                 # ONNX Runtime falls back to the CPU without an exception
                 if found.get_providers()[0] != self._provider:
                     raise BackendUnavailable(
@@ -65,10 +64,14 @@ def open_engine(bundle: Bundle, device: str) -> OnnxEngine:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailable("the onnx backend needs ONNX Runtime: pip install 'hflow-rt[cpu]' (or [gpu])") from error
+        raise BackendUnavailable(
+            "the onnx backend needs ONNX Runtime: pip install 'hflow-rt[cpu]' (or [gpu])"
+        ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
-        raise BackendUnavailable("onnxruntime is damaged (two of its packages overwrote each other); see 'hflow-rt doctor'")
-    available = onnxruntime.get_available_providers()
+        raise BackendUnavailable(
+            "onnxruntime is damaged (two of its packages overwrote each other); see 'hflow-rt doctor'"
+        )
+    available: list[str] = onnxruntime.get_available_providers()  # type: ignore[attr-defined]
     if device == "auto":
         if _PROVIDERS["cuda"] in available:
             engine = OnnxEngine(bundle, _PROVIDERS["cuda"], onnxruntime)
@@ -80,5 +83,7 @@ def open_engine(bundle: Bundle, device: str) -> OnnxEngine:
         device = "cpu"
     provider = _PROVIDERS[device]
     if provider not in available:
-        raise BackendUnavailable(f"{provider} is not in this ONNX Runtime; pip install 'hflow-rt[gpu]' or use --device cpu")
+        raise BackendUnavailable(
+            f"{provider} is not in this ONNX Runtime; pip install 'hflow-rt[gpu]' or use --device cpu"
+        )
     return OnnxEngine(bundle, provider, onnxruntime)

@@ -47,9 +47,7 @@ def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
     Raises `DataError` for another shape or type and for NaN.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
-        raise DataError(
-            f"images must be float [B, 3, R, R] in [0, 1]; found {images.dtype} {list(images.shape)}"
-        )
+        raise DataError(f"images must be float [B, 3, R, R] in [0, 1]; found {images.dtype} {list(images.shape)}")
     if not np.isfinite(images).all():
         raise DataError("pixels must be finite; found NaN or infinity; lower the std or check the model")
     levels = np.rint(np.clip(images.astype(np.float32, copy=False), 0, 1) * np.float32(255))
@@ -123,9 +121,7 @@ def grid(
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = padding + row * step_y, padding + column * step_x
-        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(
-            scale, 1
-        )
+        canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
     return Image.fromarray(canvas)
 
 
@@ -173,9 +169,7 @@ def save_image(path: Path | str, image: Image.Image) -> None:
 
 def _on_white(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
-        picture = Image.fromarray(
-            (np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8)
-        )
+        picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     front = picture.convert("RGBA")

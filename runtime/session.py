@@ -110,14 +110,19 @@ class Session:
             yield draw_latents(self.latent_shapes, self.manifest.prior_std, seed, indices[start : start + batch], stds)
 
     def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
-        """Latents with those that have another form in `space` (e.g. `y0`) replaced by it."""
+        """Latents with those that have another form in `space` (e.g. `y0`) replaced by it. Raises `DataError`."""
         graph, _ = self._space(space)
+        check_latents(latents, self.latent_shapes, "these latents")
         inputs = {tensor.name for tensor in self.manifest.graphs[graph].inputs}
         return {n: v for n, v in latents.items() if n not in inputs} | self._run(graph, latents)
 
     def from_space(self, space: str, values: Mapping[str, Array]) -> dict[str, Array]:
         """The inverse of `into_space`."""
         _, graph = self._space(space)
+        made = {tensor.name for tensor in self.manifest.graphs[graph].outputs}
+        shapes = {tensor.name: tensor.shape for tensor in self.manifest.graphs[graph].inputs}
+        shapes |= {name: shape for name, shape in self.latent_shapes.items() if name not in made}
+        check_latents(values, shapes, f"these values of space {space}")
         found = dict(values) | self._run(graph, values)
         return {name: found[name] for name in self.latent_shapes}
 
@@ -154,7 +159,8 @@ class Session:
             check_pixels(images)
             images = from_uint8(images)
         if images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) < 1:
-            raise DataError(f"images must be float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3], not {list(images.shape)}")
+            wanted = f"float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3]"
+            raise DataError(f"images must be {wanted}, not {list(images.shape)}")
         if images.dtype != np.float32:
             raise DataError(f"images must be float32 in [0, 1] or uint8, not {images.dtype}")
         if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
@@ -191,12 +197,15 @@ def open_bundle(bundle: Bundle, backend: str, device: str) -> Session:
 
 def _to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Numpy views of the inputs, and a function that gives results the kind and device of the first input."""
-    first = next(iter(arrays.values()), None)
-    if isinstance(first, np.ndarray) or first is None:
+    kinds = {type(array).__name__: type(array).__module__.partition(".")[0] for array in arrays.values()}
+    if all(isinstance(array, np.ndarray) for array in arrays.values()):
         return dict(arrays), lambda array: array
-    if type(first).__module__.partition(".")[0] == "torch":
-        import torch
+    if set(kinds.values()) != {"torch"}:
+        raise DataError(f"arrays must be all numpy or all torch, not {' and '.join(sorted(kinds))}")
+    import torch
 
-        device = first.device
-        return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)
-    raise DataError(f"arrays must be numpy or torch, not {type(first).__name__}")
+    for name, tensor in arrays.items():
+        if tensor.dtype not in (torch.float32, torch.uint8):  # numpy has no bfloat16
+            raise DataError(f"'{name}' must be float32 (pixels may be uint8), not {tensor.dtype}")
+    device = next(iter(arrays.values())).device
+    return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)

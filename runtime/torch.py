@@ -33,7 +33,9 @@ class TorchEngine:
         import torch
 
         with torch.inference_mode():
-            tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in inputs]
+            # torch shares the memory and so wants it writable, which a memory-mapped array need not be
+            whole = [np.require(array, requirements=("C", "W")) for array in inputs]
+            tensors = [torch.from_numpy(array).to(self._device) for array in whole]
             return [output.cpu().numpy() for output in self._graphs[graph].module(*tensors)]
 
 
@@ -48,5 +50,7 @@ def open_engine(bundle: Bundle, device: str) -> TorchEngine:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("torch finds no CUDA device here; install a CUDA build and driver, or use --device cpu")
+        raise BackendUnavailable(
+            "torch finds no CUDA device here; install a CUDA build and driver, or use --device cpu"
+        )
     return TorchEngine(load_model(bundle.model).graphs(), torch.device(device))

@@ -69,9 +69,7 @@ def _save_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
         ) from error
     encoder = _encoder()
     height, width = frames.shape[1] + frames.shape[1] % 2, frames.shape[2] + frames.shape[2] % 2
-    even = np.pad(
-        frames, ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0)), mode="edge"
-    )
+    even = np.pad(frames, ((0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0)), mode="edge")
     with atomic_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001))
         assert isinstance(stream, av.VideoStream)

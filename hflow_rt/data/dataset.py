@@ -59,9 +59,7 @@ class ImageSet:
     from a folder, a zip or a `.npy` built of it. `skipped` counts by reason the files of the source not used.
     """
 
-    def __init__(
-        self, array: NDArray[np.uint8], names: list[str], skipped: dict[str, int], array_sha256: str
-    ) -> None:
+    def __init__(self, array: NDArray[np.uint8], names: list[str], skipped: dict[str, int], array_sha256: str) -> None:
         self._array = array
         self.names = names
         self.skipped = skipped
@@ -120,9 +118,7 @@ def build_dataset(
     with (
         open_source(source) as images,  # first, so that a wrong source leaves no new folder behind
         atomic_file(output.with_suffix(".json")) as info_file,
-        atomic_file(
-            output
-        ) as array_file,  # last, so renamed first: the JSON never vouches for a missing array
+        atomic_file(output) as array_file,  # last, so renamed first: the JSON never vouches for a missing array
     ):
         with open(array_file, "wb") as sink:
             sink.write(bytes(HEADER_BYTES))
@@ -157,9 +153,7 @@ def open_dataset(
     with open_source(path) as images, _Spool() as spool:
         names, skipped = _decode(images, path, resolution, crop, False, progress, spool.write)
         array = spool.array((len(names), 3, resolution, resolution))
-    digest = hashlib.sha256(
-        _header(len(names), resolution)
-    )  # the hash that the .npy of these images would have
+    digest = hashlib.sha256(_header(len(names), resolution))  # the hash that the .npy of these images would have
     digest.update(array.reshape(-1).data)
     return ImageSet(array, names, skipped, digest.hexdigest())
 
@@ -180,9 +174,7 @@ def _decode(
         pixels = image if isinstance(image, Skipped) else fit(image, resolution, crop)
         if isinstance(pixels, Skipped):
             if strict:
-                raise DataError(
-                    f"{name} in {source} cannot be used: {pixels.detail}; fix it or go without strict"
-                )
+                raise DataError(f"{name} in {source} cannot be used: {pixels.detail}; fix it or go without strict")
             skipped.append(pixels)
         else:
             write(pixels.tobytes())
@@ -220,9 +212,7 @@ def _open_array(path: Path, resolution: int) -> ImageSet:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DataError(
-            f"{info_path} does not describe a dataset ({where}: {first['msg']}); {again}"
-        ) from error
+        raise DataError(f"{info_path} does not describe a dataset ({where}: {first['msg']}); {again}") from error
     except OSError as error:
         raise DataError(f"cannot read {info_path}: {error.strerror or error}") from error
     if info.resolution != resolution:
@@ -237,9 +227,7 @@ def _open_array(path: Path, resolution: int) -> ImageSet:
         if size != expected:
             raise DataError(f"{path} has {size} bytes where {info_path.name} asks for {expected}; {again}")
         if digest != info.sha256:
-            raise DataError(
-                f"{path} is not the file that {info_path.name} describes (sha256 differs); {again}"
-            )
+            raise DataError(f"{path} is not the file that {info_path.name} describes (sha256 differs); {again}")
         array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; {again}") from error

@@ -143,11 +143,7 @@ def _folder_entries(folder: Path) -> list[Entry]:
         for parent, _, files in os.walk(folder, onerror=refuse)
         for file in files
     ]
-    return [
-        Entry(_clean(name), partial(_open_file, folder / name))
-        for name in sorted(names)
-        if not _is_hidden(name)
-    ]
+    return [Entry(_clean(name), partial(_open_file, folder / name)) for name in sorted(names) if not _is_hidden(name)]
 
 
 def _open_file(path: Path) -> IO[bytes] | None:
@@ -159,13 +155,9 @@ def _open_zip(path: Path) -> Iterator[list[Entry]]:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DataError(
-            f"{path} is not a whole zip file ({_short(error)}); copy or download it again"
-        ) from error
+        raise DataError(f"{path} is not a whole zip file ({_short(error)}); copy or download it again") from error
     with archive:
-        members = [
-            member for member in archive.infolist() if not member.is_dir() and not _is_hidden(member.filename)
-        ]
+        members = [member for member in archive.infolist() if not member.is_dir() and not _is_hidden(member.filename)]
         members.sort(key=lambda member: member.filename)
         yield [Entry(_clean(member.filename), partial(archive.open, member)) for member in members]
 
@@ -177,9 +169,7 @@ def _open_tar(path: Path) -> Iterator[list[Entry]]:
         archive = tarfile.open(path)  # noqa: SIM115 - closed by the with below
     except Exception as error:
         if named_tar:
-            raise DataError(
-                f"{path} is not a whole tar file ({_short(error)}); copy or download it again"
-            ) from error
+            raise DataError(f"{path} is not a whole tar file ({_short(error)}); copy or download it again") from error
         raise DataError(f"{path} is neither a folder, a zip nor a tar; give one of these") from error
     with archive:
         try:

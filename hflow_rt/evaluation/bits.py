@@ -51,9 +51,7 @@ class Evaluation:
         return {
             "images": self.images,
             "strict": None if strict is None else strict.mean,
-            "standard_error": None
-            if strict is None or math.isnan(strict.standard_error)
-            else strict.standard_error,
+            "standard_error": None if strict is None or math.isnan(strict.standard_error) else strict.standard_error,
             "held_out": 0 if strict is None else strict.n,
             "paper": self.paper,
             "reason": self.reason,
@@ -70,9 +68,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def strict_bits(
-    model: LatentModel, pixels: Pixels, seed: int = 0, draws: int = 1, batch: int = 32
-) -> StrictBits:
+def strict_bits(model: LatentModel, pixels: Pixels, seed: int = 0, draws: int = 1, batch: int = 32) -> StrictBits:
     """A true upper bound on bits per dimension for uint8 images `[n, 3, R, R]`, over `draws` draws each.
 
     Deterministic in (seed, draws, batch). Raises `ConfigError` where the configuration has no such bound and
@@ -87,7 +83,8 @@ def strict_bits(
                 bits = model.strict_bits_per_dim(part, generator(seed, _STRICT, draw, start))
                 sums[start : start + len(part)] += bits.double().cpu().numpy()
     means = sums / draws
-    error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # an infinite image makes the error NaN, which is what it is
+        error = means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else math.nan
     return StrictBits(float(means.mean()), float(error), len(means))
 
 
@@ -104,10 +101,7 @@ def paper_bits(model: LatentModel, pixels: Pixels, seed: int = 0, batch: int = 3
             draws = generator(seed, _PAPER, 0, start)
             part = model.dequantize(images[start : start + batch], draws)
             shapes = model.noise_shapes()
-            noise = {
-                name: torch.randn(len(part), *shape, generator=draws).to(device)
-                for name, shape in shapes.items()
-            }
+            noise = {name: torch.randn(len(part), *shape, generator=draws).to(device) for name, shape in shapes.items()}
             total += float(model.loss(part.to(device), noise).bits_per_dim) * len(part)
     return total / len(images)
 
@@ -133,9 +127,7 @@ def _check(model: LatentModel, pixels: Pixels) -> torch.Tensor:
     expected = (3, model.resolution, model.resolution)
     if len(pixels) == 0 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
         found = f"{pixels.dtype} {list(pixels.shape)}"
-        raise DataError(
-            f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}"
-        )
+        raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")
     return torch.from_numpy(np.ascontiguousarray(pixels))
 
 

@@ -23,6 +23,7 @@ class ActNorm(nn.Module):
         self.initializing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latent to data."""
         scale, shift = self._like(torch.exp(self.log_scale), x), self._like(self.shift, x)
         return x * scale + shift
 

@@ -68,6 +68,7 @@ class EqualizedConv2d(_Equalized):
         super().__init__((c_out, c_in, kernel, kernel), gain, activation, lr_scale, zero, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, C_in, H, W]` to `[B, C_out, H, W]`."""
         weight, bias = self.effective()
         return activate(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), self.activation)
 
@@ -96,6 +97,7 @@ class EqualizedLinear(_Equalized):
         super().__init__((c_out, c_in), gain, activation, lr_scale, zero, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, C_in]` to `[B, C_out]`."""
         return activate(F.linear(x, *self.effective()), self.activation)
 
     def fold(self) -> nn.Module:

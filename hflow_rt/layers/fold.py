@@ -18,13 +18,15 @@ def folded_copy(module: M) -> M:
     """A float32 eval copy of `module` with every foldable layer replaced; constants are computed in float64."""
     clone = copy.deepcopy(module).double().eval().requires_grad_(False)
     fold_children(clone)
-    return clone.float().requires_grad_(False)
+    clone.float()
+    return clone.requires_grad_(False)
 
 
 def fold_children(module: nn.Module) -> None:
     """Replace, in place and recursively, each child that has a `fold` method."""
     for name, child in module.named_children():
-        if hasattr(child, "fold"):
-            setattr(module, name, child.fold())
+        fold = getattr(child, "fold", None)
+        if callable(fold):
+            setattr(module, name, fold())
         else:
             fold_children(child)

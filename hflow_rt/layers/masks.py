@@ -17,7 +17,7 @@ PERIODS: dict[str, int] = {"spatial": 2, "blocks": 4, "lblocks": 8, "hblocks": 1
 
 
 def split_steps(name: str, steps: int) -> list[Split]:
-    """Expand a composite name to one split a step, in forward order. Raises ValueError for a name or count that fails."""
+    """Expand a composite name to one split a step, in forward order. Raises ValueError for an unknown name or count."""
     composites = ("blocks-channels", "hblocks-lblocks-blocks-channels")
     parts = name.split("-")
     if (len(parts) > 1 and name not in composites) or any(part not in get_args(Split) for part in parts):

@@ -33,6 +33,7 @@ class FreeMixing(nn.Module):
         return matrix, torch.linalg.inv(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latent to data, `[B, C]` or `[B, C, H, W]`."""
         return mix(x, torch.linalg.inv(self.weight.double() * self.scale).to(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ class UnitaryMixing(nn.Module):
         return matrix, matrix.mT
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latent to data, `[B, C]` or `[B, C, H, W]`."""
         return mix(x, self.matrices()[1].to(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:

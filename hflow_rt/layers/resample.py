@@ -1,6 +1,7 @@
 """Factor-2 resampling and instance norm as modules, so that export can swap each for a graph-friendly equal."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,13 @@ class FoldedInstanceNorm(nn.Module):
         ratio = (pixels - 1) / pixels
         scale = torch.full((x.shape[1],), math.sqrt(ratio), dtype=x.dtype, device=x.device)
         if torch.onnx.is_in_onnx_export():  # the exporter would spell instance_norm as a batch norm over B*C channels
-            attributes: dict[str, float] = {"epsilon": EPSILON * ratio}
+            attributes: dict[str, Any] = {"epsilon": EPSILON * ratio}
             return torch.onnx.ops.symbolic(
-                "InstanceNormalization", (x, scale, torch.zeros_like(scale)), attributes, dtype=x.dtype, shape=x.shape, version=None
+                "InstanceNormalization",
+                (x, scale, torch.zeros_like(scale)),
+                attributes,
+                dtype=x.dtype,
+                shape=x.shape,
+                version=None,
             )
         return F.instance_norm(x, weight=scale, eps=EPSILON * ratio)

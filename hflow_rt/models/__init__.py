@@ -1,0 +1,1 @@
+"""Model families; `family.py` is the contract they keep."""

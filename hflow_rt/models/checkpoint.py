@@ -17,7 +17,15 @@ from hflow_rt.models.family import LatentModel, ModelConfig, family
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["METADATA_KEY", "build_model", "load_model", "load_state", "parse_config", "read_metadata", "save_model"]
+__all__ = [
+    "METADATA_KEY",
+    "build_model",
+    "load_model",
+    "load_state",
+    "parse_config",
+    "read_metadata",
+    "save_model",
+]
 
 METADATA_KEY = "hflow_rt"
 
@@ -40,15 +48,23 @@ def build_model(family_name: str, config: Mapping[str, Any] | ModelConfig) -> La
 
 
 def save_model(
-    path: Path | str, family_name: str, model: LatentModel, state: Mapping[str, Tensor], extra: Mapping[str, Any]
+    path: Path | str,
+    family_name: str,
+    model: LatentModel,
+    state: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
 ) -> None:
-    """Write `state` (weights of `model`, e.g. their moving average) atomically; `extra` is kept as JSON."""
-    from safetensors.torch import save_file
+    """Write `state` (weights of `model`, e.g. their moving average) atomically; `extra` is kept as JSON.
+
+    Raises `DataError` if the file cannot be written.
+    """
+    from safetensors.torch import save
 
     metadata = {"family": family_name, "config": model.config.model_dump(mode="json"), **extra}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    content = save(tensors, {METADATA_KEY: json.dumps(metadata)})  # save_file's error on a full disk is no OSError
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
+        temporary.write_bytes(content)
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -60,13 +76,19 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again") from error
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again"
+        ) from error
     if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path} holds tensors but no hflow-rt settings; it was not written by hflow-rt")
     try:
         parsed: dict[str, Any] = json.loads(metadata[METADATA_KEY])
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: the settings inside are not JSON ({error})") from error
+    if not (
+        isinstance(parsed, dict) and isinstance(parsed.get("family"), str) and isinstance(parsed.get("config"), dict)
+    ):
+        raise CheckpointError(f"{path}: the settings inside must hold a family and its config; train it again")
     return parsed
 
 
@@ -79,7 +101,9 @@ def load_model(path: Path | str) -> LatentModel:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again") from error
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again"
+        ) from error
     load_state(model, state, str(path))
     model.eval()
     return model

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Encoding", "Family", "GraphSpec", "LatentModel", "LossTerms", "ModelConfig", "TensorSpec", "family"]
+__all__ = [
+    "FAMILIES",
+    "Encoding",
+    "Family",
+    "GraphSpec",
+    "LatentModel",
+    "LossTerms",
+    "ModelConfig",
+    "TensorSpec",
+    "family",
+]
 
 
 class ModelConfig(BaseModel):

@@ -124,9 +124,7 @@ class MicroBatches:
             else (Place(place.step + 1, place.images + self.step_images), 0)
         )
         self._ahead = following, self._thread.submit(self._make, *following)
-        return MicroBatch(
-            self._move(batch.images), {name: self._move(value) for name, value in batch.noise.items()}
-        )
+        return MicroBatch(self._move(batch.images), {name: self._move(value) for name, value in batch.noise.items()})
 
     def close(self) -> None:
         """End the thread."""
@@ -143,10 +141,7 @@ class MicroBatches:
             mirrored = torch.rand(size, generator=draws) < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         images = self._model.dequantize(pixels, draws, config.added_noise_std)
-        noise = {
-            name: torch.randn(size, *shape, generator=draws)
-            for name, shape in self._model.noise_shapes().items()
-        }
+        noise = {name: torch.randn(size, *shape, generator=draws) for name, shape in self._model.noise_shapes().items()}
         if self._thread is not None:
             images, noise = images.pin_memory(), {name: value.pin_memory() for name, value in noise.items()}
         return MicroBatch(images, noise)

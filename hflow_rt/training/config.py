@@ -123,9 +123,7 @@ def load_config(
         preset = preset or values["preset"]
         name, base = _find_preset(preset)
         if values.get("family", name) != name:
-            raise ConfigError(
-                f"preset '{preset}' belongs to family '{name}', and {source} says '{values['family']}'"
-            )
+            raise ConfigError(f"preset '{preset}' belongs to family '{name}', and {source} says '{values['family']}'")
     else:
         known = ", ".join(preset_names())
         raise ConfigError(f"{source} must name a 'preset' or a 'family'; known presets: {known}")
@@ -143,9 +141,7 @@ def load_config(
 def _build(name: str, preset: str | None, values: Mapping[str, Any], known: Mapping[str, Any]) -> RunConfig:
     _check_keys(values, ("model", "training"), "--set", known)
     model = _validate(family(name).config, values["model"], "model", known["model"])
-    return RunConfig(
-        name, preset, model, _validate(TrainingConfig, values["training"], "training", known["training"])
-    )
+    return RunConfig(name, preset, model, _validate(TrainingConfig, values["training"], "training", known["training"]))
 
 
 def _find_preset(preset: str) -> tuple[str, Mapping[str, Any]]:
@@ -153,9 +149,7 @@ def _find_preset(preset: str) -> tuple[str, Mapping[str, Any]]:
         presets = family(name).presets
         if preset in presets:
             return name, presets[preset]
-    raise ConfigError(
-        f"unknown preset '{preset}'{_close(preset, preset_names())}; known: {', '.join(preset_names())}"
-    )
+    raise ConfigError(f"unknown preset '{preset}'{_close(preset, preset_names())}; known: {', '.join(preset_names())}")
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -163,15 +157,11 @@ def _read(path: Path) -> Mapping[str, Any]:
         text = path.read_text("utf-8")
         found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror or error}; name a .json or .toml file"
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; name a .json or .toml file") from error
     except ValueError as error:
         raise ConfigError(f"{path} is neither whole JSON nor TOML (.toml): {error}") from error
     if not isinstance(found, dict):
-        raise ConfigError(
-            f"{path} must hold an object with 'model' and 'training', not a {type(found).__name__}"
-        )
+        raise ConfigError(f"{path} must hold an object with 'model' and 'training', not a {type(found).__name__}")
     return found
 
 
@@ -202,9 +192,7 @@ def _override(values: Any, text: str) -> None:
         where = ".".join(path[:depth])
         if isinstance(values, list):
             if not part.isdigit() or int(part) >= len(values):
-                raise ConfigError(
-                    f"{where} has entries 0 to {len(values) - 1}; found '{part}' in --set {text}"
-                )
+                raise ConfigError(f"{where} has entries 0 to {len(values) - 1}; found '{part}' in --set {text}")
             index: Any = int(part)
         elif isinstance(values, dict):
             index = part
@@ -229,9 +217,7 @@ def _validate(kind: type[_M], values: Any, where: str, known: Any) -> _M:
             names = [*_dotted(known, where), *(f"{where}.{field}" for field in kind.model_fields)]
             raise ConfigError(f"unknown setting {path}{_close(path, names)}") from error
         message = first["msg"].removeprefix("Value error, ")
-        found = (
-            "" if first["type"] == "missing" else f"; found {json.dumps(first['input'], default=str)[:80]}"
-        )
+        found = "" if first["type"] == "missing" else f"; found {json.dumps(first['input'], default=str)[:80]}"
         raise ConfigError(f"{path}: {message}{found}") from error
 
 
@@ -240,22 +226,14 @@ def _check_keys(values: Mapping[str, Any], allowed: Iterable[str], source: str, 
     for key in values:
         if key not in allowed:
             names = [*allowed, *_dotted(known or {}, "")]
-            endings = [
-                name for name in names if name.rpartition(".")[2] == key
-            ]  # the part before was forgotten
+            endings = [name for name in names if name.rpartition(".")[2] == key]  # the part before was forgotten
             near = f"; did you mean {', '.join(endings[:3])}?" if endings else _close(key, names)
             raise ConfigError(f"unknown setting {key} in {source}{near or '; known: ' + ', '.join(allowed)}")
 
 
 def _dotted(values: Any, where: str) -> Iterator[str]:
     """The dotted names of everything inside."""
-    items = (
-        values.items()
-        if isinstance(values, Mapping)
-        else enumerate(values)
-        if isinstance(values, list)
-        else ()
-    )
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
         name = f"{where}.{key}" if where else str(key)
         yield name

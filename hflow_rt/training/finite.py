@@ -31,7 +31,7 @@ def diverged(
 ) -> TrainingError:
     """The error for a step that was not taken, with its number, the level at fault and a remedy.
 
-    Where only the gradient is broken, the parameters are named. checkpoint: the last one, which is still good.
+    Where only the gradient is broken, its parameters are named. checkpoint: the last one, which is good.
     """
     what = ", ".join(broken[:4])
     if broken[0].startswith("gradient_norm"):
@@ -39,9 +39,7 @@ def diverged(
         names = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         what = f"the gradient of {', '.join(names[:3]) or 'all parameters together'}{more} is not finite"
-    after = (
-        f"go on with --resume {checkpoint}" if checkpoint else "there is no checkpoint yet, so start again"
-    )
+    after = f"go on with --resume {checkpoint}" if checkpoint else "start again (there is no checkpoint yet)"
     rates = ", ".join(f"{name} {rate:g}" for name, rate in config.learning_rates.items())
     precision = "" if config.precision == "no" else " or training.precision=no"
     return TrainingError(

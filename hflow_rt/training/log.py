@@ -75,9 +75,7 @@ class Log:
 
     def __init__(self, folder: Path, images: int, writes: bool) -> None:
         # Events after the place a run is resumed at belong to a future that will not happen.
-        self._writer = (
-            SummaryWriter(str(folder), purge_step=images or None, flush_secs=20) if writes else None
-        )
+        self._writer = SummaryWriter(str(folder), purge_step=images or None, flush_secs=20) if writes else None
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
         """Add points to curves, by tag."""

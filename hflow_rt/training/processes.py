@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -25,10 +26,17 @@ class Processes:
             raise BackendUnavailable(
                 "device cuda was asked for and torch finds no CUDA device; use --device cpu or auto"
             )
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch`
+        if launched not in ("no", precision):
+            raise ConfigError(
+                f"accelerate was started with {launched} and training.precision is {precision}; "
+                f"add --set training.precision={launched}"
+            )
         if not torch.distributed.is_initialized():
             # accelerate keeps the first choice of a process; a second run may choose another device
             AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
         self.device: torch.device = self.accelerator.device
         if device == "cuda" and self.device.type != "cuda":
             raise BackendUnavailable(
@@ -64,9 +72,7 @@ class Processes:
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         torch.distributed.all_reduce(flat)
         flat /= self.count
-        for tensor, part in zip(
-            tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True
-        ):
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def any(self, flag: bool) -> bool:

@@ -70,9 +70,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        raise CheckpointError(
-            f"{path} holds no checkpoint to resume; start again with 'hflow-rt train --out NEW'"
-        )
+        raise CheckpointError(f"{path} holds no checkpoint to resume; start again with 'hflow-rt train --out NEW'")
     return found[-1]
 
 
@@ -108,12 +106,8 @@ def load_checkpoint(
         for slot, value in adam.get(names[parameter], {}).items():
             if slot != "step" and value.shape != parameter.shape:
                 found, needed = list(value.shape), list(parameter.shape)
-                raise CheckpointError(
-                    f"{path}: adam/{slot}/{names[parameter]} is {found} and must be {needed}"
-                )
-    state = {
-        index: adam[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in adam
-    }
+                raise CheckpointError(f"{path}: adam/{slot}/{names[parameter]} is {found} and must be {needed}")
+    state = {index: adam[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in adam}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -119,18 +119,14 @@ class _Trainer:
         self.on_samples, self.on_progress = on_samples, on_progress
         self.trained_on, held_out = data.split()
         if len(self.trained_on) == 0:
-            raise TrainingError(
-                f"training needs at least 1 image that is not held out; found 0 of {len(data)}"
-            )
+            raise TrainingError(f"training needs at least 1 image that is not held out; found 0 of {len(data)}")
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
             self.model = build_model(config.family, config.model)
         side, found = self.model.resolution, data.pixels(self.trained_on[:1]).shape
         if found != (1, 3, side, side):
-            raise DataError(
-                f"the model needs images [3, {side}, {side}]; found {list(found[1:])}; open them at {side}"
-            )
+            raise DataError(f"the model needs images [3, {side}, {side}]; found {list(found[1:])}; open them at {side}")
         self.model.to(processes.device).train()
         self.average = averaged_copy(self.model)
 
@@ -241,9 +237,7 @@ class _Trainer:
             stopped_by,
         )
 
-    def _loop(
-        self, stop: StopRequest, deadline: float | None, log: Log
-    ) -> Literal["images", "minutes", "interrupt"]:
+    def _loop(self, stop: StopRequest, deadline: float | None, log: Log) -> Literal["images", "minutes", "interrupt"]:
         settings = self.training
         while self.place.images < settings.images:
             if self.processes.any(stop.asked):
@@ -295,11 +289,13 @@ class _Trainer:
         assert sums is not None
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.processes.average([*gradients, *self.model.buffers()])
-        norm = accelerator.clip_grad_norm_(self.parameters, settings.grad_clip)  # type: ignore[no-untyped-call]
+        accelerator.unscale_gradients(self.optimizer)  # type: ignore[no-untyped-call]
+        norm = nn.utils.get_total_norm(gradients)
         # the one place a step waits for the device
-        numbers = torch.cat([sums / settings.accumulate, norm.detach().float().reshape(1)]).tolist()
+        numbers = torch.cat([sums / settings.accumulate, norm.float().reshape(1)]).tolist()
         logged = dict(zip([*tags, "gradient_norm"], numbers, strict=True))
         self._check_finite(logged)
+        nn.utils.clip_grads_with_norm_(self.parameters, settings.grad_clip, norm)
         self.optimizer.step()
         self.place = Place(self.place.step + 1, self.place.images + self.batches.step_images)
         copies = self.place.images <= settings.ema_warmup_images
@@ -424,7 +420,5 @@ def _checked_groups(config: RunConfig, model: LatentModel) -> dict[str, list[nn.
                 )
     missing = [name for name in groups if name not in training.learning_rates]
     if missing:
-        raise ConfigError(
-            f"training.learning_rates must name every parameter group; missing: {', '.join(missing)}"
-        )
+        raise ConfigError(f"training.learning_rates must name every parameter group; missing: {', '.join(missing)}")
     return groups

@@ -97,9 +97,7 @@ def test_pixels_are_a_copy_in_the_order_asked_for(photos: Path, tmp_path: Path) 
         assert images.pixels([]).shape == (0, 3, R, R)
 
 
-def test_large_sources_are_decoded_into_a_temporary_file(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_sources_are_decoded_into_a_temporary_file(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_memory = open_dataset(photos, R)
     monkeypatch.setattr("hflow_rt.data.dataset.MAX_MEMORY_BYTES", 5 * 3 * R * R)
     on_disk = open_dataset(photos, R)
@@ -347,8 +345,6 @@ def test_command_refuses(photos: Path, tmp_path: Path) -> None:
 
 
 def test_command_module_is_light() -> None:
-    code = (
-        "import sys, hflow_rt.cli.dataset; print([m for m in ('numpy', 'PIL', 'torch') if m in sys.modules])"
-    )
+    code = "import sys, hflow_rt.cli.dataset; print([m for m in ('numpy', 'PIL', 'torch') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

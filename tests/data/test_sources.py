@@ -57,9 +57,7 @@ def read(source: Path) -> dict[str, Image.Image | Skipped]:
 
 
 def reasons(source: Path) -> dict[str, str]:
-    return {
-        name: image.reason if isinstance(image, Skipped) else "used" for name, image in read(source).items()
-    }
+    return {name: image.reason if isinstance(image, Skipped) else "used" for name, image in read(source).items()}
 
 
 def reread(data: bytes) -> Image.Image:
@@ -84,9 +82,7 @@ def test_zip_is_sorted(tmp_path: Path) -> None:
     assert pixel(found["b/2.png"]) == RED
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("x.tar", "w"), ("x.tar.gz", "w:gz"), ("x", "w:xz"), ("x.tbz2", "w:bz2")]
-)
+@pytest.mark.parametrize(("name", "mode"), [("x.tar", "w"), ("x.tar.gz", "w:gz"), ("x", "w:xz"), ("x.tbz2", "w:bz2")])
 def test_tar_keeps_its_order(tmp_path: Path, name: str, mode: str) -> None:
     found = read(write_tar(tmp_path / name, {f"./{key}": data for key, data in FILES.items()}, mode))
     assert list(found) == list(FILES)
@@ -161,9 +157,7 @@ def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.5])  # Pillow warns above its limit and raises above twice that
-def test_decompression_bombs_are_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
-) -> None:
+def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(100 * 100 / 2 / factor))
     write(tmp_path, {"bomb.png": png(Image.new("L", (100, 100))), "ok.png": PLAIN})
     assert reasons(tmp_path) == {"bomb.png": "too large", "ok.png": "used"}
@@ -250,9 +244,7 @@ def test_alpha_is_composited_on_white() -> None:
 
 
 def test_grey_with_alpha() -> None:
-    image = reread(
-        png(Image.merge("LA", [Image.new("L", (8, 8), 90), Image.linear_gradient("L").resize((8, 8))]))
-    )
+    image = reread(png(Image.merge("LA", [Image.new("L", (8, 8), 90), Image.linear_gradient("L").resize((8, 8))])))
     assert pixel(image, 0, 0)[0] > 220
     assert pixel(image, 0, 7)[0] < 110
 

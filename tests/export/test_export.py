@@ -51,7 +51,15 @@ def test_graphs_are_clean(tiny_run: Path) -> None:
         onnx.checker.check_model(proto, full_check=True)
         counts = graph.operators
         assert counts == {op: sum(n.op_type == op for n in proto.graph.node) for op in counts}
-        assert not counts.keys() & {"ScatterND", "MatMul", "Einsum", "Identity", "RandomNormalLike", "Where", "Gather"}
+        assert not counts.keys() & {
+            "ScatterND",
+            "MatMul",
+            "Einsum",
+            "Identity",
+            "RandomNormalLike",
+            "Where",
+            "Gather",
+        }
         assert counts.get("Shape", 0) <= 8, f"{name}: {counts}"
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         assert metadata["family"] == "hflow"
@@ -91,7 +99,10 @@ def test_folded_model_is_the_model(tiny_model: Any) -> None:
         assert (double.decode(a.latents) - folded.decode(a.latents)).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize(("direction", "graphs"), [("forward", {"forward", "end_forward", "end_inverse"}), ("inverse", {"inverse"})])
+@pytest.mark.parametrize(
+    ("direction", "graphs"),
+    [("forward", {"forward", "end_forward", "end_inverse"}), ("inverse", {"inverse"})],
+)
 def test_one_direction(tiny_run: Path, tmp_path: Path, direction: Any, graphs: set[str]) -> None:
     manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, direction)
     assert set(manifest.graphs) == graphs

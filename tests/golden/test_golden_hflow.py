@@ -284,7 +284,10 @@ def training(case: Case) -> Quantities:
     yield "train.delta_norm", torch.stack(list(deltas.values())).norm()
     for label, group in (("encoders", "encoders"), ("decoders", "decoders"), ("rest", "flows")):
         members = {id(p) for p in groups[group]}
-        yield f"train.delta_norm.{label}", torch.stack([deltas[n] for n in deltas if id(after[n]) in members]).norm()
+        yield (
+            f"train.delta_norm.{label}",
+            torch.stack([deltas[n] for n in deltas if id(after[n]) in members]).norm(),
+        )
     for theirs, ours in originals.items():
         yield f"train.param_after.{theirs}", after[ours].detach().reshape(case.weights[theirs].shape)
 

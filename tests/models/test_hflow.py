@@ -145,7 +145,9 @@ FLOWS = {
 @pytest.mark.parametrize("name", FLOWS)
 def test_a3_a5_level_flow(name: str) -> None:
     torch.manual_seed(3)
-    level = LevelConfig.model_validate({"coupling_channels": 6, "condition_channels": 4, "skip_channels": 1, **FLOWS[name]})
+    level = LevelConfig.model_validate(
+        {"coupling_channels": 6, "condition_channels": 4, "skip_channels": 1, **FLOWS[name]}
+    )
     flow = LevelFlow(level)
     perturb(flow, 0.3)
     flow = flow.double()

@@ -124,7 +124,5 @@ def test_std_numbers_are_held_to_the_same(number):
 
 @pytest.mark.parametrize("values", [["z9=0.5"], ["=1"], {"z9": 0.5}])
 def test_std_of_an_unknown_latent(values):
-    with pytest.raises(
-        DataError, match=r"unknown latent '(z9|)' in std; the latents of this model are end, z1, z0"
-    ):
+    with pytest.raises(DataError, match=r"unknown latent '(z9|)' in std; the latents of this model are end, z1, z0"):
         parse_std(values, NAMES)

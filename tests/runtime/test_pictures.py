@@ -40,9 +40,7 @@ def test_every_level_survives_the_trip():
 
 def test_channels_stay_channels():
     images = noise(2, 4, 5, 3)
-    np.testing.assert_array_equal(
-        from_uint8(images)[1, 2], images[1, :, :, 2].astype(np.float32) / np.float32(255)
-    )
+    np.testing.assert_array_equal(from_uint8(images)[1, 2], images[1, :, :, 2].astype(np.float32) / np.float32(255))
 
 
 @pytest.mark.parametrize(
@@ -186,9 +184,7 @@ def test_sizes_that_do_not_fit(tmp_path):
     assert read_image(path, 8, crop="none").shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("count", "columns", "rows"), [(1, None, 1), (5, None, 2), (9, None, 3), (5, 2, 3), (3, 8, 1)]
-)
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, None, 1), (5, None, 2), (9, None, 3), (5, 2, 3), (3, 8, 1)])
 def test_a_grid_holds_every_image_on_white(count, columns, rows):
     images = noise(count, 4, 6, 3)
     seen = np.asarray(grid(images, columns, padding=3, scale=2))
@@ -229,9 +225,7 @@ def test_labelled_rows_put_words_beside_strips():
     assert seen.shape[0] == 2 * height
     np.testing.assert_array_equal(seen[:height, margin:], strips[0])
     np.testing.assert_array_equal(seen[height:, margin : margin + strips[1].shape[1]], strips[1])
-    ink = [
-        (label < 128).any(2).any(0).nonzero()[0] for label in (seen[:height, :margin], seen[height:, :margin])
-    ]
+    ink = [(label < 128).any(2).any(0).nonzero()[0] for label in (seen[:height, :margin], seen[height:, :margin])]
     assert all(columns.size for columns in ink)
     assert all(columns.min() >= 4 and columns.max() < margin - 4 for columns in ink)  # nothing is cut off
     assert ink[1].min() < ink[0].min()

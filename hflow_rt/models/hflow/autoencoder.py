@@ -1,5 +1,6 @@
 """The deterministic encoder and decoder between neighbouring levels (spec 2.7 and 2.8)."""
 
+import itertools
 import math
 
 import torch
@@ -19,7 +20,16 @@ class EncoderBlock(nn.Module):
     """One halving, with up to two 1x1 heads: `target` (normalised over space) and `trunk`."""
 
     def __init__(
-        self, size: int, c_in: int, width: int, kernel: int, lr_scale: float, *, target: int, trunk: bool, blur: bool
+        self,
+        size: int,
+        c_in: int,
+        width: int,
+        kernel: int,
+        lr_scale: float,
+        *,
+        target: int,
+        trunk: bool,
+        blur: bool,
     ) -> None:
         super().__init__()
         kernel = kernel if size >= 4 else 1
@@ -31,7 +41,7 @@ class EncoderBlock(nn.Module):
         self.trunk = EqualizedConv2d(width, width, lr_scale=lr_scale) if trunk else None
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """`[B, c_in, S, S]` to the target `[B, target, S/2, S/2]` and the trunk (the target where that is the trunk)."""
+        """`[B, c_in, S, S]` to the target `[B, target, S/2, S/2]` and the trunk, which may be the target."""
         h = self.norm(self.shrink(self.conv1(x)))
         h = self.norm(self.conv2(h))
         target = None if self.target is None else self.norm(self.target(h))
@@ -58,6 +68,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, h: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Features at this level's resolution to the next coarser target (None at the last level) and features."""
         target: Tensor | None = None
         for block in self.blocks:
             target, h = block(h)
@@ -75,7 +86,7 @@ class RefineUNet(nn.Module):
         def leaky(a: int, b: int, kernel: int = 3) -> EqualizedConv2d:
             return EqualizedConv2d(a, b, kernel, activation="leaky")
 
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         sizes = [resolution // 2**i for i in range(depth + 1)]
         self.start = leaky(c_in, c_in)
         self.down = nn.ModuleList(leaky(a, b) for a, b in pairs)
@@ -135,6 +146,7 @@ class Predictor(nn.Module):
         self.conv3 = EqualizedConv2d(width, channels, 3, lr_scale=lr_scale, bias=False)
 
     def forward(self, z: Tensor, skip: Tensor) -> Tensor:
+        """Target `[B, C, S, S]` and skip `[B, K, S, S]` to `[B, K + C, S, S]`, the skip first."""
         z = (z + self.unet(torch.cat([skip, z], 1))) / _HALF
         w = self.conv1(z)
         w = self.conv3((w + self.conv2(w)) / _HALF)
@@ -177,6 +189,7 @@ class LogScaleHead(nn.Module):
         self.out = EqualizedConv2d(channels, channels, lr_scale=lr_scale, zero=True)
 
     def forward(self, features: Tensor) -> Tensor:
+        """`[B, D, R, R]` to `[B, C, R, R]`."""
         out: Tensor = self.out(self.conv(features))
         return out.clamp(-3, 3)
 
@@ -191,6 +204,7 @@ class ShiftHead(nn.Module):
         self.unet = RefineUNet(level.resolution, level.channels, level.channels, 1.5, level.norm) if refine else None
 
     def forward(self, features: Tensor) -> Tensor:
+        """`[B, D, R, R]` to `[B, C, R, R]`."""
         shift: Tensor = self.out(features)
         return shift if self.unet is None else (self.unet(shift) + shift) / _HALF
 
@@ -219,6 +233,7 @@ class Decoder(nn.Module):
         self.end_log_scale = LogScaleHead(level.decoder_channels, level.channels, lr)
 
     def forward(self, z: Tensor, style: Tensor, skip: Tensor | None) -> tuple[Theta, Tensor]:
+        """`z` `[B, C, S, S]`, style `[B, G]`, skip `[B, K, S, S]` to the affine maps and features `[B, D, R, R]`."""
         if self.predict is not None:
             z = self.predict(z, skip)
         for i, block in enumerate(self.blocks):

@@ -108,8 +108,7 @@ def evaluate(
 
     parts = model.split_end(targets.end)
     seen_levels = [
-        noised(f"z{index}", target, "seen") if noise_decoders else target
-        for index, target in enumerate(targets.levels)
+        noised(f"z{index}", target, "seen") if noise_decoders else target for index, target in enumerate(targets.levels)
     ]
     seen_end = [noised(f"end{i}", u, "seen", model.config.end.style_noise_scale) for i, u in enumerate(parts)]
     encoded = model.encode_targets(
@@ -129,9 +128,7 @@ def training_loss(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor] | None)
             name: torch.randn(x.shape[0], *shape, dtype=x.dtype, device=x.device)
             for name, shape in noise_shapes(model).items()
         }
-    found = evaluate(
-        model, x, noise, batch_spread=model.training and x.shape[0] > 1, noise_decoders=model.training
-    )
+    found = evaluate(model, x, noise, batch_spread=model.training and x.shape[0] > 1, noise_decoders=model.training)
     loss = torch.stack([term.bits * term.weight for term in found.values()]).sum(0).mean()
     total = torch.stack([term.log_likelihood for term in found.values()]).sum(0).mean().detach()
     bits = -total / (x[0].numel() * math.log(2)) + model.config.bits
@@ -154,7 +151,8 @@ def strict_bits_per_dim(model: "HFlow", pixels: Tensor, generator: torch.Generat
 
     def draw(name: str, target: Tensor) -> Tensor:
         noise = torch.randn(target.shape, generator=generator).to(target)
-        return target + relative[name] * spreads[name] * noise
+        noised: Tensor = target + relative[name] * spreads[name] * noise
+        return noised
 
     parts = [draw(f"end{i}", u) for i, u in enumerate(model.split_end(targets.end))]
     levels = [y if index == 0 else draw(f"z{index}", y) for index, y in enumerate(targets.levels)]

@@ -56,7 +56,9 @@ class LevelConfig(ModelConfig):
     def _check(self) -> "LevelConfig":
         for split in split_steps(self.split, self.steps):
             if split != "channels" and self.resolution % PERIODS[split]:
-                raise ValueError(f"split '{split}' needs a resolution divisible by {PERIODS[split]}, not {self.resolution}")
+                raise ValueError(
+                    f"split '{split}' needs a resolution divisible by {PERIODS[split]}, not {self.resolution}"
+                )
             if split in ("lblocks", "hblocks", "vhalfs", "hhalfs") and not self.uses_unet(split):
                 raise ValueError(f"split '{split}' exists only with a UNet coupling net")
         if "channels" in split_steps(self.split, self.steps) and self.channels < 2:
@@ -144,7 +146,9 @@ class HFlowConfig(ModelConfig):
             raise ValueError(f"the last level must be 8x8, not {self.levels[-1].resolution}")
         for finer, coarser in zip(self.levels, self.levels[1:], strict=False):
             if finer.resolution not in (2 * coarser.resolution, 4 * coarser.resolution):
-                raise ValueError(f"neighbour resolutions must differ by 2 or 4, not {finer.resolution} and {coarser.resolution}")
+                raise ValueError(
+                    f"neighbour resolutions must differ by 2 or 4, not {finer.resolution} and {coarser.resolution}"
+                )
             if coarser.skip_channels < 1:
                 raise ValueError("every level but the first needs skip_channels of at least 1")
         if self.uses_style and not self.maps_style and self.style_channels != self.end.width:

@@ -4,6 +4,7 @@ Every net maps `(seen, condition)` to `(log_scale, shift)`, each of as many chan
 masked target times sqrt(2). `takes_input` names the layer that reads `seen` first, so that export can fold there.
 """
 
+import itertools
 import math
 
 import torch
@@ -42,7 +43,7 @@ class CouplingUNet(nn.Module):
         self.condition = EqualizedConv2d(condition, condition // 2, activation="tanh")
         self.fuse = leaky(level.channels + condition // 2, base, 3)
         self.conv1, self.conv2, self.conv3 = (leaky(base, base, kernel) for _ in range(3))
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.down = nn.ModuleList(leaky(a, b, stage) for a, b in pairs)
         self.down_b = nn.ModuleList(leaky(b, b, stage) for _, b in pairs)
         self.down_merge = nn.ModuleList(EqualizedConv2d(a + b, b, stage) for a, b in pairs)
@@ -59,6 +60,7 @@ class CouplingUNet(nn.Module):
         self.norm = InstanceNorm()
 
     def forward(self, seen: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Seen half `[B, C, R, R]` and condition `[B, Cc, R, R]` to raw log-scale and shift `[B, C, R, R]`."""
         h = self.fuse(torch.cat([seen, self.condition(condition)], 1))
         h = self.conv2(self.conv1(h))
         skips: list[Tensor] = []
@@ -77,7 +79,9 @@ class CouplingUNet(nn.Module):
 
 def _resamplers(resolution: int, widths: list[int], double: bool) -> tuple[nn.ModuleList, nn.ModuleList]:
     """The way down and the way up again: blur where the size is above 4, else corner-aligned bilinear."""
-    down, up, size = [], [], resolution
+    down: list[nn.Module] = []
+    up: list[nn.Module] = []
+    size = resolution
     for width in widths:
         shrink: list[nn.Module] = []
         grow: list[nn.Module] = []
@@ -108,6 +112,7 @@ class CouplingCNN(nn.Module):
         self.shift_out = EqualizedConv2d(width // 2, channels)
 
     def forward(self, seen: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Seen half `[B, C, R, R]` and condition `[B, Cc, R, R]` to raw log-scale and shift `[B, C, R, R]`."""
         condition = condition + self.condition(condition)
         h = self.norm(self.fuse(torch.cat([seen, condition], 1)))
         h_scale, h_shift = self.conv3(self.conv2(self.conv1(h))).chunk(2, 1)
@@ -132,6 +137,7 @@ class CouplingMLP(nn.Module):
         self.shift_out = EqualizedLinear(width // 2, channels)
 
     def forward(self, seen: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Seen half `[B, C]` and condition `[B, Cc]` to raw log-scale and shift `[B, C]`."""
         if self.condition is not None and condition is not None:
             seen = torch.cat([seen, condition + self.condition(condition)], 1)
         h = self.conv3(self.conv2(self.conv1(self.fuse(seen))))

@@ -1,6 +1,7 @@
 """The end block: the coarsest vector, its encoder, its flow, and what it feeds (spec 2.8-2.10)."""
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class EndEncoder(nn.Module):
         self.block2 = EncoderBlock(2, width, width, kernel, lr, target=0, trunk=True, blur=False)
 
     def forward(self, h: Tensor) -> Tensor:
+        """`[B, E, 4, 4]` to `[B, D]`."""
         end: Tensor = self.block2(self.block1(h)[1])[1]
         return end.flatten(1)
 
@@ -92,7 +94,7 @@ class EndOutput(nn.Module):
             self.mapping = nn.Sequential(
                 *(
                     EqualizedLinear(a, b, activation="leaky", lr_scale=end.mapping_lr_scale)
-                    for a, b in zip(sizes, sizes[1:], strict=False)
+                    for a, b in itertools.pairwise(sizes)
                 )
             )
         self.base = EqualizedConv2d(width, width)

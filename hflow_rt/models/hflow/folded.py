@@ -6,6 +6,7 @@ step and mixing of the next are a single affine map of the channels in either di
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,27 +48,32 @@ class FoldedCoupling(nn.Module):
         super().__init__()
         self.split = step.split
         self.known = channels // 2 if step.split == "channels" else channels
-        self.net = copy.deepcopy(step.coupling)
-        fold_children(self.net)
-        fuse = self.net.fuse[0]  # type: ignore[index, union-attr]
-        columns = torch.cat([fuse.weight[:, : self.known] * SEEN_GAIN, fuse.weight[:, channels:]], 1)  # type: ignore[operator, index, union-attr]
-        fuse.weight = nn.Parameter(columns)  # type: ignore[union-attr]
+        net: Any = copy.deepcopy(step.coupling)
+        fold_children(net)
+        fuse = net.fuse[0]
+        fuse.weight = nn.Parameter(torch.cat([fuse.weight[:, : self.known] * SEEN_GAIN, fuse.weight[:, channels:]], 1))
         if step.split == "channels":
-            for layer in (self.net.scale_out, self.net.shift_out):
-                layer.weight = nn.Parameter(layer.weight[self.known :].clone())  # type: ignore[union-attr, index]
-                layer.bias = nn.Parameter(layer.bias[self.known :].clone())  # type: ignore[union-attr, index]
+            for layer in (net.scale_out, net.shift_out):
+                layer.weight = nn.Parameter(layer.weight[self.known :].clone())
+                layer.bias = nn.Parameter(layer.bias[self.known :].clone())
+        self.net = net
         self.register_buffer("seen", step.seen.clone())
 
     def forward(self, x: Tensor, condition: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """`x` in either direction, with the log-determinant `[B]`."""
         couple = coupling_inverse if inverse else coupling_forward
+        log_scale: Tensor
+        shift: Tensor
         if self.split == "channels":
             known, rest = x[:, : self.known], x[:, self.known :]
-            rest, log_det = couple(rest, *self.net(known, condition), None)
+            log_scale, shift = self.net(known, condition)
+            rest, log_det = couple(rest, log_scale, shift, None)
             return torch.cat([known, rest], 1), log_det
         seen = x * self.seen
         if self.split in ("vhalfs", "hhalfs"):
             seen = seen.flip(3 if self.split == "vhalfs" else 2)
-        return couple(x, *self.net(seen, condition), 1 - self.seen)
+        log_scale, shift = self.net(seen, condition)
+        return couple(x, log_scale, shift, 1 - self.seen)
 
 
 class FoldedChain(nn.Module):
@@ -96,6 +102,7 @@ class FoldedChain(nn.Module):
         self.register_buffer("log_det_constant", per_pixel)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> FlowResult:
+        """Latent to target."""
         log_dets = []
         for before, coupling in zip(self.before, self.couplings, strict=True):
             x, log_det = coupling(before(x), condition, False)

@@ -48,7 +48,7 @@ class _EndInverse(nn.Module):
         self.flow, self.channels = model.end_flow, list(model.config.end.channels)
 
     def forward(self, end: Tensor) -> tuple[Tensor, ...]:
-        parts = self.flow.encode(list(end.split(self.channels, 1)))
+        parts = self.flow.encode(list(torch.split(end, self.channels, 1)))
         return tuple(part.value[:, :, None, None] for part in parts)
 
 

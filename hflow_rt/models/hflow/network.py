@@ -134,14 +134,14 @@ class HFlow(LatentModel):
         h = x * IMAGE_SCALE
         levels = [h]
         for level in self.levels:
-            target, h = level.encoder(h)  # type: ignore[operator, union-attr]
+            target, h = level.encoder(h)  # type: ignore[operator]
             if target is not None:
                 levels.append(target)
         return Targets(levels, self.end_encoder(h))
 
     def split_end(self, end: Tensor) -> list[Tensor]:
         """The end vector `[B, D]` as its parts."""
-        return list(end.split(list(self.config.end.channels), 1))
+        return list(torch.split(end, list(self.config.end.channels), 1))
 
     def encode_targets(
         self,

@@ -59,7 +59,14 @@ _PREFIXES = {
     "skip_to_next": "skip",
     "blocks.steps": "flow.steps",
 }
-_LEAVES = {"w": "weight", "b": "bias", "K": "weight", "_U": "weight", "an_scale": "log_scale", "an_bias": "shift"}
+_LEAVES = {
+    "w": "weight",
+    "b": "bias",
+    "K": "weight",
+    "_U": "weight",
+    "an_scale": "log_scale",
+    "an_bias": "shift",
+}
 
 
 def from_original(config: HFlowConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,104 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.evaluation.bits import Evaluation, evaluate, paper_bits, strict_bits
+
+
+class UniformModel(torch.nn.Module):
+    """Stands in for a family: 8 bits plus a uniform draw. Its loss insists on eval mode."""
+
+    resolution = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.bounded = True
+        self.value = 0.0
+
+    def strict_bits_per_dim(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        assert not self.training
+        if not self.bounded:
+            raise ConfigError("no bound here")
+        return 8 + torch.rand(len(pixels), generator=generator) + self.value
+
+    def dequantize(self, pixels: torch.Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Any:
+        assert generator is not None
+        assert noise_std == 0
+        return pixels.float()
+
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (2,)}
+
+    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor]) -> Any:
+        assert not self.training
+        assert noise["a"].shape == (len(images), 2)
+
+        class Terms:
+            bits_per_dim = images.mean() + self.weight
+
+        return Terms
+
+
+@pytest.fixture
+def model() -> Any:
+    return UniformModel().train()
+
+
+PIXELS = np.arange(10 * 48, dtype=np.uint32).astype(np.uint8).reshape(10, 3, 4, 4)
+
+
+def test_strict_bits_are_a_mean_with_its_error(model: Any) -> None:
+    found = strict_bits(model, PIXELS, seed=1, draws=1, batch=4)
+    assert 8.2 < found.mean < 8.8
+    assert found.n == 10
+    assert found.standard_error == pytest.approx(math.sqrt(1 / 12 / 10), rel=0.6)
+    assert model.training  # as it was before
+
+
+def test_strict_bits_are_deterministic_and_draws_average(model: Any) -> None:
+    first = strict_bits(model, PIXELS, seed=1, batch=4)
+    torch.rand(3)  # whatever the default generator does
+    assert strict_bits(model, PIXELS, seed=1, batch=4) == first
+    assert strict_bits(model, PIXELS, seed=2, batch=4) != first
+    many = strict_bits(model, PIXELS, seed=1, draws=400, batch=4)
+    assert many.mean == pytest.approx(8.5, abs=0.02)
+    assert many.standard_error < first.standard_error / 5
+
+
+def test_one_image_has_no_error_and_survives_json(model: Any) -> None:
+    found = evaluate(model, PIXELS[:1], 7)
+    assert found.strict is not None
+    assert math.isnan(found.strict.standard_error)
+    assert found.dump()["standard_error"] is None
+    again = Evaluation.load(found.dump())
+    assert (again.images, again.paper, again.strict[0]) == (7, found.paper, found.strict.mean)  # type: ignore[index]
+
+
+def test_paper_bits_weight_a_last_small_batch_rightly(model: Any) -> None:
+    assert paper_bits(model, PIXELS, batch=4) == pytest.approx(PIXELS.mean())
+
+
+def test_what_cannot_be_computed_is_none_with_the_reason(model: Any) -> None:
+    assert evaluate(model, PIXELS[:0], 0).reason == "there are no held-out images"
+    model.bounded = False
+    found = evaluate(model, PIXELS, 0)
+    assert (found.strict, found.reason) == (None, "no bound here")
+    assert found.paper is not None
+    model.bounded, model.value = True, math.inf
+    found = evaluate(model, PIXELS, 0)
+    assert found.strict is None
+    assert found.reason == "the strict bound is not finite on these 10 images"
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    assert evaluate(model, PIXELS, 0).paper is None
+
+
+@pytest.mark.parametrize("pixels", [PIXELS[:0], PIXELS[:, :, :2], PIXELS.astype(np.float32)])
+def test_wrong_images_are_named(model: Any, pixels: Any) -> None:
+    with pytest.raises(DataError, match=r"uint8 images \[n, 3, 4, 4\], n >= 1; found"):
+        strict_bits(model, pixels)

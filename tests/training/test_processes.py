@@ -1,0 +1,109 @@
+"""Two processes on the CPU, started the way a user starts them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hflow_rt.draws import generator
+from hflow_rt.models.checkpoint import build_model
+from hflow_rt.training.batches import MicroBatches, Place, Shuffle
+from hflow_rt.training.config import load_config
+from hflow_rt.training.schedule import learning_rates
+
+HERE = Path(__file__).parent
+# --multi_gpu means torchrun, also where there is no GPU; --cpu would start one process unless under MPI
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def _launch(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCH, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def _expected(images: Any) -> dict[str, torch.Tensor]:
+    """The same five steps in one process: gradients and buffers averaged over both shards."""
+    settings = load_config("toy")
+    training, trained_on = settings.training, images.split()[0]
+    torch.manual_seed(training.seed)
+    model = build_model("toy", settings.model).train()
+    first = Shuffle(trained_on, training.seed).take(0, training.init_images)
+    model.initialize(torch.from_numpy(images.pixels(first)), generator(training.seed, training.init_images))
+    groups = model.parameter_groups()
+    adam = torch.optim.Adam([{"params": parameters, "name": name} for name, parameters in groups.items()])
+    place = Place()
+    while place.images < 80:
+        adam.zero_grad()
+        start, ends = model.spread.clone(), []
+        for rank in (0, 1):
+            shard: Any = SimpleNamespace(rank=rank, count=2, device=torch.device("cpu"))
+            batches = MicroBatches(model, images, trained_on, training, shard)
+            model.spread.copy_(start)
+            for micro in range(training.accumulate):
+                batch = batches.get(place, micro)
+                (model.loss(batch.images, batch.noise).loss / training.accumulate / 2).backward()
+            ends.append(model.spread.clone())
+        model.spread.copy_((ends[0] + ends[1]) / 2)
+        rates = learning_rates(training, place.images)
+        for group in adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
+        adam.step()
+        place = Place(place.step + 1, place.images + 16)
+    return model.state_dict()
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_weights_which_are_the_expected_ones(images: Any, tmp_path: Path) -> None:
+    done = _launch(HERE / "two_processes.py", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    for name, value in _expected(images).items():
+        torch.testing.assert_close(ranks[0][name], value, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_command_trains_with_two_processes(images: Any, tmp_path: Path) -> None:
+    """`accelerate launch -m hflow_rt.cli train`: one run, one report, on a real (tiny) hflow."""
+    (tmp_path / "pictures").mkdir()
+    for index in range(12):
+        tile = images.array[index].transpose(1, 2, 0)
+        Image.fromarray(tile).resize((32, 32)).save(tmp_path / "pictures" / f"{index}.png")
+    settings = {"batch_size": 2, "accumulate": 2, "init_images": 4, "images": 16, "evaluate_images": 2}
+    (tmp_path / "settings.json").write_text(json.dumps({"preset": "hflow-demo", "training": settings}))
+    arguments = [
+        "-m",
+        "hflow_rt.cli",
+        "train",
+        "--config",
+        "settings.json",
+        "--data",
+        "pictures",
+        "--out",
+        "run",
+    ]
+    done = _launch(*arguments, "--device", "cpu", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["images"], found["step"]) == (16, 2)
+    assert math.isfinite(found["final"]["strict"])
+    assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -1,0 +1,152 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from hflow_rt.cli.__main__ import app
+from hflow_rt.errors import CheckpointError, ConfigError, DataError
+from hflow_rt.runs import checkpoints
+
+HERE = Path(__file__).parent
+
+# what `hflow-rt` does, with the toy family known
+COMMAND = (
+    "import hflow_rt.models.family as family; family.FAMILIES['toy'] = 'toy_family'; "
+    "from hflow_rt.cli.__main__ import main; main()"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, images: Any) -> Path:
+    """The toy's images as files."""
+    (tmp_path / "pictures").mkdir()
+    for name, pixels in zip(images.names, images.array, strict=True):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "pictures" / name)
+    return tmp_path / "pictures"
+
+
+def _train(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_train_then_resume(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = _train("--preset", "toy", "--data", folder, "--out", run, "--images", 80, "--device", "cpu")
+    assert first.exit_code == 0, first.output
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith(f"{run}: 80 images in 10 steps, ")
+    assert lines[0].endswith(" images/s")
+    assert lines[1].startswith("bits/dim on ")
+    assert "at initialisation: " in lines[2]
+    assert "strict" in lines[2]
+    assert "paper's bound" in lines[2]
+    assert "now: " in lines[3]
+    assert lines[-1] == f"next: hflow-rt export {run}"
+    # piped: a line at each evaluation
+    assert [line.split("  ")[0] for line in first.stderr.splitlines()[1:]] == ["0 images", "80 images"]
+    with Image.open(run / "samples" / "000000080.png") as picture:
+        assert picture.mode == "RGB"
+
+    second = _train("--resume", run, "--images", 160, "--set", "training.log_every=1", "--json")
+    assert second.exit_code == 0, second.output
+    found = json.loads(second.stdout)
+    assert (found["images"], found["step"], found["stopped_by"]) == (160, 20, "images")
+    assert found["final"]["strict"] < found["initial"]["strict"]
+    third = _train("--resume", "--out", run, "--images", 168, "--json")
+    assert json.loads(third.stdout)["images"] == 168
+    earlier = checkpoints(run)[0]
+    fourth = _train("--resume", earlier, "--images", 168, "--json")
+    assert json.loads(fourth.stdout)["images"] == 168
+
+
+def test_resume_without_a_name_takes_the_latest_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no trained run under runs/"):
+        raise _train("--resume").exception
+    assert _train("--preset", "toy", "--data", folder, "--images", 8).exit_code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("toy-")
+    again = _train("--resume", "--images", 16, "--json")
+    assert json.loads(again.stdout)["run"] == f"runs/{run.name}"
+
+
+def test_a_config_file_is_enough(folder: Path, tmp_path: Path) -> None:
+    _train("--preset", "toy", "--data", folder, "--out", tmp_path / "a", "--images", 8)
+    again = _train("--config", tmp_path / "a" / "run.json", "--data", folder, "--out", tmp_path / "b", "--json")
+    assert json.loads(again.stdout)["images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (["--preset", "hflow-dmo"], ConfigError, "unknown preset 'hflow-dmo'; did you mean hflow-demo"),
+        (["--preset", "toy", "--set", "training.sed=1"], ConfigError, "did you mean training.seed"),
+        (["--preset", "toy", "--minutes", "0"], ConfigError, "--minutes must be > 0; found 0"),
+        (["--preset", "toy", "--minutes", "nan"], ConfigError, "--minutes must be > 0; found nan"),
+        (["--preset", "toy", "--images", "-1"], ConfigError, "--images must be > 0; found -1"),
+        (
+            ["--preset", "toy", "--device", "tpu"],
+            ConfigError,
+            "device must be auto, cpu or cuda; found 'tpu'",
+        ),
+        (["runs/x"], ConfigError, "a run is named only with --resume; found 'runs/x'"),
+        (["--resume", "--preset", "toy"], ConfigError, "--resume takes its settings from the run"),
+        (["--resume", "none"], CheckpointError, "none is no run"),
+        (["--preset", "toy", "--data", "none"], DataError, "none"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], kind: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = _train(*arguments)
+    assert isinstance(found.exception, kind)
+    assert message in str(found.exception)
+    assert "\n" not in str(found.exception)
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["--preset", "toy", "--data", str(folder), "--out", str(run), "--images", "100000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "train", *settings],
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    # the first checkpoint (1000 images) is there, so it trains
+    while not checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert f"interrupted and saved; go on with: hflow-rt train --resume {run}" in errors
+    assert f"next: hflow-rt train --resume {run}" in output
+    seen = int(checkpoints(run)[-1].name)
+    assert seen % 8 == 0
+    assert f"{run}: {seen:,} images" in output
+    again = _train("--resume", run, "--images", seen + 8, "--json")
+    assert json.loads(again.stdout)["images"] == seen + 8
+
+
+def test_the_sample_grid_has_a_row_for_each_std(folder: Path, tmp_path: Path) -> None:
+    _train("--preset", "toy", "--data", folder, "--out", tmp_path / "run", "--images", 8)
+    with Image.open(tmp_path / "run" / "samples" / "000000008.png") as picture:
+        shown = np.asarray(picture)
+    assert shown.shape[0] >= 5 * 96  # small images are enlarged
+    assert shown.shape[1] >= 8 * 96
+    assert shown.std() > 1

@@ -117,8 +117,10 @@ def _onnx_backend(cpu: str | None, gpu: str | None) -> str:
         return "BROKEN: onnxruntime and onnxruntime-gpu overwrite each other; uninstall both, then install one"
     if not cpu and not gpu:
         return "missing: pip install 'hflow-rt[cpu]' or 'hflow-rt[gpu]'"
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:  # OSError: a shared library that is not there
+        return f"BROKEN: {error}; pip install --force-reinstall --no-deps {'onnxruntime' if cpu else 'onnxruntime-gpu'}"
     if not hasattr(onnxruntime, "get_available_providers"):
         return (
             "BROKEN: its files were removed with another package; pip install --force-reinstall --no-deps onnxruntime"
@@ -130,8 +132,10 @@ def _onnx_backend(cpu: str | None, gpu: str | None) -> str:
 def _torch_backend(version: str | None) -> str:
     if version is None:
         return "missing: pip install 'hflow-rt[train]'"
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"BROKEN: {error}; pip install --force-reinstall torch"
     if torch.cuda.is_available():
         return f"torch {version}, {torch.cuda.get_device_name()}"
     return f"torch {version}, CPU only"

@@ -1,12 +1,16 @@
 """A tiny hflow model, its run folder and its exported bundle, made once for all tests."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+# Tiny tensors gain nothing from threads, and spinning ones make the suite crawl on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY: dict[str, Any] = {
     "levels": [

@@ -14,7 +14,11 @@ __all__ = ["FreeMixing", "UnitaryMixing", "mix"]
 
 
 def mix(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the channels of `[B, C]` or `[B, C, H, W]` by `matrix` `[C, C]`."""
+    """Multiply the channels of `[B, C]` or `[B, C, H, W]` by `matrix` `[C, C]`, in the precision of `x` even under
+    autocast: a half-precision flow state cannot be inverted."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return mix(x, matrix)
     return F.linear(x, matrix) if x.dim() == 2 else F.conv2d(x, matrix[:, :, None, None])
 
 

@@ -103,10 +103,15 @@ def load_checkpoint(
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in order:
-        for slot, value in adam.get(names[parameter], {}).items():
-            if slot != "step" and value.shape != parameter.shape:
+        slots = adam.get(names[parameter], {})
+        for slot, value in slots.items():
+            if slot == "step":
+                continue
+            if value.shape != parameter.shape:
                 found, needed = list(value.shape), list(parameter.shape)
                 raise CheckpointError(f"{path}: adam/{slot}/{names[parameter]} is {found} and must be {needed}")
+            # the fused optimizer walks memory, so a moment must lie as its parameter does (channels last or not)
+            slots[slot] = torch.empty_like(parameter, requires_grad=False).copy_(value)
     state = {index: adam[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in adam}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

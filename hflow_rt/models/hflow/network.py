@@ -136,8 +136,8 @@ class HFlow(LatentModel):
         for level in self.levels:
             target, h = level.encoder(h)  # type: ignore[operator]
             if target is not None:
-                levels.append(target)
-        return Targets(levels, self.end_encoder(h))
+                levels.append(target.to(x.dtype))  # flows run in full precision whatever the nets run in
+        return Targets(levels, self.end_encoder(h).to(x.dtype))
 
     def split_end(self, end: Tensor) -> list[Tensor]:
         """The end vector `[B, D]` as its parts."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from hflow_rt.data.resize import fit
+from hflow_rt.data.sources import Skipped, to_rgb
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file
 
@@ -81,21 +83,14 @@ def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArr
         raise DataError(f"no image at {path}; check the name")
     try:
         with Image.open(path) as file:
-            picture = _on_white(ImageOps.exif_transpose(file))
-    except _DAMAGED as error:
+            picture = to_rgb(file)
+    except (*_DAMAGED, ValueError) as error:
         raise DataError(f"{path} is not a whole image of a known kind; convert or copy it again") from error
-    width, height = picture.size
-    if crop == "none" and width != height:
-        raise DataError(f"{path} must be square if not cropped; found {width}x{height}; use crop 'center'")
-    side = min(width, height)
-    if side < resolution:
-        smallest = f"{resolution}x{resolution}"
-        raise DataError(f"{path} must be at least {smallest}; found {width}x{height}; give a larger image")
-    left, top = (width - side) // 2, (height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    if side != resolution:
-        picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    pixels: NDArray[np.float32] = from_uint8(np.asarray(picture)[None])[0]
+    fitted = fit(picture, resolution, "none" if crop == "none" else "center")
+    if isinstance(fitted, Skipped):
+        wanted = f"{resolution}x{resolution}"
+        raise DataError(f"{path} cannot be used: {fitted.detail}; give a square image of at least {wanted}")
+    pixels: NDArray[np.float32] = fitted.astype(np.float32) / 255
     return pixels
 
 
@@ -165,12 +160,3 @@ def save_image(path: Path | str, image: Image.Image) -> None:
     name, settings = _FORMATS[path.suffix.lower()]
     with atomic_file(path) as temporary:
         image.save(temporary, format=name, **settings)
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
-        picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).clip(0, 255).round().astype(np.uint8))
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    front = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", front.size, "white"), front).convert("RGB")

@@ -26,6 +26,7 @@ __all__ = [
     "StdOption",
     "locate_bundle",
     "named",
+    "need_training_extra",
     "open_session",
     "print_json",
     "read_pictures",
@@ -78,6 +79,17 @@ def open_session(model: Path | None, backend: str, device: str, quiet: bool = Fa
             file=sys.stderr,
         )
     return session
+
+
+def need_training_extra(*packages: str) -> None:
+    """Raise `BackendUnavailable` unless all `packages` of the `train` extra are installed."""
+    from importlib.util import find_spec
+
+    from hflow_rt.errors import BackendUnavailable
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[train]'")
 
 
 def read_pictures(paths: Sequence[Path], resolution: int) -> tuple[list[str], "NDArray[np.float32]"]:

@@ -52,7 +52,7 @@ def encode(
     encoded = [session.inverse(batch) for batch in tracked(batches, len(pixels), len, "encoding")]
     latents = concatenate([part.latents for part in encoded])
     log_prob = np.concatenate([part.log_prob for part in encoded])
-    bits = -log_prob / (pixels[0].size * math.log(2)) + 8
+    bits = -log_prob / (pixels[0].size * math.log(2)) + session.bits
     about = {
         "family": session.manifest.family,
         "model": session.manifest.checkpoint["sha256"],

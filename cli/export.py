@@ -14,6 +14,7 @@ from hflow_rt.cli.common import (
     ModelArgument,
     locate_bundle,
     named,
+    need_training_extra,
     print_json,
     read_pictures,
     say_next,
@@ -61,7 +62,7 @@ def export(
 
     if engine not in _ENGINES:
         raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
-    _needs_training_extra()
+    need_training_extra("torch", "onnx", "onnxscript")
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.manifest import MODEL
     from hflow_rt.models.checkpoint import build_model, read_metadata
@@ -109,7 +110,7 @@ def check(
     from hflow_rt.runtime.session import check_backend
 
     check_backend(backend, device)
-    _needs_training_extra()
+    need_training_extra("torch", "onnx", "onnxscript")
     from hflow_rt.export.bundle import check_bundle
 
     bundle = locate_bundle(model)
@@ -123,16 +124,6 @@ def check(
         _print_report(report)
         say_next(f"hflow-rt sample{named(model)} --std 0.7")
     _fail_on(report)
-
-
-def _needs_training_extra() -> None:
-    import importlib.util
-
-    from hflow_rt.errors import BackendUnavailable
-
-    for package in ("torch", "onnx", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[train]'")
 
 
 def _pictures(paths: list[Path] | None, resolution: int) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, print_json, say_next
+from hflow_rt.cli.common import JsonOption, need_training_extra, print_json, say_next
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ def train(
 
     Several GPUs: accelerate launch -m hflow_rt.cli train --preset hflow-256 --data photos.npy
     """
-    _needs_training_extra()
+    need_training_extra("torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
     from hflow_rt.runs import new_run
     from hflow_rt.training.config import load_config
@@ -77,7 +77,7 @@ def train(
     for value, name in ((minutes, "--minutes"), (images, "--images")):
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be > 0; found {value}")
-    about: dict[str, Any] = {"source": None if data is None else str(data.resolve())}
+    about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
     checkpoint: bool | Path = False
     if resume:
         if preset is not None or config is not None:
@@ -253,13 +253,3 @@ def _finish(result: TrainResult, json: bool) -> None:
 def _is_main() -> bool:
     """Whether this is the process that reports, among those `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _needs_training_extra() -> None:
-    from importlib.util import find_spec
-
-    from hflow_rt.errors import BackendUnavailable
-
-    for package in ("torch", "accelerate", "tensorboard"):
-        if find_spec(package) is None:
-            raise BackendUnavailable(f"training needs {package}: pip install 'hflow-rt[train]'")

@@ -90,8 +90,7 @@ def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArr
     if isinstance(fitted, Skipped):
         wanted = f"{resolution}x{resolution}"
         raise DataError(f"{path} cannot be used: {fitted.detail}; give a square image of at least {wanted}")
-    pixels: NDArray[np.float32] = fitted.astype(np.float32) / 255
-    return pixels
+    return np.divide(fitted, 255, dtype=np.float32)
 
 
 def grid(

@@ -40,7 +40,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + 8)."""
+    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + bits)."""
 
     latents: dict[str, Any]
     log_prob: Any
@@ -68,6 +68,11 @@ class Session:
     def resolution(self) -> int:
         """Side of the image."""
         return self.manifest.resolution
+
+    @property
+    def bits(self) -> int:
+        """Bits of the data the model was trained on, which turn log-probabilities into bits per dimension."""
+        return int(self.manifest.config.get("bits", 8))
 
     @property
     def joined(self) -> tuple[tuple[str, ...], ...]:

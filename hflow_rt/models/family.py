@@ -86,15 +86,18 @@ if TYPE_CHECKING:
 else:
     try:
         from torch.nn import Module as _Module
-    except ImportError:  # reading a config or a manifest needs no torch
-        _Module = object
+    except ImportError:  # reading settings or a manifest needs no torch
+
+        class _Module:
+            """Stands in for torch's module."""
 
 
 class LatentModel(_Module, ABC):
     """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
 
     An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
-    units where one bin is 1/256 wide, so bits per dimension are `-log_prob / (D ln 2) + 8`, D = 3 R R.
+    units where one bin is 1/2^bits wide, so bits per dimension are `-log_prob / (D ln 2) + bits`, D = 3 R R, with
+    `bits` 8 unless the settings say otherwise.
     """
 
     config: ModelConfig

@@ -115,7 +115,10 @@ def test_a_file_that_is_no_image(hflow: Command, run: Path, content: bytes, reas
 
 
 def test_one_image_too_small(hflow: Command, run: Path, photo: Command) -> None:
-    refused(hflow("encode", photo("a.png", 15, 40)), "a.png cannot be used: it is 15x40, smaller than 16; give a square image of at least 16x16")
+    refused(
+        hflow("encode", photo("a.png", 15, 40)),
+        "a.png cannot be used: it is 15x40, smaller than 16; give a square image of at least 16x16",
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -16,7 +16,7 @@ from hflow_rt.layers import equalized
 from hflow_rt.layers.actnorm import ActNorm, data_init
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.hflow.bound import BoundTerm, evaluate, noise_shapes, terms
-from hflow_rt.models.hflow.network import Decoded, HFlow, bits_per_dim
+from hflow_rt.models.hflow.network import Decoded, HFlow
 from hflow_rt.models.hflow.original import read_settings
 from hflow_rt.models.hflow.weights import from_original, to_original_name
 from hflow_rt.runtime.latents import lerp, slerp
@@ -178,7 +178,8 @@ def losses(case: Case) -> Quantities:
         total = torch.stack([term.log_likelihood for term in found.values()]).sum(0)
         yield f"loss.{mode}.total", loss.detach()
         yield f"loss.{mode}.mean", loss.mean().detach()
-        yield f"loss.{mode}.bpd", bits_per_dim(total, case.config.resolution).mean().detach()
+        per_dimension = -total.mean().detach() / (case.x[0].numel() * math.log(2))
+        yield f"loss.{mode}.bpd", per_dimension + case.general["DISCRETIZATION_BITS"]
         for name, term in found.items():
             yield from loss_terms(f"loss.{mode}", name, term, case)
         conditional = [term for name, term in found.items() if name.startswith("end") and name != "end0"]

@@ -14,7 +14,7 @@ from hflow_rt.models.checkpoint import build_model, parse_config
 from hflow_rt.models.hflow.bound import evaluate, noise_shapes, terms
 from hflow_rt.models.hflow.config import HFlowConfig, LevelConfig
 from hflow_rt.models.hflow.flow import LevelFlow, Theta, end_chain
-from hflow_rt.models.hflow.network import HFlow
+from hflow_rt.models.hflow.network import HFlow, to_model, to_public
 from hflow_rt.models.hflow.presets import PRESETS
 
 LEVEL_COUNTS = {
@@ -378,6 +378,20 @@ def test_strict_bound_needs_noise() -> None:
     model = build_model("hflow", settings)
     with pytest.raises(ConfigError, match="z2, z1 has no posterior noise"):
         model.strict_bits_per_dim(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.Generator())
+
+
+def test_fewer_bits() -> None:
+    """With 5 bits, 8 neighbouring values share a bin of 1/32 and the public image has 32 levels."""
+    model = build_model("hflow", {**PRESETS["hflow-demo"]["model"], "bits": 5})
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    centres = model.dequantize(pixels, None)
+    torch.testing.assert_close(centres.flatten(), (torch.arange(256) // 8 + 0.5) / 32 - 0.5)
+    noisy = model.dequantize(pixels, torch.Generator().manual_seed(0))
+    assert ((noisy - centres).abs() <= 0.5 / 32).all()
+    assert (noisy - centres).abs().max() > 0.4 / 32
+    levels = torch.arange(32) / 31
+    torch.testing.assert_close(to_public(to_model(levels, 5), 5), levels)
+    torch.testing.assert_close(to_model(levels, 5), (torch.arange(32) + 0.5) / 32 - 0.5)
 
 
 def test_loss_without_noise_is_finite() -> None:

@@ -111,7 +111,7 @@ class HFlowConfig(ModelConfig):
     style_channels: PositiveInt = 512
     encoder_lr_scale: float = 10.0
     decoder_lr_scale: float = 10.0
-    bits: Literal[8] = 8
+    bits: int = Field(default=8, ge=1, le=8, description="of the data; fewer than 8 drop the lowest")
 
     @property
     def resolution(self) -> int:

@@ -1,6 +1,5 @@
 """The hflow model (spec section 1): a pyramid of targets, a conditional flow over each, exact in both directions."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -201,14 +200,14 @@ class HFlow(LatentModel):
             if name not in latents or tuple(latents[name].shape[1:]) != shape:
                 found = list(latents[name].shape) if name in latents else "nothing"
                 raise DataError(f"latent {name} must be [B, {', '.join(map(str, shape))}], not {found}")
-        return to_public(self.generate(latents).image)
+        return to_public(self.generate(latents).image, self.config.bits)
 
     def encode(self, images: Tensor) -> Encoding:
         """`log_prob` is the plug-in value of the bound at the noise-free targets, not a strict bound (spec 3.2)."""
         side = self.resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise DataError(f"images must be [B, 3, {side}, {side}], not {list(images.shape)}")
-        encoded = self.encode_targets(self.targets(to_model(images)))
+        encoded = self.encode_targets(self.targets(to_model(images, self.config.bits)))
         return Encoding(self.named_latents(encoded), self.log_prob(encoded))
 
     def log_prob(self, encoded: Encoded) -> Tensor:
@@ -241,11 +240,12 @@ class HFlow(LatentModel):
             self.encode_targets(targets)
 
     def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        levels = pixels.to(torch.float32)
+        bins = 1 << self.config.bits
+        levels = (pixels // (256 // bins)).to(torch.float32)
         if generator is None:
-            return (levels + 0.5) / 256 - 0.5
+            return (levels + 0.5) / bins - 0.5
         uniform = torch.rand(pixels.shape, generator=generator).to(levels.device)
-        x = (levels + uniform) / 256 - 0.5
+        x = (levels + uniform) / bins - 0.5
         if noise_std:
             x = x + noise_std * torch.randn(pixels.shape, generator=generator).to(levels.device)
         return x
@@ -291,16 +291,13 @@ class HFlow(LatentModel):
             getattr(self, f"spread_{name}").lerp_(value.to(getattr(self, f"spread_{name}").dtype), weight)
 
 
-def to_model(images: Tensor) -> Tensor:
-    """Public [0, 1], where an 8-bit v is v / 255, to the centre of its bin in [-0.5, 0.5]."""
-    return images * (255 / 256) + (0.5 / 256 - 0.5)
+def to_model(images: Tensor, bits: int) -> Tensor:
+    """Public [0, 1], where level k of n = 2^bits is k / (n - 1), to the centre of its bin in [-0.5, 0.5]."""
+    bins = 1 << bits
+    return images * ((bins - 1) / bins) + (0.5 / bins - 0.5)
 
 
-def to_public(x: Tensor) -> Tensor:
+def to_public(x: Tensor, bits: int) -> Tensor:
     """The inverse of `to_model`, clamped to [0, 1]."""
-    return ((x + (0.5 - 0.5 / 256)) * (256 / 255)).clamp(0, 1)
-
-
-def bits_per_dim(log_prob: Tensor, resolution: int) -> Tensor:
-    """Nats of a density in units of 1 to bits per dimension of 8-bit data."""
-    return -log_prob / (3 * resolution**2 * math.log(2)) + 8
+    bins = 1 << bits
+    return ((x + (0.5 - 0.5 / bins)) * (bins / (bins - 1))).clamp(0, 1)

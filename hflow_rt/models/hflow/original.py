@@ -16,6 +16,7 @@ def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
     Raises `ConfigError` for a missing key or a value we do not support. `settings` is not changed.
     """
     parameters = {key.upper(): value for key, value in settings.items()}
+    general = {key.upper(): value for key, value in parameters.get("GENERAL", {}).items()}
     parameters = {key.upper(): value for key, value in parameters.get("MODEL_PARAMETERS", parameters).items()}
     try:
         end = {key.upper(): value for key, value in parameters["ENDBLOCK_SETTINGS"].items()}
@@ -25,6 +26,7 @@ def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
             "style_channels": parameters["GLOBAL_NET_CHANNELS"],
             "encoder_lr_scale": parameters["ENCODER_LR_SCALE"],
             "decoder_lr_scale": parameters["DECODER_LR_SCALE"],
+            "bits": general.get("DISCRETIZATION_BITS", 8),
         }
     except KeyError as error:
         raise ConfigError(f"the original's settings need {error.args[0]}, which is missing") from error

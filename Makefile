@@ -28,14 +28,14 @@ lint: install
 
 # mypy does not see through the mapped folders of an editable install, so it reads an ordinary one
 types: install
-	rm -rf build/types
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/types .
 	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) --python-executable $(abspath $(BIN))/python
 
 check: lint types test
 
 bench: install
-	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/pytest benchmarks --report cpu
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

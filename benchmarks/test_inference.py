@@ -21,6 +21,16 @@ def latents_of(session: Any) -> dict[str, Any]:
     return next(session.draw([0], 0.7, seed=0))
 
 
+def parity_of(session: Any) -> dict[str, str]:
+    """The bundle's own proof: image error against float64 and the round trip through both engines."""
+    report = session.manifest.parity
+    image = max(case["outputs"]["image"]["max"] for case in report["graphs"]["forward"])
+    found = {"engine_error": f"{image:.1e}"}
+    for trip in report.get("round_trip", [])[:1]:
+        found |= {"round_trip": f"{trip['max']:.1e}", "uint8_differs": f"{trip['uint8_differs']:.2%}"}
+    return found
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_forward(benchmark: Any, preset: str, exported: Any, take_turns: Any, record: Any) -> None:
     model, bundle = exported(preset, "both" if preset != "hflow-256" else "forward")
@@ -37,7 +47,7 @@ def test_forward(benchmark: Any, preset: str, exported: Any, take_turns: Any, re
         images = [np.asarray(run()) for run in variants.values()]
         for image in images[1:]:
             assert np.abs(image - images[0]).max() < 1e-3
-        record(f"{preset} forward, batch 1", take_turns(variants, ROUNDS[preset]))
+        record(f"{preset} forward, batch 1", take_turns(variants, ROUNDS[preset]), **parity_of(session))
     benchmark.pedantic(variants["ONNX Runtime"], rounds=5, iterations=1)
 
 

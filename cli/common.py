@@ -92,8 +92,13 @@ def need_training_extra(*packages: str) -> None:
             raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[train]'")
 
 
-def read_pictures(paths: Sequence[Path], resolution: int) -> tuple[list[str], "NDArray[np.float32]"]:
-    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders and archives. Raises `DataError`."""
+def read_pictures(
+    paths: Sequence[Path], resolution: int, limit: int | None = None
+) -> tuple[list[str], "NDArray[np.float32]"]:
+    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders and archives, the first `limit` of them.
+
+    Raises `DataError`.
+    """
     import numpy as np
 
     from hflow_rt.errors import DataError
@@ -110,14 +115,14 @@ def read_pictures(paths: Sequence[Path], resolution: int) -> tuple[list[str], "N
             if skipped:
                 counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
                 print(f"{len(found)} images in {path}; not used: {counts}", file=sys.stderr)
-            names += found.names
-            images += list(found.pixels(range(len(found))).astype(np.float32) / 255)
+            names += found.names[:limit]
+            images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
         else:
             names.append(path.name)
             images.append(read_image(path, resolution))
     if not images:
         raise DataError("no images given; name at least one file, folder or archive")
-    return names, np.stack(images)
+    return names[:limit], np.stack(images[:limit])
 
 
 def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) -> str:

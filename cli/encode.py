@@ -39,20 +39,20 @@ def encode(
 
     Example: hflow-rt encode photo.png -o latents.safetensors --picture reconstruction.png
     """
-    import math
-
     import numpy as np
 
     from hflow_rt.runtime.latents import concatenate, save_latents
-    from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.pictures import check_picture_name, labelled_rows, save_image, to_uint8
 
+    if picture is not None:
+        check_picture_name(picture)
     session = open_session(model, backend, device, quiet=json)
     names, pixels = read_pictures(images, session.resolution)
     batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
     encoded = [session.inverse(batch) for batch in tracked(batches, len(pixels), len, "encoding")]
     latents = concatenate([part.latents for part in encoded])
     log_prob = np.concatenate([part.log_prob for part in encoded])
-    bits = -log_prob / (pixels[0].size * math.log(2)) + session.bits
+    bits = session.bits_per_dim(log_prob)
     about = {
         "family": session.manifest.family,
         "model": session.manifest.checkpoint["sha256"],

@@ -21,7 +21,7 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
     path = model if model is not None and (model.is_file() or (model / MANIFEST).is_file()) else resolve_run(model)
     found: dict[str, Any] = {"path": str(path)}
     weights = path if path.is_file() else path / MODEL
-    found["model"] = read_metadata(weights) | {"parameters": _parameters(weights)}
+    found["model"] = read_metadata(weights) | {"values": _count(weights)}
     bundle = next((folder for folder in (path, path / BUNDLE) if (folder / MANIFEST).is_file()), None)
     if bundle is not None:
         found["bundle"] = {
@@ -51,7 +51,7 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
     say_next(f"hflow-rt sample{named(model)} --std 0.7")
 
 
-def _parameters(path: Path) -> int:
+def _count(path: Path) -> int:
     import math
 
     from safetensors import safe_open
@@ -61,9 +61,9 @@ def _parameters(path: Path) -> int:
 
 
 def _print_model(path: Path, model: dict[str, Any]) -> None:
-    print(f"{path}: {model['family']}, {model['parameters']:,} values")
+    print(f"{path}: {model['family']}, {model['values']:,} values")
     for key, value in model.items():
-        if key not in ("family", "config", "parameters"):
+        if key not in ("family", "config", "values"):
             print(f"  {key}: {value}")
 
 

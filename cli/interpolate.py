@@ -54,12 +54,15 @@ def interpolate(
     from hflow_rt.runtime.latents import concatenate, ping_pong
     from hflow_rt.runtime.latents import interpolate as between
     from hflow_rt.runtime.pictures import to_uint8
-    from hflow_rt.runtime.video import save_animation
+    from hflow_rt.runtime.video import check_animation, save_animation
 
     if frames < 2:
         raise DataError(f"an interpolation needs at least 2 frames, not {frames}")
     if not fps > 0:
         raise DataError(f"fps must be above 0, not {fps}")
+    check_animation(output, fps)
+    if images and std:
+        raise DataError("--std is for samples; it has no meaning between two images; leave it away")
     session = open_session(model, backend, device, quiet=json)
     if images:
         _, pixels = read_pictures(images, session.resolution)

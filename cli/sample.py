@@ -45,10 +45,12 @@ def sample(
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import concatenate, save_latents
-    from hflow_rt.runtime.pictures import to_uint8
+    from hflow_rt.runtime.pictures import check_picture_name, to_uint8
 
     if number < 1:
         raise DataError(f"the number of images must be at least 1, not {number}")
+    if output.suffix:
+        check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
     stds = std or ["0.7"]
     parts = session.draw(range(number), stds, seed, batch)

@@ -13,6 +13,8 @@ from hflow_rt.runtime.bundle import Bundle
 __all__ = ["OnnxEngine", "open_engine"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# TF32 keeps 10 bits of the flow's state, which then cannot be inverted
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
 class OnnxEngine:
@@ -43,7 +45,9 @@ class OnnxEngine:
                 options = self._runtime.SessionOptions()
                 options.log_severity_level = 4  # ours is the one line that explains a failure
                 try:
-                    found = self._runtime.InferenceSession(str(path), options, providers=[self._provider])
+                    found = self._runtime.InferenceSession(
+                        str(path), options, providers=[(self._provider, _OPTIONS.get(self._provider, {}))]
+                    )
                 except Exception as error:  # ONNX Runtime raises a dozen classes of its own, none public
                     reason = str(error).splitlines()[0]
                     raise BundleError(

@@ -20,6 +20,7 @@ from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file
 
 __all__ = [
+    "check_picture_name",
     "check_pixels",
     "from_uint8",
     "grid",
@@ -148,14 +149,19 @@ def labelled_rows(
     return canvas
 
 
+def check_picture_name(path: Path) -> None:
+    """Raise `DataError` unless the suffix names a format that `save_image` writes."""
+    if path.suffix.lower() not in _FORMATS:
+        raise DataError(f"a picture's name must end in {', '.join(_FORMATS)}; found '{path.name}'; rename it")
+
+
 def save_image(path: Path | str, image: Image.Image) -> None:
     """Write a picture in the format its suffix names.
 
     Raises `DataError` for another suffix or if the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise DataError(f"a picture's name must end in {', '.join(_FORMATS)}; found '{path.name}'; rename it")
+    check_picture_name(path)
     name, settings = _FORMATS[path.suffix.lower()]
     with atomic_file(path) as temporary:
         image.save(temporary, format=name, **settings)

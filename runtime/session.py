@@ -1,5 +1,6 @@
 """One way to run a bundle, whatever computes it: `load(path, backend).forward / inverse / sample`."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,10 @@ class Session:
         """Bits of the data the model was trained on, which turn log-probabilities into bits per dimension."""
         return int(self.manifest.config.get("bits", 8))
 
+    def bits_per_dim(self, log_prob: Any) -> Any:
+        """Log-probabilities in nats as bits per dimension."""
+        return -log_prob / (3 * self.resolution**2 * math.log(2)) + self.bits
+
     @property
     def joined(self) -> tuple[tuple[str, ...], ...]:
         """Groups of latents that are one vector of some other space, and so are turned together by slerp."""
@@ -84,12 +89,12 @@ class Session:
         """Latents to images float32 `[B, 3, R, R]` in [0, 1]. Raises `DataError` for latents that do not fit."""
         arrays, restore = _to_numpy(latents)
         check_latents(arrays, self.latent_shapes, "these latents")
-        return restore(self._run("forward", arrays)["image"])
+        return restore(self.run_graph("forward", arrays)["image"])
 
     def inverse(self, images: Any) -> Encoded:
         """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability."""
         arrays, restore = _to_numpy({"image": images})
-        outputs = self._run("inverse", {"image": self._images(arrays["image"])})
+        outputs = self.run_graph("inverse", {"image": self._images(arrays["image"])})
         log_prob = outputs.pop("log_prob")
         return Encoded({name: restore(outputs[name]) for name in self.latent_shapes}, restore(log_prob))
 
@@ -119,7 +124,7 @@ class Session:
         graph, _ = self._space(space)
         check_latents(latents, self.latent_shapes, "these latents")
         inputs = {tensor.name for tensor in self.manifest.graphs[graph].inputs}
-        return {n: v for n, v in latents.items() if n not in inputs} | self._run(graph, latents)
+        return {n: v for n, v in latents.items() if n not in inputs} | self.run_graph(graph, latents)
 
     def from_space(self, space: str, values: Mapping[str, Array]) -> dict[str, Array]:
         """The inverse of `into_space`."""
@@ -128,7 +133,7 @@ class Session:
         shapes = {tensor.name: tensor.shape for tensor in self.manifest.graphs[graph].inputs}
         shapes |= {name: shape for name, shape in self.latent_shapes.items() if name not in made}
         check_latents(values, shapes, f"these values of space {space}")
-        found = dict(values) | self._run(graph, values)
+        found = dict(values) | self.run_graph(graph, values)
         return {name: found[name] for name in self.latent_shapes}
 
     def _space(self, space: str) -> tuple[str, str]:
@@ -146,8 +151,8 @@ class Session:
             raise BundleError(f"this bundle has no '{name}' engine (it has: {have}); export it with 'hflow-rt export'")
         return self.manifest.graphs[name]
 
-    def _run(self, name: str, values: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a graph on any batch size: batches beyond its largest are split."""
+    def run_graph(self, name: str, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one graph by name, unchecked, on any batch size: batches beyond its largest are split."""
         graph = self._graph(name)
         inputs = [values[tensor.name] for tensor in graph.inputs]
         largest = graph.batch[1]

@@ -53,4 +53,7 @@ def open_engine(bundle: Bundle, device: str) -> TorchEngine:
         raise BackendUnavailable(
             "torch finds no CUDA device here; install a CUDA build and driver, or use --device cpu"
         )
+    if device == "cuda":
+        # TF32 keeps 10 bits of the flow's state, which then cannot be inverted
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return TorchEngine(load_model(bundle.model).graphs(), torch.device(device))

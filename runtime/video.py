@@ -13,7 +13,7 @@ from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.files import atomic_file
 from hflow_rt.runtime.pictures import check_pixels, save_image, strip
 
-__all__ = ["SUFFIXES", "save_animation"]
+__all__ = ["SUFFIXES", "check_animation", "save_animation"]
 
 SUFFIXES = (".gif", ".webp", ".mp4", ".png")
 
@@ -21,6 +21,16 @@ _GIF_FPS = 50  # browsers slow down every frame shorter than 20 ms to 100 ms
 _ENCODERS = ("libx264", "h264")
 _BT709 = 1  # the code of this colour matrix, its primaries and its curve alike
 _STUDIO_RANGE = 1  # luma 16 .. 235, what players expect of H.264
+
+
+def check_animation(path: Path, fps: float) -> None:
+    """Raise what `save_animation` would for the name and the speed, before any frame is made."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"an animation must end in {', '.join(SUFFIXES)}; found '{path.name}'; rename it")
+    limit = _GIF_FPS if suffix == ".gif" else 240
+    if not 0.1 <= fps <= limit:  # NaN fails as well
+        raise DataError(f"{suffix} needs 0.1 .. {limit} frames per second; found {fps}; choose another")
 
 
 def save_animation(path: Path | str, frames: NDArray[np.uint8], fps: float) -> None:
@@ -33,12 +43,8 @@ def save_animation(path: Path | str, frames: NDArray[np.uint8], fps: float) -> N
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"an animation must end in {', '.join(SUFFIXES)}; found '{path.name}'; rename it")
+    check_animation(path, fps)
     check_pixels(frames, "frames")
-    limit = _GIF_FPS if suffix == ".gif" else 240
-    if not 0.1 <= fps <= limit:  # NaN fails as well
-        raise DataError(f"{suffix} needs 0.1 .. {limit} frames per second; found {fps}; choose another")
     if suffix == ".png":
         save_image(path, strip(frames))
     elif suffix == ".mp4":

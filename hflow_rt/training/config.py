@@ -116,6 +116,9 @@ def load_config(
     values = file if isinstance(file, Mapping) else {} if file is None else _read(Path(file))
     source = "the settings" if file is None or isinstance(file, Mapping) else str(file)
     _check_keys(values, ("family", "preset", "model", "training", "run"), source)
+    for key in ("family", "preset"):
+        if not isinstance(values.get(key), str | None):
+            raise ConfigError(f"{key} must be a name in {source}; found {values[key]!r}")
     base: Mapping[str, Any] = {}
     if preset is None and "family" in values:
         name, preset = values["family"], values.get("preset")

@@ -118,8 +118,9 @@ class _Trainer:
         self.data, self.out, self.processes = data, out, processes
         self.on_samples, self.on_progress = on_samples, on_progress
         self.trained_on, held_out = data.split()
-        if len(self.trained_on) == 0:
-            raise TrainingError(f"training needs at least 1 image that is not held out; found 0 of {len(data)}")
+        if len(self.trained_on) < 2:
+            count = f"{len(self.trained_on)} of {len(data)}"
+            raise TrainingError(f"training needs at least 2 images that are not held out; found {count}; add images")
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
@@ -220,11 +221,12 @@ class _Trainer:
                 if self.initial is not None and self.place.step == 0:
                     self._report(self.initial, log, deadline)
                 stopped_by = self._loop(stop, deadline, log)
+                self._save()  # nothing that follows may cost the weights
                 if stopped_by != "interrupt":
                     if self.last is None or self.last.images < self.place.images:
                         self._report(self._evaluate(), log, deadline)
                     self._sample(log)
-                self._save()
+                    self._save()
         finally:
             self.batches.close()
             log.close()
@@ -258,12 +260,12 @@ class _Trainer:
                 log.scalars({**self.meter.means(), "images_per_second": self.meter.recent_rate}, now)
                 self.meter.reset()
             ended = now >= settings.images  # `run` does all of it once more at the end
+            if is_due(settings.checkpoint_every_images, before, now) and not ended:
+                self._save()
             if is_due(settings.evaluate_every_images, before, now) and not ended:
                 self._report(self._evaluate(), log, deadline)
             if is_due(settings.sample_every_images, before, now) and not ended:
                 self._sample(log)
-            if is_due(settings.checkpoint_every_images, before, now) and not ended:
-                self._save()
         return "images"
 
     def _step(self, stop: StopRequest) -> dict[str, float] | None:

@@ -428,7 +428,7 @@ def test_info_as_json(hflow: Command, run: Path, what: str) -> None:
     assert found["path"] == str(run / what)
     assert found["model"]["family"] == "hflow"
     assert found["model"]["config"]["levels"][0]["resolution"] == R
-    assert found["model"]["parameters"] > 10_000
+    assert found["model"]["values"] > 10_000
     assert ("bundle" in found) == (what != "model.safetensors")
     if "bundle" in found:
         assert found["bundle"]["verified"] is True

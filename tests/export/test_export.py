@@ -132,6 +132,34 @@ def test_parity_catches_a_changed_engine(tiny_run: Path, tmp_path: Path, tiny_mo
     assert run_parity(tiny_model, open_bundle(bundle, "torch", "cpu"), IMAGES)["passed"]
 
 
+def test_parity_catches_a_changed_inner_graph(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    path = run / "bundle" / "end_forward.onnx"
+    proto = onnx.load(path)
+    tensor = next(t for t in proto.graph.initializer if len(t.dims) == 2)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(proto, path)
+    _trust(run / "bundle", "end_forward.onnx")
+    report = check_bundle(find_bundle(run), IMAGES, "onnx", "cpu")
+    assert set(report["graphs"]) == {"forward", "inverse", "end_forward", "end_inverse"}
+    assert any("end_forward.y_end" in line for line in report["failures"])
+
+
+def test_parity_is_not_conclusive_where_float32_itself_fails() -> None:
+    exact = np.zeros((1, 3, 2, 2))
+    entry = compare(np.ones((1, 3, 2, 2), np.float32), exact, np.full((1, 3, 2, 2), 0.5, np.float32), picture=True)
+    entry["bound"] = 4 * 0.5
+    report = {"graphs": {"forward": [{"batch": 1, "std": 1.0, "outputs": {"image": entry}}]}}
+    assert failures(report) == ["forward.image at batch 1, std 1.0: not conclusive, torch float32 itself is off by 0.5"]
+
+
+def test_every_image_is_used(tiny_run: Path, tiny_model: Any) -> None:
+    images = np.random.default_rng(1).uniform(0, 1, (5, 3, 16, 16)).astype(np.float32)
+    report = run_parity(tiny_model, load(tiny_run), images)
+    assert [case["batch"] for case in report["graphs"]["inverse"]] == [1, 3, 3]
+    assert report["images"] == 5
+
+
 def test_parity_knows_nan_and_nothing() -> None:
     exact = np.linspace(0, 1, 50).reshape(1, 50)
     broken = exact.astype(np.float32)

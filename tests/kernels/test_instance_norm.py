@@ -25,7 +25,9 @@ def test_instance_norm_is_its_formula(size: tuple[int, ...], spread: float) -> N
     x = 2 + spread * np.random.default_rng(sum(size)).standard_normal(size)
     expected = plain(x)
     np.testing.assert_allclose(instance_norm(torch.from_numpy(x)).numpy(), expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(FoldedInstanceNorm()(torch.from_numpy(x)).numpy(), expected, rtol=1e-9, atol=1e-9)
+    for saturated in (False, True):
+        found = FoldedInstanceNorm(saturated)(torch.from_numpy(x)).numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
     single = instance_norm(torch.from_numpy(x).float()).numpy()
     np.testing.assert_allclose(single, expected, rtol=0, atol=1e-5 / spread)
 
@@ -35,7 +37,7 @@ def test_a_flat_channel_becomes_zero() -> None:
     assert EPSILON == 1e-6
 
 
-@pytest.mark.parametrize("layer", [InstanceNorm(), FoldedInstanceNorm()])
+@pytest.mark.parametrize("layer", [InstanceNorm(), FoldedInstanceNorm(), FoldedInstanceNorm(True)])
 def test_a_single_pixel_passes(layer: torch.nn.Module) -> None:
     x = torch.randn(2, 3, 1, 1)
     assert torch.equal(layer(x), x)
@@ -45,3 +47,11 @@ def test_gradients() -> None:
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert torch.autograd.gradcheck(instance_norm, x)
     assert torch.autograd.gradgradcheck(instance_norm, x)
+
+
+def test_half_precision_keeps_float32_statistics() -> None:
+    x = 100 + torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    half = x.to(torch.bfloat16)
+    found = instance_norm(half)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), instance_norm(half.float()), rtol=1e-2, atol=1e-2)

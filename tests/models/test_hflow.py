@@ -1,5 +1,6 @@
 """The acceptance tests A1-A12 of the hflow specification, appendix A, in its order."""
 
+import copy
 import math
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.kernels.blur import blur_down, blur_up
+from hflow_rt.kernels.coupling import coupling_inverse
 from hflow_rt.layers.actnorm import ActNorm, data_init
 from hflow_rt.models.checkpoint import build_model, parse_config
+from hflow_rt.models.hflow import flow
 from hflow_rt.models.hflow.bound import evaluate, noise_shapes, terms
 from hflow_rt.models.hflow.config import HFlowConfig, LevelConfig
 from hflow_rt.models.hflow.flow import LevelFlow, Theta, end_chain
@@ -148,19 +151,19 @@ def test_a3_a5_level_flow(name: str) -> None:
     level = LevelConfig.model_validate(
         {"coupling_channels": 6, "condition_channels": 4, "skip_channels": 1, **FLOWS[name]}
     )
-    flow = LevelFlow(level)
-    perturb(flow, 0.3)
-    flow = flow.double()
+    chain = LevelFlow(level)
+    perturb(chain, 0.3)
+    chain = chain.double()
     shape = (level.channels, level.resolution, level.resolution)
     y = torch.randn(1, *shape, dtype=torch.float64)
     theta = Theta(*(0.3 * torch.randn(1, *shape, dtype=torch.float64) for _ in range(4)))
     condition = torch.randn(1, 4, level.resolution, level.resolution, dtype=torch.float64)
-    inverse = flow.encode(y, theta, condition)
-    forward = flow.decode(inverse.value, theta, condition)
+    inverse = chain.encode(y, theta, condition)
+    forward = chain.decode(inverse.value, theta, condition)
     assert (inverse.value - y).abs().max() > 0.1
     assert (forward.value - y).abs().max() < 1e-10
     assert (forward.log_det + inverse.log_det).abs().max() < 1e-9
-    jacobian = torch.autograd.functional.jacobian(lambda v: flow.encode(v, theta, condition).value.flatten(), y)
+    jacobian = torch.autograd.functional.jacobian(lambda v: chain.encode(v, theta, condition).value.flatten(), y)
     expected = torch.linalg.slogdet(jacobian.reshape(y.numel(), y.numel()))[1]
     assert abs(inverse.log_det.item() - expected.item()) < 1e-8
 
@@ -308,11 +311,10 @@ def test_a9_one_image_is_enough(demo: HFlow) -> None:
 def test_a11_same_image_on_the_gpu(demo: HFlow) -> None:
     generator = torch.Generator().manual_seed(0)
     latents = {n: torch.randn(2, *s, generator=generator) for n, s in demo.latent_shapes().items()}
-    model = demo.float()
+    model = copy.deepcopy(demo).float()
     with torch.no_grad():
         cpu = model.decode(latents)
         gpu = model.cuda().decode({n: z.cuda() for n, z in latents.items()}).cpu()
-    demo.cpu().double()
     assert (cpu - gpu).abs().max() < 1e-3
 
 
@@ -380,6 +382,34 @@ def test_strict_bound_needs_noise() -> None:
         model.strict_bits_per_dim(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.Generator())
 
 
+def test_one_image_initialises_finitely() -> None:
+    model = preset("hflow-demo")
+    model.initialize(photos(model, 1), torch.Generator().manual_seed(0))
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+    assert all(float(getattr(model, f"spread_{name}")) == 1 for name in model.noised())
+
+
+def test_the_flow_keeps_full_precision_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nets run in bfloat16; what enters a coupling, each theta and every log-determinant is float32."""
+    model = preset("hflow-demo")
+    model.initialize(photos(model, 16), torch.Generator().manual_seed(0))
+    seen: set[torch.dtype] = set()
+    nets: set[torch.dtype] = set()
+
+    def spy(x: Tensor, log_scale: Tensor, shift: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen.update((x.dtype, log_scale.dtype, shift.dtype))
+        return coupling_inverse(x, log_scale, shift, mask)
+
+    monkeypatch.setattr(flow, "coupling_inverse", spy)
+    model.levels[0].condition.register_forward_hook(lambda module, inputs, output: nets.add(output.dtype))  # type: ignore[operator, union-attr]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        encoded = model.encode_targets(model.targets(photos(model, 2).float() / 255 - 0.5))
+    assert nets == {torch.bfloat16}
+    assert seen == {torch.float32}
+    assert all(run.theta.dtype == run.log_det.dtype == torch.float32 for run in encoded.levels)
+    assert all(run.value.dtype == torch.float32 for run in [*encoded.end, *encoded.levels])
+
+
 def test_fewer_bits() -> None:
     """With 5 bits, 8 neighbouring values share a bin of 1/32 and the public image has 32 levels."""
     model = build_model("hflow", {**PRESETS["hflow-demo"]["model"], "bits": 5})
@@ -414,6 +444,7 @@ def test_loss_without_noise_is_finite() -> None:
         ({"split": "lblocks", "coupling": "cnn"}, "only with a UNet"),
         ({"coupling_channels": 9}, "even, not 9"),
         ({"split": "channels", "channels": 1}, "at least 2 channels"),
+        ({"unet_depth": 5}, "unet_depth 5 needs a resolution of at least 32"),
     ],
 )
 def test_impossible_levels(change: dict[str, Any], message: str) -> None:

@@ -257,7 +257,7 @@ def test_another_family_other_images_and_no_checkpoint(
 def test_images_that_do_not_fit(make_images: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the model needs images \[3, 8, 8\]; found \[3, 4, 4\]"):
         train(load_config("toy"), make_images(side=4), tmp_path / "run")
-    with pytest.raises(TrainingError, match="at least 1 image that is not held out; found 0 of 0"):
+    with pytest.raises(TrainingError, match="at least 2 images that are not held out; found 0 of 0"):
         train(load_config("toy"), make_images(count=0), tmp_path / "run")
 
 

@@ -61,6 +61,11 @@ class LevelConfig(ModelConfig):
                 )
             if split in ("lblocks", "hblocks", "vhalfs", "hhalfs") and not self.uses_unet(split):
                 raise ValueError(f"split '{split}' exists only with a UNet coupling net")
+        shrink = 2 ** (self.unet_depth * (2 if self.unet_double else 1))
+        if self.resolution < shrink and any(self.uses_unet(split) for split in split_steps(self.split, self.steps)):
+            raise ValueError(
+                f"unet_depth {self.unet_depth} needs a resolution of at least {shrink}, not {self.resolution}"
+            )
         if "channels" in split_steps(self.split, self.steps) and self.channels < 2:
             raise ValueError("split 'channels' needs at least 2 channels")
         if self.coupling_channels % 2:

@@ -39,6 +39,10 @@ class Theta(NamedTuple):
     end_shift: Tensor
     end_log_scale: Tensor
 
+    def to(self, dtype: torch.dtype) -> "Theta":
+        """The maps in the precision of the flow's state."""
+        return Theta(*(values.to(dtype) for values in self))
+
     def log_det(self) -> Tensor:
         """Log-determinant `[B]` of both maps from latent to data."""
         return self.start_log_scale.flatten(1).sum(1) + self.end_log_scale.flatten(1).sum(1)
@@ -91,8 +95,8 @@ class FlowStep(nn.Module):
         seen = x * (self.seen * SEEN_GAIN)
         if self.split in ("vhalfs", "hhalfs"):
             seen = seen.flip(3 if self.split == "vhalfs" else 2)
-        raw: tuple[Tensor, Tensor] = self.coupling(seen, condition)
-        return raw
+        log_scale, shift = self.coupling(seen, condition)
+        return log_scale.to(x.dtype), shift.to(x.dtype)  # nets may run in half precision, the flow never
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latent to target, with the coupling's log-determinant `[B]`."""
@@ -156,12 +160,14 @@ class BetweenAffines:
 
     def decode(self, z: Tensor, theta: Theta, condition: Tensor) -> FlowResult:
         """Latent to target."""
+        theta = theta.to(z.dtype)
         run = self(z * torch.exp(theta.end_log_scale) + theta.end_shift, condition)
         value = run.value * torch.exp(theta.start_log_scale) + theta.start_shift
         return dataclasses.replace(run, value=value, theta=theta.log_det())
 
     def encode(self, y: Tensor, theta: Theta, condition: Tensor) -> FlowResult:
         """Target to latent."""
+        theta = theta.to(y.dtype)
         run = self.inverse((y - theta.start_shift) * torch.exp(-theta.start_log_scale), condition)
         value = (run.value - theta.end_shift) * torch.exp(-theta.end_log_scale)
         return dataclasses.replace(run, value=value, theta=-theta.log_det())

@@ -92,7 +92,8 @@ class HFlow(LatentModel):
         self.end_encoder = EndEncoder(config)
         self.end_flow = EndFlow(config)
         self.end_output = EndOutput(config)
-        # Running mean over batches of each noised target's spread (spec 3.1), so that batch 1 has one too.
+        # Running mean over batches of each noised target's spread (spec 3.1), so that batch 1 has one too. Only
+        # batches of two and more move it.
         for name in self.noised():
             self.register_buffer(f"spread_{name}", torch.ones(()))
 
@@ -236,7 +237,8 @@ class HFlow(LatentModel):
         x = self.dequantize(pixels, generator)
         with data_init(self):
             targets = self.targets(x)
-            self.update_spreads(self.batch_spreads(targets), weight=1.0)
+            if len(x) > 1:  # one image has no spread; the first real batch will set it
+                self.update_spreads(self.batch_spreads(targets), weight=1.0)
             self.encode_targets(targets)
 
     def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:

@@ -99,6 +99,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
             ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
             images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
             images[1] = images[1].transpose(0, 2, 1)
+            images = np.rint(images * 255) / np.float32(255)  # 8-bit values, as real images have
             manifest = export_bundle(folder / "model.safetensors", folder / "bundle", images, direction)
             assert manifest.verified, manifest.parity
             made[preset, direction] = model, folder / "bundle"

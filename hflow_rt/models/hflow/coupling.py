@@ -103,7 +103,7 @@ class CouplingCNN(nn.Module):
         super().__init__()
         self.condition = EqualizedConv2d(condition, condition, 3, activation="leaky")
         self.fuse = EqualizedConv2d(channels + condition, channels, 3, activation="tanh")
-        self.norm = InstanceNorm(saturated=True)
+        self.norm = InstanceNorm()
         self.conv1 = EqualizedConv2d(channels, width, kernel, activation="leaky")
         self.conv2 = EqualizedConv2d(width, width, kernel, activation="leaky")
         self.conv3 = EqualizedConv2d(width, width, kernel, activation="leaky")

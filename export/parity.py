@@ -159,26 +159,27 @@ def _batches(images: Array) -> Iterator[Array]:
 def _inner_graphs(specs: Mapping[str, GraphSpec], session: Session, seed: int) -> dict[str, Any]:
     """Graphs between latents and other spaces, against their own folded modules in float64.
 
-    That folding itself is right shows in `forward` and `inverse`, which contain them.
+    That folding itself is right shows in `forward` and `inverse`, which contain them. Into a space go prior latents;
+    back come the values that float64 found there, for others would be far from any the model knows.
     """
-    report: dict[str, Any] = {}
-    for name, spec in specs.items():
-        exact_module = copy.deepcopy(spec.module).double().eval()
-        report[name] = []
-        for batch in BATCHES:
-            shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
-            ones = dict.fromkeys(shapes, 1.0)
-            inputs = draw_latents(shapes, ones, seed, range(batch), ones)
-            tensors = [torch.from_numpy(value) for value in inputs.values()]
+    report: dict[str, Any] = {name: [] for pair in session.manifest.spaces.values() for name in pair}
+    for batch in BATCHES:
+        stds = dict.fromkeys(session.latent_shapes, 1.0)
+        values = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(batch), stds)
+        for name in report:
+            spec = specs[name]
+            tensors = [torch.from_numpy(values[tensor.name]) for tensor in spec.inputs]
             with torch.no_grad():
-                exact = exact_module(*[tensor.double() for tensor in tensors])
+                exact = copy.deepcopy(spec.module).double().eval()(*[tensor.double() for tensor in tensors])
                 plain = spec.module.eval()(*tensors)
-            found = session.run_graph(name, inputs)
+            found = session.run_graph(name, values)
+            expected = {tensor.name: value.numpy() for tensor, value in zip(spec.outputs, exact, strict=True)}
             outputs = {
-                tensor.name: compare(found[tensor.name], e.numpy(), p.numpy())
-                for tensor, e, p in zip(spec.outputs, exact, plain, strict=True)
+                output: compare(found[output], expected[output], value.numpy())
+                for output, value in zip(expected, plain, strict=True)
             }
             report[name].append({"batch": batch, "outputs": outputs})
+            values = values | {output: value.astype(np.float32) for output, value in expected.items()}
     return report
 
 

@@ -27,6 +27,7 @@ def sample(
     number: Annotated[int, typer.Option("-n", "--number", help="How many images.")] = 16,
     std: StdOption = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")] = 0,
+    first: Annotated[int, typer.Option(help="Index of the first image: --first 7 -n 1 is image 7 of the seed.")] = 0,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each."),
@@ -53,14 +54,14 @@ def sample(
         check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
     stds = std or ["0.7"]
-    parts = session.draw(range(number), stds, seed, batch)
+    parts = session.draw(range(first, first + number), stds, seed, batch)
     drawn, images, kept = 0, [], []
     for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):
         pixels = to_uint8(session.forward(part))
         if output.suffix:
             images.append(pixels)
         else:
-            write_pictures(output, pixels, drawn)
+            write_pictures(output, pixels, first + drawn)
         if latents is not None:
             kept.append(part)
         drawn += len(pixels)

@@ -198,6 +198,17 @@ def test_sample_latents_and_decode_give_the_same_images(hflow: Command, run: Pat
         np.testing.assert_array_equal(pixels(f"a/{index:06d}.png"), pixels(f"b/{index:06d}.png"))
 
 
+def test_sample_one_image_of_a_seed(hflow: Command, run: Path) -> None:
+    assert hflow("sample", "-n", 4, "--seed", 5, "-o", "all").code == 0
+    assert hflow("sample", "-n", 1, "--seed", 5, "--first", 2, "-o", "one").code == 0
+    assert [path.name for path in Path("one").iterdir()] == ["000002.png"]
+    difference = np.abs(pixels("all/000002.png").astype(int) - pixels("one/000002.png").astype(int))
+    assert difference.max() <= 1  # another batch may round a pixel the other way
+    refused = hflow("sample", "-n", 1, "--first", -1)
+    assert refused.code == 1
+    assert "Traceback" not in refused.err
+
+
 def test_sample_json(hflow: Command, run: Path) -> None:
     result = ok(hflow("sample", "-n", 2, "--json", "--seed", 7))
     assert json.loads(result.out) == {

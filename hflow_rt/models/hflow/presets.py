@@ -122,6 +122,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hflow-demo": {
         "model": _HFLOW_DEMO,
         "training": _PUBLISHED_TRAINING
-        | {"batch_size": 16, "accumulate": 1, "ema_weight": 0.02, "ema_warmup_images": 1000},
+        | {"images": 100_000, "batch_size": 16, "accumulate": 1, "ema_weight": 0.02, "ema_warmup_images": 1000},
     },
 }

@@ -28,7 +28,6 @@ from hflow_rt.runtime.noise import draw, draw_latents
 
 SHAPES = {"end": (6,), "z1": (4, 2, 2), "z0": (3, 4, 4)}
 ONES = dict.fromkeys(SHAPES, 1.0)
-ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden" / "hflow"
 
 quick = settings(max_examples=40, deadline=None)

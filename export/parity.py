@@ -95,7 +95,7 @@ def compare(found: Array, exact: Array, plain: Array, picture: bool = False) -> 
     error = np.abs(found.astype(np.float64) - exact)
     own = float(np.abs(plain.astype(np.float64) - exact).max())
     nan = int(np.isnan(found).sum())
-    error = np.nan_to_num(error, nan=1e300)  # JSON knows no NaN
+    error = np.nan_to_num(error, nan=1e30, posinf=1e30)  # JSON knows neither, and sums must stay finite
     scale = float(np.abs(exact).max())
     relative = error / np.maximum(np.abs(exact), 1e-6 * max(scale, 1e-30))
     entry: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Coupling nets: from the seen half and the condition to raw log-scale and shift (spec 2.5 and 2.6).
 
 Every net maps `(seen, condition)` to `(log_scale, shift)`, each of as many channels as the target. `seen` is the
-masked target times sqrt(2). `takes_input` names the layer that reads `seen` first, so that export can fold there.
+masked target times sqrt(2); `fuse` is the layer that reads it, and there export folds what it can.
 """
 
 import itertools
@@ -27,8 +27,6 @@ def coupling_net(level: LevelConfig, split: Split, condition: int) -> "CouplingC
 
 class CouplingUNet(nn.Module):
     """UNet with `depth` stages that each change resolution by 2, or by 4 when `unet_double`."""
-
-    takes_input = "fuse"
 
     def __init__(self, level: LevelConfig, condition: int) -> None:
         super().__init__()
@@ -97,8 +95,6 @@ def _resamplers(resolution: int, widths: list[int], double: bool) -> tuple[nn.Mo
 class CouplingCNN(nn.Module):
     """Plain CNN with a tanh bottleneck to as many channels as the target, then instance norm."""
 
-    takes_input = "fuse"
-
     def __init__(self, channels: int, width: int, kernel: int, condition: int) -> None:
         super().__init__()
         self.condition = EqualizedConv2d(condition, condition, 3, activation="leaky")
@@ -121,8 +117,6 @@ class CouplingCNN(nn.Module):
 
 class CouplingMLP(nn.Module):
     """The same shape on vectors `[B, C]` for the end block; no norm; the first part has no condition."""
-
-    takes_input = "fuse"
 
     def __init__(self, channels: int, width: int, condition: int | None) -> None:
         super().__init__()

@@ -24,13 +24,13 @@ class ChannelMap(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, spatial: bool) -> None:
         super().__init__()
-        if weight.dim() == 1 and spatial:
+        self.diagonal = weight.dim() == 1
+        if self.diagonal and spatial:
             weight, bias = weight.view(1, -1, 1, 1), None if bias is None else bias.view(1, -1, 1, 1)
         elif spatial:
             weight = weight[:, :, None, None]
         self.weight = nn.Parameter(weight.clone())
         self.bias = None if bias is None else nn.Parameter(bias.clone())
-        self.diagonal = weight.shape[0] == 1 or weight.dim() == 1
 
     def forward(self, x: Tensor) -> Tensor:
         if self.diagonal:

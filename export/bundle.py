@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt import __version__
-from hflow_rt.errors import BundleError
-from hflow_rt.export.onnx import OPSET, export_graph
+from hflow_rt.errors import BundleError, CheckpointError
+from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.files import atomic_directory, atomic_file, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, BundledFile, Latent, Manifest
-from hflow_rt.models.checkpoint import load_model, read_metadata
+from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.session import open_bundle
@@ -31,17 +31,24 @@ def export_bundle(
     images: NDArray[np.float32],
     direction: Direction = "both",
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    half: bool = False,
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
     images: `[N, 3, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
-    failure leaves the bundle in place, marked unverified in its manifest. Raises `CheckpointError`, `BundleError`.
+    failure leaves the bundle in place, marked unverified in its manifest. half: first round the weights to
+    half precision, in which `model.safetensors` then keeps them; it is this rounded model, computed in float32 as
+    ever, that the bundle holds and that its engines are held against. Raises `CheckpointError`, `BundleError`.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
     with atomic_directory(output) as folder:
-        shutil.copyfile(checkpoint, folder / MODEL)
+        if half:
+            model, metadata = _write_half(model, metadata, folder / MODEL)
+        else:
+            shutil.copyfile(checkpoint, folder / MODEL)
         weights = sha256(folder / MODEL)
         specs = model.graphs()
         needed = {"forward", "inverse"} if direction == "both" else {direction}
@@ -51,11 +58,11 @@ def export_bundle(
             specs = {"inverse": specs["inverse"]}
         elif direction == "forward":  # with the graphs of other spaces, which serve interpolation
             specs = {name: spec for name, spec in specs.items() if name != "inverse"}
-        graphs = {}
+        graphs, shared = {}, SharedWeights(folder / WEIGHTS)
         for name, spec in specs.items():
             progress(f"writing {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared)
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],
@@ -88,16 +95,18 @@ def check_bundle(
     backend: str = "onnx",
     device: str = "auto",
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Run the parity check on a finished bundle and return its report.
 
-    The report of the `onnx` backend, the one that ships graphs, is written into the manifest.
+    keep: write the report of the `onnx` backend, the one that ships graphs, into the manifest.
     """
     for name in bundle.manifest.files:
         bundle.file(name)
     manifest = _checked(bundle, load_model(bundle.model), images, backend, device, progress)
     assert manifest.parity is not None
-    if backend == "onnx":
+    if keep and backend == "onnx":
         with atomic_file(bundle.path / MANIFEST) as temporary:
             temporary.write_text(manifest.dump())
     return manifest.parity
@@ -113,6 +122,17 @@ def _checked(
 ) -> Manifest:
     report = run_parity(model, open_bundle(bundle, backend, device), images, progress=progress)
     return bundle.manifest.model_copy(update={"parity": report, "verified": report["passed"]})
+
+
+def _write_half(model: LatentModel, metadata: dict[str, Any], path: Path) -> tuple[LatentModel, dict[str, Any]]:
+    """Write the model with its weights rounded to half precision; that model, and what its file says."""
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
+    extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
+    save_model(path, metadata["family"], model, state, extra | {"weights": "float16"})
+    return load_model(path), read_metadata(path)
 
 
 def _versions(*packages: str) -> dict[str, str]:

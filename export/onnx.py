@@ -1,7 +1,9 @@
 """Write a graph of a family as ONNX: dynamic batch, static size, checked, no stack traces inside."""
 
+import ast
 import collections
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -10,15 +12,21 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx.external_data_helper import set_external_data
 
 from hflow_rt.errors import HFlowError
 from hflow_rt.manifest import Graph, Tensor
 from hflow_rt.models.family import GraphSpec, TensorSpec
 
-__all__ = ["MAX_BATCH", "OPSET", "export_graph", "operator_counts"]
+__all__ = ["MAX_BATCH", "MODULE", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
 
 OPSET = 20  # 17 is silently invalid with this exporter; 22 and up only for bfloat16
 MAX_BATCH = 64
+MODULE = "module"  # key under which a node names the module it came from
+WEIGHTS = "weights.bin"
+# Smaller constants stay in the graph, where shape inference and graph viewers see them.
+_INLINE_BYTES = 1024
+_ALIGNMENT = 64  # bytes: of a cache line
 # every one of these means that something independent of the input was not folded
 _UNFOLDED = {
     "Inverse",
@@ -33,8 +41,36 @@ _UNFOLDED = {
 }
 
 
-def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str]) -> Graph:
-    """Export `spec` to the ONNX file `path` and describe it. Raises `HFlowError` if the result is not valid."""
+class SharedWeights:
+    """The constants of all graphs of a bundle in one file, each once.
+
+    The two directions of a flow run the same nets, so this halves a bundle; it also lifts ONNX's limit of 2 GB.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[bytes, int] = {}
+
+    def take(self, tensor: onnx.TensorProto) -> None:
+        """Move the values of `tensor` into the file, or point it at equal ones that are there."""
+        values = tensor.raw_data
+        if len(values) < _INLINE_BYTES:
+            return
+        key = hashlib.sha256(values).digest()
+        if key not in self._places:
+            with open(self.path, "ab") as file:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                self._places[key] = file.tell()
+                file.write(values)
+        set_external_data(tensor, self.path.name, self._places[key], len(values))
+        tensor.ClearField("raw_data")
+
+
+def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str], weights: SharedWeights) -> Graph:
+    """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
+
+    Raises `HFlowError` if the result is not valid.
+    """
     module = spec.module.eval()
     examples = tuple(_example(tensor) for tensor in spec.inputs)
     batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
@@ -64,9 +100,13 @@ def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str]) -> Graph
         raise HFlowError(
             f"graph '{spec.name}' still holds {', '.join(leftover)}; the family must fold it before export"
         )
+    for tensor in proto.graph.initializer:
+        weights.take(tensor)
     path.write_bytes(proto.SerializeToString())
+    onnx.checker.check_model(str(path))  # also that the constants are where the graph says
     return Graph(
         file=path.name,
+        weights=weights.path.name if any(tensor.external_data for tensor in proto.graph.initializer) else None,
         inputs=tuple(_described(tensor) for tensor in spec.inputs),
         outputs=tuple(_described(tensor) for tensor in spec.outputs),
         batch=(1, MAX_BATCH),
@@ -93,13 +133,18 @@ def _described(tensor: TensorSpec) -> Tensor:
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Keep of the exporter's notes only which module a node came from: stack traces hold paths of this machine."""
+    """Keep of the exporter's notes only which module a node came from: stack traces hold paths of this machine.
+
+    Shapes of inner values go too: every reader infers them, and they are a sixth of a graph.
+    """
     for node in proto.graph.node:
-        kept = [prop for prop in node.metadata_props if prop.key == "pkg.torch.onnx.name_scopes"]
+        scopes = [prop.value for prop in node.metadata_props if prop.key == "pkg.torch.onnx.name_scopes"]
         del node.metadata_props[:]
-        node.metadata_props.extend(kept)
+        if scopes:  # a list of names from the graph down to the node itself
+            node.metadata_props.add(key=MODULE, value=["", *ast.literal_eval(scopes[0])][-2])
         node.doc_string = ""
-    for entries in (proto.graph.value_info, proto.graph.input, proto.graph.output, proto.graph.initializer):
+    del proto.graph.value_info[:]
+    for entries in (proto.graph.input, proto.graph.output, proto.graph.initializer):
         for entry in entries:
             del entry.metadata_props[:]
     del proto.graph.metadata_props[:]

@@ -41,6 +41,7 @@ class Graph(_Entry):
     """One direction of the model."""
 
     file: str
+    weights: str | None = Field(default=None, description="file beside it that holds its constants, shared by graphs")
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     batch: tuple[int, int] = Field(description="smallest and largest batch of one call")
@@ -86,8 +87,9 @@ class Manifest(_Entry):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"file '{name}' lies outside the bundle")
         for name, graph in self.graphs.items():
-            if graph.file not in self.files:
-                raise ValueError(f"graph '{name}' is in {graph.file}, which is not among the files")
+            for file in (graph.file, graph.weights):
+                if file is not None and file not in self.files:
+                    raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
         return self
 
     @property

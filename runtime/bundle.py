@@ -38,11 +38,14 @@ class Bundle:
         return path
 
     def graph(self, name: str) -> Path:
-        """Path of the ONNX file of a graph. Raises `BundleError` where the bundle has no such direction."""
+        """Path of the ONNX file of a graph, its constants checked too. Raises `BundleError` where there is none."""
         if name not in self.manifest.graphs:
             have = ", ".join(self.manifest.graphs) or "none"
             raise BundleError(f"{self.path} has no '{name}' engine (it has: {have}); export it with 'hflow-rt export'")
-        return self.file(self.manifest.graphs[name].file)
+        graph = self.manifest.graphs[name]
+        if graph.weights is not None:
+            self.file(graph.weights)
+        return self.file(graph.file)
 
     @property
     def model(self) -> Path:

@@ -9,13 +9,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hflow_rt.errors import BundleError, CheckpointError, HFlowError
 from hflow_rt.export import bundle as export_module
 from hflow_rt.export.bundle import check_bundle, export_bundle
-from hflow_rt.export.onnx import export_graph
+from hflow_rt.export.onnx import SharedWeights, export_graph
 from hflow_rt.export.parity import compare, failures, run_parity
 from hflow_rt.manifest import read_manifest
+from hflow_rt.models.checkpoint import load_model, save_model
 from hflow_rt.models.family import GraphSpec, TensorSpec
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import find_bundle
@@ -75,7 +77,7 @@ def test_spaces_go_there_and_back(tiny_run: Path) -> None:
     session = load(tiny_run)
     latents = session.inverse(IMAGES).latents
     inside = session.into_space("y0", latents)
-    assert set(inside) == {"y_end", "z1", "z0"}
+    assert list(inside) == ["u0", "u1", "z1", "z0"]
     back = session.from_space("y0", inside)
     for name, value in latents.items():
         np.testing.assert_allclose(back[name], value, atol=1e-5)
@@ -113,6 +115,59 @@ def test_one_direction(tiny_run: Path, tmp_path: Path, direction: Any, graphs: s
         _ = session.inverse(IMAGES) if other == "inverse" else session.sample(1)
 
 
+def test_graphs_share_their_constants(tiny_run: Path, tmp_path: Path) -> None:
+    """One file holds what both directions use, once: less than the two directions hold apart."""
+    bundle = tiny_run / "bundle"
+    manifest = read_manifest(bundle)
+    assert {manifest.graphs[name].weights for name in ("forward", "inverse")} == {"weights.bin"}
+    alone = 0
+    for direction in ("forward", "inverse"):
+        export_bundle(tiny_run / "model.safetensors", tmp_path / direction, IMAGES, direction)  # type: ignore[arg-type]
+        alone += (tmp_path / direction / "weights.bin").stat().st_size
+    assert (bundle / "weights.bin").stat().st_size < 0.7 * alone
+
+
+def test_constants_are_told_apart_by_value(tmp_path: Path) -> None:
+    shared = SharedWeights(tmp_path / "weights.bin")
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(size).astype(np.float32) for size in (300, 2000, 300)]
+    arrays.append(arrays[1].copy())
+    tensors = [onnx.numpy_helper.from_array(array) for array in arrays]
+    for tensor in tensors:
+        shared.take(tensor)
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in tensors]
+    assert places[1] == places[3]
+    assert len({place["offset"] for place in places}) == 3
+    assert all(int(place["offset"]) % 64 == 0 for place in places)
+    small = onnx.numpy_helper.from_array(arrays[0][:8])
+    shared.take(small)
+    assert not small.external_data
+    for tensor, array in zip(tensors, arrays, strict=True):
+        assert (onnx.numpy_helper.to_array(tensor, str(tmp_path)) == array).all()
+
+
+def test_half_precision_weights(tiny_run: Path, tmp_path: Path) -> None:
+    """The bundle holds the rounded model, in half the bytes, and its engines are that model."""
+    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, half=True)
+    assert manifest.verified
+    assert manifest.checkpoint["weights"] == "float16"
+    whole, rounded = (load_model(path / "model.safetensors") for path in (tiny_run, tmp_path / "b"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(rounded.state_dict()[name], value.half().float())
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    images = load(tmp_path / "b").sample(2)
+    assert 0 < np.abs(images - load(tiny_run).sample(2)).max() < 0.1
+
+
+def test_half_precision_refuses_what_it_cannot_hold(tiny_model: Any, tmp_path: Path) -> None:
+    state = tiny_model.state_dict() | {"spread_z1": torch.tensor(1e5)}
+    save_model(tmp_path / "model.safetensors", "hflow", tiny_model, state, {})
+    with pytest.raises(CheckpointError, match="spread_z1 exceeds the range of half precision"):
+        export_bundle(tmp_path / "model.safetensors", tmp_path / "b", IMAGES, half=True)
+    assert not (tmp_path / "b").exists()
+
+
 def test_parity_catches_a_changed_engine(tiny_run: Path, tmp_path: Path, tiny_model: Any) -> None:
     """Move one weight of the engine by one percent: the check must fail, say where, and unverify the bundle."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
@@ -142,7 +197,7 @@ def test_parity_catches_a_changed_inner_graph(tiny_run: Path, tmp_path: Path) ->
     _trust(run / "bundle", "end_forward.onnx")
     report = check_bundle(find_bundle(run), IMAGES, "onnx", "cpu")
     assert set(report["graphs"]) == {"forward", "inverse", "end_forward", "end_inverse"}
-    assert any("end_forward.y_end" in line for line in report["failures"])
+    assert any("end_forward.u1" in line for line in report["failures"])
 
 
 def test_parity_is_not_conclusive_where_float32_itself_fails() -> None:
@@ -229,7 +284,7 @@ def test_export_refuses_unfolded_operators(tmp_path: Path) -> None:
 
     spec = GraphSpec("forward", Determinant(), (TensorSpec("x", (3, 3)),), (TensorSpec("y", ()),))
     with pytest.raises(HFlowError, match="still holds Det"):
-        export_graph(spec, tmp_path / "x.onnx", {})
+        export_graph(spec, tmp_path / "x.onnx", {}, SharedWeights(tmp_path / "weights.bin"))
 
 
 def _trust(bundle: Path, name: str) -> None:

@@ -60,6 +60,18 @@ def test_a_changed_byte(bundle: Path, where: float) -> None:
     assert message.endswith("export again")
 
 
+def test_changed_constants_close_every_graph(bundle: Path) -> None:
+    data = bytearray((bundle / "weights.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / "weights.bin").write_bytes(data)
+    session = load(bundle)
+    with pytest.raises(BundleError, match=r"weights\.bin was changed after export"):
+        session.sample(1)
+    (bundle / "weights.bin").unlink()
+    with pytest.raises(BundleError, match=r"has no weights\.bin; export again"):
+        load(bundle).sample(1)
+
+
 def test_only_what_is_used_is_read(bundle: Path) -> None:
     """A broken inverse does not keep anybody from sampling; `check` reads everything."""
     (bundle / "inverse.onnx").write_bytes(b"")
@@ -120,6 +132,7 @@ def test_another_schema_version(bundle: Path) -> None:
     [
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
         (lambda m: m["latents"][0].update(prior_std="wide"), "latents.0.prior_std: "),
+        (lambda m: m["files"].pop("weights.bin"), "graph 'forward' is in weights.bin, which is not among the files"),
         (lambda m: m["files"].pop("inverse.onnx"), "graph 'inverse' is in inverse.onnx, which is not among the files"),
         (lambda m: m["files"].update({"../x": m["files"]["inverse.onnx"]}), "file '../x' lies outside the bundle"),
         (lambda m: m["files"].update({"/x": m["files"]["inverse.onnx"]}), "file '/x' lies outside the bundle"),

@@ -75,6 +75,11 @@ def read_run(run: Path | str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
+        if (Path(run) / MODEL).is_file():
+            raise CheckpointError(
+                f"{run} has weights but no {RUN} and no checkpoint, so there is nothing to resume; "
+                f"start a new run with 'hflow-rt train --from {run}'"
+            ) from error
         raise CheckpointError(f"{run} is no run: it has no {RUN}; {_HOW}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); copy it again or train again") from error

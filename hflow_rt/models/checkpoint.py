@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 __all__ = [
     "METADATA_KEY",
     "build_model",
+    "check_state",
     "load_model",
     "load_state",
     "parse_config",
     "read_metadata",
+    "read_state",
     "save_model",
 ]
 
@@ -94,35 +96,61 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 def load_model(path: Path | str) -> LatentModel:
     """Rebuild the model of a file, in eval mode on the CPU. Raises `CheckpointError` or `ConfigError`."""
-    from safetensors.torch import load_file
-
     metadata = read_metadata(path)
     model = build_model(metadata["family"], metadata["config"])
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again"
-        ) from error
-    load_state(model, state, str(path))
+    load_state(model, read_state(path), str(path))
     model.eval()
     return model
 
 
+def read_state(path: Path | str) -> dict[str, Tensor]:
+    """The weights of a model file, on the CPU. Raises `CheckpointError`."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({_short(error)}); copy or train it again"
+        ) from error
+
+
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy `state` into `module`; every name must fit in shape and be finite. Raises one `CheckpointError` for all."""
-    own = module.state_dict()
-    problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in state]
-    problems += [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in own]
-    for name in own.keys() & state.keys():
-        if own[name].shape != state[name].shape:
-            problems.append(f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model")
-        elif state[name].is_floating_point() and not bool(state[name].isfinite().all()):
-            problems.append(f"{name} holds NaN or infinite values")
-    if problems:
-        shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise CheckpointError(f"{source} does not fit the model: {shown}")
+    check_state(module, state, source)
     module.load_state_dict(dict(state))
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Hold `state` against `module`, which may be on the meta device: names, kinds, shapes, finite values.
+
+    Raises one `CheckpointError` that counts every problem and shows the first ones of each kind.
+    """
+    own = module.state_dict()
+    problems: dict[str, list[str]] = {
+        "missing": [f"missing {name} {list(own[name].shape)}" for name in own if name not in state],
+        "of another shape or kind": [],
+        "not finite": [],
+        "unexpected": [f"unexpected {name} {list(state[name].shape)}" for name in state if name not in own],
+    }
+    for name in own.keys() & state.keys():
+        found, needed = state[name], own[name]
+        if found.shape != needed.shape or found.is_floating_point() != needed.is_floating_point():
+            there, here = (
+                (list(found.shape), list(needed.shape)) if found.shape != needed.shape else (found.dtype, needed.dtype)
+            )
+            problems["of another shape or kind"].append(f"{name} is {there} in the file and {here} in the model")
+        elif found.is_floating_point() and not bool(found.isfinite().all()):
+            problems["not finite"].append(f"{name} holds NaN or infinite values")
+    total = sum(map(len, problems.values()))
+    if not total:
+        return
+    kinds = {kind: sorted(found) for kind, found in problems.items() if found}
+    shown = [line for found in kinds.values() for line in found[: max(1, 3 // len(kinds))]]
+    if total > len(shown):
+        counts = ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items())
+        shown.append(f"and {total - len(shown)} more ({counts} in all)")
+    raise CheckpointError(f"{source} does not fit the model: {'; '.join(shown)}")
 
 
 def _short(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """hflow: an invertible hierarchical flow for images (Timonen, Aittala & Lehtinen, TMLR 2023)."""
 
+from pathlib import Path
 from typing import Any
 
-from hflow_rt.models.family import Family, LatentModel
+from hflow_rt.models.family import Family, LatentModel, Published
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.presets import PRESETS
 
@@ -15,4 +16,10 @@ def _build(config: Any) -> LatentModel:
     return HFlow(config)
 
 
-FAMILY = Family("hflow", "hflow, invertible hierarchical flow", HFlowConfig, PRESETS, _build)
+def _read_published(path: Path, settings: Path | None) -> Published:
+    from hflow_rt.models.hflow.published import read_published
+
+    return read_published(path, settings)
+
+
+FAMILY = Family("hflow", "hflow, invertible hierarchical flow", HFlowConfig, PRESETS, _build, _read_published)

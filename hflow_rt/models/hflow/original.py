@@ -15,10 +15,10 @@ def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
 
     Raises `ConfigError` for a missing key or a value we do not support. `settings` is not changed.
     """
-    parameters = {key.upper(): value for key, value in settings.items()}
-    general = {key.upper(): value for key, value in parameters.get("GENERAL", {}).items()}
-    parameters = {key.upper(): value for key, value in parameters.get("MODEL_PARAMETERS", parameters).items()}
     try:
+        parameters = {key.upper(): value for key, value in settings.items()}
+        general = {key.upper(): value for key, value in parameters.get("GENERAL", {}).items()}
+        parameters = {key.upper(): value for key, value in parameters.get("MODEL_PARAMETERS", parameters).items()}
         end = {key.upper(): value for key, value in parameters["ENDBLOCK_SETTINGS"].items()}
         values = {
             "levels": [_level(parameters, index) for index in range(len(parameters["RESOLUTIONS"]))],
@@ -32,6 +32,8 @@ def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
         raise ConfigError(f"the original's settings need {error.args[0]}, which is missing") from error
     except IndexError as error:
         raise ConfigError("every list of the original's settings needs one entry a level") from error
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"the original's settings hold a value of an unexpected kind ({error})") from error
     config = parse_config(HFlowConfig, values)
     assert isinstance(config, HFlowConfig)
     if config.maps_style and end.get("GLOBAL_STATE_HIDDEN_CHANNELS", config.style_channels) != config.style_channels:

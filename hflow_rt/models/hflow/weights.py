@@ -7,10 +7,17 @@ from torch import Tensor
 
 from hflow_rt.models.hflow.config import HFlowConfig
 
-__all__ = ["from_original", "to_original_name"]
+__all__ = ["from_original", "ignored_kind", "to_original_name"]
 
 # frozen or recomputed in the original's files; not parameters of ours
-_IGNORED = re.compile(r"(^|\.)(interp_K|interp_K_down|mask_in|mask_out|_mask_for_style|_mask_for_base)$")
+_IGNORED = {
+    "interp_K": "blur kernel",
+    "interp_K_down": "blur kernel",
+    "mask_in": "mask",
+    "mask_out": "mask",
+    "_mask_for_style": "mask",
+    "_mask_for_base": "mask",
+}
 
 _COUPLING = {
     "conv_cond_connect_pre": "condition",
@@ -76,7 +83,7 @@ def from_original(config: HFlowConfig, state: Mapping[str, Tensor]) -> dict[str,
     """
     result = {}
     for name, tensor in state.items():
-        if _IGNORED.search(name):
+        if ignored_kind(name) is not None:
             continue
         ours = _our_name(config, name)
         if name.endswith(("an_scale", "an_bias")):
@@ -87,9 +94,14 @@ def from_original(config: HFlowConfig, state: Mapping[str, Tensor]) -> dict[str,
     return result
 
 
+def ignored_kind(name: str) -> str | None:
+    """What an original's tensor is that we recompute, such as "mask"; None for one that we need."""
+    return _IGNORED.get(name.rpartition(".")[2])
+
+
 def to_original_name(config: HFlowConfig, names: list[str], originals: list[str]) -> dict[str, str]:
     """Ours to the original's name, for those of `originals` that map into `names`."""
-    mapped = {_our_name(config, name): name for name in originals if not _IGNORED.search(name)}
+    mapped = {_our_name(config, name): name for name in originals if ignored_kind(name) is None}
     return {name: mapped[name] for name in names if name in mapped}
 
 

@@ -1,0 +1,57 @@
+"""`hflow-rt import`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import JsonOption, need_training_extra, print_json, say_next, status
+
+
+@app.command("import")
+def import_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint, or a state dict.")],
+    family: Annotated[str, typer.Option(help="The kind of model it holds.")] = "hflow",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="RUN", help="The run's folder; by default runs/FILE.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="The original's settings (.json), where FILE does not hold them.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Images (a folder or archive) to estimate the noise scales from.", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Turn a published checkpoint into a run, executing nothing that is in it.
+
+    Reads the original's own format, and .safetensors or .pt files of its weights.
+
+    Example: hflow-rt import model_iter_900000.bin --family hflow -o runs/published
+    """
+    need_training_extra("torch")
+    from hflow_rt.foreign.importing import import_published
+    from hflow_rt.runs import ROOT
+
+    run = output or ROOT / checkpoint.stem
+    with status(quiet=json) as progress:
+        found = import_published(checkpoint, family, run, settings, images, progress)
+    if json:
+        print_json(found.dump())
+        return
+    size = f"{found.family} {found.resolution}x{found.resolution}"
+    print(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read, each accounted for")
+    if found.dropped:
+        counts = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in found.dropped.items())
+        print(f"dropped, for they are recomputed: {counts}")
+    if found.spreads is not None:
+        print(f"noise scales estimated from {found.spreads['images']} images of {found.spreads['source']}")
+    for note in found.notes:
+        print(f"note: {note}")
+    say_next(f"hflow-rt export {run}")

@@ -1,0 +1,56 @@
+"""Settings that others wrote, as JSON: size, depth and numbers are bounded before anybody works with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hflow_rt.errors import ConfigError
+from hflow_rt.foreign.source import shown
+
+__all__ = ["parse_settings", "read_settings_file"]
+
+_BYTES = 1 << 20
+_DEPTH = 16
+_ITEMS = 10_000
+_LARGEST = 1 << 31
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ConfigError`."""
+    if not path.is_file():
+        raise ConfigError(f"no settings file at {path}; name the JSON file that belongs to the checkpoint")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    return parse_settings(content, str(path))
+
+
+def parse_settings(content: bytes, source: str) -> dict[str, Any]:
+    """The object in JSON text. Raises `ConfigError` if it is none, too large, too deep, or holds wild numbers."""
+    if len(content) > _BYTES:
+        raise ConfigError(f"{source}: settings must be at most {_BYTES >> 20} MB of JSON")
+    try:
+        found = json.loads(content, parse_constant=_refuse_constant)
+        _check(found, 0, [_ITEMS])
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else shown(str(error))
+        raise ConfigError(f"{source}: the settings are no usable JSON ({reason})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{source}: the settings must be a JSON object, not a {type(found).__name__}")
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _check(value: object, depth: int, items_left: list[int]) -> None:
+    items_left[0] -= 1
+    if depth > _DEPTH or items_left[0] < 0:
+        raise ValueError(f"nested deeper than {_DEPTH} or more than {_ITEMS:,} values")
+    if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:  # nan neither
+        raise ValueError(f"a number must be within {_LARGEST:,}")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check(inner, depth + 1, items_left)

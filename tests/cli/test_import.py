@@ -1,0 +1,117 @@
+"""`hflow-rt import`, and every command that a run must serve afterwards."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from hflow_rt.models.checkpoint import read_metadata
+
+Command = Callable[..., Any]
+GOLDEN = Path(__file__).parents[1] / "golden" / "hflow"
+ATTACKS = Path(__file__).parents[1] / "attacks"
+
+
+@pytest.fixture
+def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A published checkpoint in a working folder of the test's own."""
+    monkeypatch.syspath_prepend(ATTACKS)
+    monkeypatch.chdir(tmp_path)
+    from generators import published
+
+    settings = json.loads((GOLDEN / "tiny32.json").read_text())["config"]
+    Path("settings.json").write_text(json.dumps(settings))
+    Path("model_iter_9.bin").write_bytes(published(load_file(GOLDEN / "tiny32.weights.safetensors"), settings))
+    return Path("model_iter_9.bin")
+
+
+def failed(result: Any, *parts: str) -> None:
+    assert result.code == 1, result.out
+    assert result.out == ""
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    for part in parts:
+        assert part in last
+    assert not Path("runs").exists()
+
+
+def test_a_container_becomes_a_run(hflow: Command, container: Path) -> None:
+    done = hflow("import", container, "--family", "hflow")
+    assert done.code == 0, done.err
+    first, dropped, note, following = done.out.splitlines()
+    weights = json.loads((GOLDEN / "tiny32.json").read_text())["weights"]
+    counts = f"{weights['trainable']:,} tensors of {weights['trainable_values']:,} values"
+    assert first == f"runs/model_iter_9: hflow 32x32, {counts} read, each accounted for"
+    assert dropped.startswith("dropped, for they are recomputed: 8 blur kernels, ")
+    assert dropped.endswith(" masks")
+    assert note.startswith("note: noise scales are not in published files and stay at 1, ")
+    assert following == "next: hflow-rt export runs/model_iter_9"
+    assert {path.name for path in Path("runs").rglob("*")} == {"model_iter_9", "model.safetensors"}
+
+    assert "imported_from: {'file': 'model_iter_9.bin'" in hflow("info").out
+    before = Path("runs/model_iter_9/model.safetensors").read_bytes()
+    again = hflow("import", container)
+    assert again.code == 1
+    assert again.err.splitlines()[-1] == "error: runs/model_iter_9 exists already; choose another --output"
+    assert Path("runs/model_iter_9/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_imported_run_is_exported_and_sampled(hflow: Command, container: Path) -> None:
+    assert hflow("import", container).code == 0
+    exported = hflow("export", "--direction", "forward")
+    assert exported.code == 0, exported.err
+    assert "verified: the engines are the model" in exported.out
+    assert hflow("sample", "-n", 2, "-o", "two.png").code == 0
+    with Image.open("two.png") as picture:
+        assert picture.width >= 64
+
+
+def test_there_is_nothing_to_resume(hflow: Command, container: Path) -> None:
+    hflow("import", container)
+    result = hflow("train", "--resume", "runs/model_iter_9")
+    assert result.code == 1
+    assert result.err.startswith("error: runs/model_iter_9 ")
+    assert "run.json" in result.err
+
+
+def test_json_and_images(hflow: Command, container: Path) -> None:
+    Path("photos").mkdir()
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(f"photos/{index}.png")
+    shutil.copy(GOLDEN / "tiny32.weights.safetensors", "weights.safetensors")
+    options = ("--settings", "settings.json", "--images", "photos", "-o", "made", "--json")
+    result = hflow("import", "weights.safetensors", *options)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    found = json.loads(result.out)
+    assert found["run"] == "made"
+    assert found["resolution"] == 32
+    assert found["spreads"] == {"source": "photos", "images": 3}
+    assert found["notes"] == []
+    about = read_metadata(Path("made/model.safetensors"))
+    assert about["spreads"] == found["spreads"]
+    assert about["imported_from"]["sha256"] == found["sha256"]
+
+
+def test_bad_input_is_one_line(hflow: Command, container: Path) -> None:
+    failed(hflow("import", "nowhere.bin"), "no file at nowhere.bin")
+    failed(hflow("import", "."), "no file at .")
+    failed(hflow("import", container, "--family", "someflow"), "unknown model family 'someflow'; known: ")
+    failed(hflow("import", container, "--settings", "nowhere.json"), "no settings file at nowhere.json")
+    failed(hflow("import", container, "--settings", container), "settings must be at most 1 MB of JSON")
+    failed(hflow("import", container, "--images", "nowhere"), "nowhere")
+    shutil.copy(GOLDEN / "tiny32.weights.safetensors", "weights.safetensors")
+    failed(hflow("import", "weights.safetensors"), "give the original's JSON with --settings FILE")
+    os.truncate(container, 100_000)
+    failed(hflow("import", container), "model_iter_9.bin is not a whole model file (")
+    container.write_bytes(b"words")
+    failed(hflow("import", container), "is no model file: it must be .safetensors or made by torch.save")

@@ -1,0 +1,285 @@
+"""Published hflow checkpoints: the container, state dicts with settings, spreads, and weights that do not fit."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hflow_rt.errors import CheckpointError, ConfigError, DataError
+from hflow_rt.foreign.importing import import_published
+from hflow_rt.models.checkpoint import load_model, read_metadata
+from hflow_rt.models.family import FAMILIES, Published
+from hflow_rt.models.hflow.published import read_published
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hflow"
+ATTACKS = Path(__file__).parents[1] / "attacks"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "tiny32.weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def description() -> dict[str, Any]:
+    return json.loads((GOLDEN / "tiny32.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a container of weights as the published implementation does."""
+    monkeypatch.syspath_prepend(ATTACKS)
+
+    def call(state: dict[str, torch.Tensor], settings: dict[str, Any] | None) -> Path:
+        from generators import published
+
+        path = tmp_path / "model_iter_9.bin"
+        path.write_bytes(published({name: value.numpy() for name, value in state.items()}, settings))
+        return path
+
+    return call
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path, description: dict[str, Any]) -> Path:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(description["config"]))
+    return path
+
+
+def same(found: Published, expected: Published) -> None:
+    assert found.config == expected.config
+    assert found.state.keys() == expected.state.keys()
+    assert all(torch.equal(found.state[name], expected.state[name]) for name in expected.state)
+    assert found.dropped == expected.dropped
+
+
+def test_a_container_equals_its_weights(
+    write: Callable[..., Path], weights: dict[str, torch.Tensor], description: dict[str, Any], settings_file: Path
+) -> None:
+    expected = read_published(GOLDEN / "tiny32.weights.safetensors", settings_file)
+    before = set(sys.modules)
+    same(read_published(write(weights, description["config"])), expected)
+    assert "hflow" not in set(sys.modules) - before
+    assert not Path("tmp_hflow_network_code.py").exists()
+    assert expected.dropped == {"blur kernel": 8, "mask": description["weights"]["tensors"] - 8 - len(
+        [name for name in expected.state if not name.startswith("spread_")]
+    )}  # fmt: skip
+
+
+def test_settings_may_be_missing_and_given(
+    write: Callable[..., Path], weights: dict[str, torch.Tensor], settings_file: Path
+) -> None:
+    path = write(weights, None)
+    with pytest.raises(ConfigError, match=r"holds no settings; give the original's JSON with --settings FILE"):
+        read_published(path)
+    same(read_published(path, settings_file), read_published(GOLDEN / "tiny32.weights.safetensors", settings_file))
+
+
+def test_the_published_file(tmp_path: Path) -> None:
+    """`tiny64.bin` is too large for the repository; it is read where the golden folder that has it is known."""
+    roots = [Path(__file__).parents[3] / "shared" / "golden", Path(os.environ.get("HFLOW_RT_GOLDEN", GOLDEN))]
+    found = [folder for root in roots for folder in (root / "hflow", root) if (folder / "tiny64.bin").is_file()]
+    if not found:
+        pytest.skip("no golden folder with tiny64.bin; name one with HFLOW_RT_GOLDEN")
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(json.loads((found[0] / "tiny64.json").read_text())["config"]))
+    expected = read_published(found[0] / "tiny64.weights.safetensors", settings)
+    same(read_published(found[0] / "tiny64.bin"), expected)
+    assert expected.dropped == {"blur kernel": 8, "mask": 48}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
+def test_state_dicts(tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path, suffix: str) -> None:
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path)
+    same(read_published(path, settings_file), read_published(GOLDEN / "tiny32.weights.safetensors", settings_file))
+
+
+def test_an_imported_run_computes_the_golden_images(
+    tmp_path: Path, write: Callable[..., Path], weights: dict[str, torch.Tensor], description: dict[str, Any]
+) -> None:
+    path = write(weights, description["config"])
+    done = import_published(path, "hflow", tmp_path / "run")
+    assert (done.parameters, done.values) == tuple(description["weights"][k] for k in ("trainable", "trainable_values"))
+    model: Any = load_model(tmp_path / "run" / "model.safetensors")
+    stored = load_file(GOLDEN / "tiny32.io.safetensors")
+    ends = stored["sample.end"].split(list(model.config.end.channels), 1)
+    latents = {f"end{i}": part for i, part in enumerate(ends)} | {
+        f"z{i}": stored[f"sample.z{i}"] for i in range(len(model.config.levels))
+    }
+    with torch.no_grad():
+        image = model.generate(latents).image
+    entry = next(entry for entry in description["tensors"] if entry["name"] == "sample.image")
+    bound = 4 * entry["float32_max_abs_error"] + 1e-6 * entry["max_abs"] + 1e-7
+    assert (image - stored["sample.image"]).abs().max().item() <= bound
+    about = read_metadata(tmp_path / "run" / "model.safetensors")
+    assert about["imported_from"] == {
+        "file": "model_iter_9.bin", "sha256": done.sha256, "bytes": path.stat().st_size
+    }  # fmt: skip
+    assert about["spreads"] is None
+    assert "stay at 1" in about["notes"][0]
+    assert {name: scale.spread for name, scale in model.noise_scales().items()} == dict.fromkeys(model.noised(), 1.0)
+
+
+def test_a_run_that_exists_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="run exists already"):
+        import_published(GOLDEN / "tiny32.weights.safetensors", "hflow", tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_family_without_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+    import types
+
+    from hflow_rt.models.hflow import FAMILY
+
+    mute = types.SimpleNamespace(FAMILY=dataclasses.replace(FAMILY, read_published=None))
+    monkeypatch.setitem(sys.modules, "mute_family", mute)  # type: ignore[misc]
+    monkeypatch.setitem(FAMILIES, "mute", "mute_family")
+    with pytest.raises(ConfigError, match=r"the mute family reads no published checkpoints; these do: .*hflow"):
+        import_published(GOLDEN / "tiny32.weights.safetensors", "mute", tmp_path / "run")
+
+
+def test_everything_that_does_not_fit_is_listed(
+    tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path
+) -> None:
+    changed = dict(weights)
+    del changed["endblock_split_conv.b"]
+    changed["surprise"] = torch.zeros(2)
+    changed["endblock_split_conv.w"] = torch.zeros(2, 3)
+    changed["global_state.fc1.b"] = torch.full_like(weights["global_state.fc1.b"], torch.nan)
+    changed["global_state.fc1.w"] = weights["global_state.fc1.w"].long()
+    changed["blocks.0.skip_of_nothing.w"] = torch.full((1,), 1e300, dtype=torch.float64)
+    save_file(changed, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        import_published(tmp_path / "x.safetensors", "hflow", tmp_path / "run", settings_file)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{tmp_path / 'x.safetensors'} does not fit the model: missing end_output.base.bias [")
+    assert "end_output.base.weight is [2, 3] in the file and [" in message
+    assert "end_output.mapping.0.bias holds NaN or infinite values" in message
+    assert "unexpected" in message
+    assert "and 2 more (1 missing, 2 of another shape or kind, 1 not finite, 2 unexpected in all)" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_double_that_is_infinite_as_a_float(
+    tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path
+) -> None:
+    bias = torch.full_like(weights["global_state.fc1.b"], 1e300, dtype=torch.float64)
+    save_file(weights | {"global_state.fc1.b": bias}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"end_output.mapping.0.bias holds NaN or infinite values$"):
+        import_published(tmp_path / "x.safetensors", "hflow", tmp_path / "run", settings_file)
+
+
+def set_level(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(parameters: dict[str, Any]) -> None:
+        parameters[key][1] = value
+
+    return change
+
+
+def set_key(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda parameters: parameters.update({key: value})
+
+
+def set_end(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda parameters: parameters["ENDBLOCK_SETTINGS"].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (set_level("NUM_LAYERS", 60_000), r"flow steps of the settings cannot have"),
+        (set_end("LAYERS", [60_000, 60_000, 60_000]), r"flow steps of the settings cannot have"),
+        (set_level("CHANNELS", 65_536), "does not fit the model|too large"),
+        (set_level("ENCODER_CHANNELS", 65_536), "does not fit the model"),
+        (set_level("RNVP_CHANNELS", 65_532), "does not fit the model"),
+        (set_level("DECODER_CHANNELS", 1 << 20), "must be within 65,536"),
+        (set_level("RESOLUTIONS", 65_536), "must differ by 2 or 4"),
+        (set_level("UNET_C_MULT", 65_536.0), "does not fit the model|no model can be built"),
+        (set_level("UNET_C_MULT", -5.0), "no model can be built"),
+        (set_level("UNET_N_DOWNSCALES", 65_536), "levels.1: "),
+        (set_level("UNET_N_DOWNSCALES", 64), "needs a resolution of at least"),
+        (set_level("NUM_LAYERS", "8"), "does not fit|NUM_LAYERS|steps"),
+        (set_level("NUM_LAYERS", [8]), "steps"),
+        (set_level("POOLING_TYPE", 5), "a value of an unexpected kind"),
+        (set_level("FLOW_SPLIT_TYPES", "os.system"), "unknown split 'os.system'"),
+        (set_key("RESOLUTIONS", []), "levels"),
+        (set_key("RESOLUTIONS", 32), "a value of an unexpected kind"),
+        (set_key("CHANNELS", [3]), "one entry a level"),
+        (set_key("CHANNELS", {"a": 1}), "."),
+        (set_key("ENDBLOCK_SETTINGS", None), "a value of an unexpected kind"),
+        (set_key("GLOBAL_NET_CHANNELS", 65_536), "does not fit the model|must equal"),
+        (set_end("CHANNELS", []), "one entry a level|unexpected kind"),
+        (set_end("CHANNELS", [-5, -1]), "."),
+        (set_end("ENDBLOCK_TOT_CHANNELS", 65_536), "must"),
+        (set_end("PERMUTE_SCALING", 0), "mixing_scale"),
+    ],
+)
+def test_settings_that_cannot_be(
+    tmp_path: Path, description: dict[str, Any], change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    config = json.loads(json.dumps(description["config"]))
+    change(config["MODEL_PARAMETERS"])
+    (tmp_path / "settings.json").write_text(json.dumps(config))
+    with pytest.raises((ConfigError, CheckpointError), match=reason) as caught:
+        import_published(GOLDEN / "tiny32.weights.safetensors", "hflow", tmp_path / "run", tmp_path / "settings.json")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [2, 21])
+def test_spreads_are_those_of_one_large_batch(
+    tmp_path: Path, settings_file: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels))
+    run, source = tmp_path / "run", GOLDEN / "tiny32.weights.safetensors"
+    done = import_published(source, "hflow", run, settings_file, tmp_path / "images.npy")
+    assert done.spreads == {"source": str(tmp_path / "images.npy"), "images": count}
+    assert done.notes == ()
+    assert read_metadata(run / "model.safetensors")["spreads"] == done.spreads
+    model: Any = load_model(run / "model.safetensors")
+    with torch.no_grad():
+        targets = model.targets(model.dequantize(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), None))
+        expected = model.batch_spreads(targets)
+    assert len(expected) > 2
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(model, f"spread_{name}"), value, rtol=1e-4, atol=0)
+        assert value != 1
+
+
+class Images:
+    """Stands in for a data set."""
+
+    def __init__(self, pixels: Any) -> None:
+        self.array = pixels.transpose(0, 3, 1, 2)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def pixels(self, indices: Any) -> Any:
+        return np.ascontiguousarray(self.array[indices])
+
+
+def test_one_image_has_no_spread(tmp_path: Path, settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.zeros((1, 32, 32, 3), np.uint8)
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels))
+    source = GOLDEN / "tiny32.weights.safetensors"
+    with pytest.raises(DataError, match="a spread needs at least 2 images, not 1"):
+        import_published(source, "hflow", tmp_path / "run", settings_file, tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from hflow_rt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ __all__ = [
     "LatentModel",
     "LossTerms",
     "ModelConfig",
+    "NoiseScale",
+    "Published",
     "TensorSpec",
     "family",
 ]
@@ -53,13 +57,26 @@ class Encoding:
 class LossTerms:
     """A training loss.
 
-    loss: scalar to minimise (a mean over the batch). bits_per_dim: detached scalar, the family's published
-    bound. terms: detached scalars for the log, by name.
+    loss: scalar to minimise (a mean over the batch). bits_per_dim: detached scalar, the family's published bound;
+    None while training leaves parts of the model alone, never in eval mode. terms: detached scalars for the log,
+    by name.
     """
 
     loss: Tensor
-    bits_per_dim: Tensor
+    bits_per_dim: Tensor | None
     terms: dict[str, Tensor]
+
+
+class NoiseScale(NamedTuple):
+    """Posterior noise of one latent's target: `relative` to the running `spread` of the target over the data."""
+
+    relative: float
+    spread: float
+
+    @property
+    def std(self) -> float:
+        """The noise itself."""
+        return self.relative * self.spread
 
 
 @dataclass(frozen=True)
@@ -143,6 +160,38 @@ class LatentModel(_Module, ABC):
         where the configuration admits no such bound.
         """
 
+    def strict_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """`strict_bits_per_dim` in parts `[B]` that sum to it, all in bits per dimension of the image.
+
+        A part is called `LATENT.WHAT`, such as `z0.prior`; `image.bits` where a family tells no parts apart.
+        """
+        return {"image.bits": self.strict_bits_per_dim(pixels, generator)}
+
+    def paper_terms(self, images: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published bound of each image by itself, in parts named and scaled as those of `strict_terms`.
+
+        Takes what `loss` takes.
+        """
+        import torch
+
+        single: list[Tensor] = []
+        for i in range(len(images)):
+            bits = self.loss(images[i : i + 1], {name: draw[i : i + 1] for name, draw in noise.items()}).bits_per_dim
+            assert bits is not None  # in eval mode, which this is for
+            single.append(bits)
+        return {"image.bits": torch.stack(single)}
+
+    def noise_scales(self) -> dict[str, NoiseScale]:
+        """Running scale of every posterior by latent name; empty for a family that has none."""
+        return {}
+
+    def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
+        """Set the running noise scales, which published files lack, from uint8 images `[B, 3, R, R]`.
+
+        Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
         """Data-dependent initialisation from uint8 images `[B, 3, R, R]`; called once before training."""
@@ -175,14 +224,33 @@ class LatentModel(_Module, ABC):
 
 
 @dataclass(frozen=True)
+class Published:
+    """What a family's reader makes of a checkpoint that others published.
+
+    state: weights under our names, float32; all that `LatentModel.state_dict` has. dropped: tensors that are not
+    needed, by kind. notes: what the user has to know.
+    """
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    dropped: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
-    """How the rest of the project finds a family: its settings class, presets, model class, weight names."""
+    """How the rest of the project finds a family: its settings class, presets, model class.
+
+    read_published: reads a published checkpoint and, where that does not hold them, its settings from another
+    file; without executing anything. Raises `CheckpointError` and `ConfigError`.
+    """
 
     name: str
     title: str
     config: type[ModelConfig]
     presets: Mapping[str, Mapping[str, Any]]
     build: Callable[[Any], LatentModel]
+    read_published: Callable[[Path, Path | None], Published] | None = None
 
 
 # name -> module that holds `FAMILY`; one line a family

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate.accelerator import Accelerator
@@ -14,12 +15,17 @@ from hflow_rt.errors import BackendUnavailable, ConfigError
 
 __all__ = ["Processes"]
 
+T = TypeVar("T")
+
 
 class Processes:
-    """This process among those that train together; alone unless started by `accelerate launch`."""
+    """This process among those that work together; alone unless started by `accelerate launch`."""
 
-    def __init__(self, device: str, precision: str) -> None:
-        """device: auto, cpu or cuda. Raises `BackendUnavailable` or `ConfigError`."""
+    def __init__(self, device: str, precision: str | None) -> None:
+        """device: auto, cpu or cuda. precision: of training; None where nothing is trained, whatever accelerate says.
+
+        Raises `BackendUnavailable` or `ConfigError`.
+        """
         if device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda; found '{device}'")
         if device == "cuda" and not torch.cuda.is_available():
@@ -27,7 +33,7 @@ class Processes:
                 "device cuda was asked for and torch finds no CUDA device; use --device cpu or auto"
             )
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch`
-        if launched not in ("no", precision):
+        if precision is not None and launched not in ("no", precision):
             raise ConfigError(
                 f"accelerate was started with {launched} and training.precision is {precision}; "
                 f"add --set training.precision={launched}"
@@ -36,7 +42,7 @@ class Processes:
             # accelerate keeps the first choice of a process; a second run may choose another device
             AcceleratorState._reset_state(reset_partial_state=True)
         on_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision or "no")
         self.device: torch.device = self.accelerator.device
         if device == "cuda" and self.device.type != "cuda":
             raise BackendUnavailable(
@@ -47,7 +53,7 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """How many processes train together."""
+        """How many processes work together."""
         return int(self.accelerator.num_processes)
 
     @property
@@ -82,6 +88,19 @@ class Processes:
         found = torch.tensor(float(flag), device=self.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return bool(found.item())
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """The items that are this process's to work on: every `count`-th."""
+        return items[self.rank :: self.count]
+
+    def collect(self, results: list[T]) -> list[T]:
+        """What all processes made of their shares, in the order of the items; the same list in each of them."""
+        if self.count == 1:
+            return results
+        found: list[list[T]] = [[] for _ in range(self.count)]
+        torch.distributed.all_gather_object(found, results)
+        total = sum(map(len, found))
+        return [found[index % self.count][index // self.count] for index in range(total)]
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -1,21 +1,31 @@
 """The training loss, the published bound and the strict bound (spec section 3)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hflow_rt.errors import ConfigError
+from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.family import LossTerms
 from hflow_rt.models.hflow.flow import FlowResult
 
 if TYPE_CHECKING:
     from hflow_rt.models.hflow.network import Encoded, HFlow
 
-__all__ = ["BoundTerm", "evaluate", "noise_shapes", "strict_bits_per_dim", "terms", "training_loss"]
+__all__ = [
+    "BoundTerm",
+    "dataset_spreads",
+    "evaluate",
+    "finest_trained",
+    "noise_shapes",
+    "paper_terms",
+    "strict_terms",
+    "terms",
+    "training_loss",
+]
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,9 @@ def terms(model: "HFlow", encoded: "Encoded", spreads: Mapping[str, Tensor]) -> 
 
     for i, run in enumerate(encoded.end):
         add(f"end{i}", run, 1.0, 1.0, 0.0)
-    for index in model.coarse_to_fine():
-        level, run = model.config.levels[index], encoded.levels[index]
+    absent = len(model.config.levels) - len(encoded.levels)
+    for index in range(len(model.config.levels) - 1, absent - 1, -1):
+        level, run = model.config.levels[index], encoded.levels[index - absent]
         constant = run.value[0].numel() * math.log(4) if index == 0 else 0.0
         add(f"z{index}", run, level.prior_std, level.loss_weight, constant)
     return result
@@ -117,8 +128,36 @@ def evaluate(
         flow_levels=[noised(f"z{index}", y, "flow").detach() for index, y in enumerate(targets.levels)],
         seen_end=torch.cat(seen_end, 1),
         seen_levels=seen_levels,
+        finest=finest_trained(model) if model.training else 0,
     )
     return terms(model, encoded, spreads)
+
+
+def finest_trained(model: "HFlow") -> int:
+    """Index of the finest level with a loss weight; the number of levels if only the end vector has one."""
+    weights = [level.loss_weight for level in model.config.levels]
+    return next((index for index, weight in enumerate(weights) if weight > 0), len(weights))
+
+
+def dataset_spreads(model: "HFlow", batches: Iterable[Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """Number of uint8 images in `batches` and the spread of each noised target over all of them.
+
+    As `HFlow.batch_spreads` of one large batch, in the memory of a small one. Raises `DataError`.
+    """
+    count = 0
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    for pixels in batches:
+        targets = model.named_targets(model.targets(model.dequantize(pixels, None).to(next(model.parameters()))))
+        for name in model.noised():
+            value = targets[name].double()
+            sums[name] = sums.get(name, 0) + value.sum(0)
+            squares[name] = squares.get(name, 0) + value.square().sum(0)
+        count += len(pixels)
+    if count < 2:
+        raise DataError(f"a spread needs at least 2 images, not {count}; give more")
+    variances = {name: (squares[name] - sums[name].square() / count) / (count - 1) for name in sums}
+    return count, {name: variance.clamp_min(1e-24).sqrt().mean() for name, variance in variances.items()}
 
 
 def training_loss(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor] | None) -> LossTerms:
@@ -130,12 +169,37 @@ def training_loss(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor] | None)
         }
     found = evaluate(model, x, noise, batch_spread=model.training and x.shape[0] > 1, noise_decoders=model.training)
     loss = torch.stack([term.bits * term.weight for term in found.values()]).sum(0).mean()
-    total = torch.stack([term.log_likelihood for term in found.values()]).sum(0).mean().detach()
-    bits = -total / (x[0].numel() * math.log(2)) + model.config.bits
+    bits = None
+    if "z0" in found:
+        total = torch.stack([term.log_likelihood for term in found.values()]).sum(0).mean().detach()
+        bits = -total / (x[0].numel() * math.log(2)) + model.config.bits
     return LossTerms(loss, bits, {name: term.bits.mean().detach() for name, term in found.items()})
 
 
-def strict_bits_per_dim(model: "HFlow", pixels: Tensor, generator: torch.Generator) -> Tensor:
+def paper_terms(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's bound of each image with the running spreads, in parts (see `LatentModel.strict_terms`)."""
+    return _parts(model, evaluate(model, x, noise, batch_spread=False, noise_decoders=False), x[0].numel())
+
+
+def _parts(model: "HFlow", found: Mapping[str, BoundTerm], dimensions: int) -> dict[str, Tensor]:
+    """`NAME.prior`, `.log_det`, `.entropy` and, for the image, `.bins`, `[B]` in bits per image dimension.
+
+    `bins` is the width of a bin in units of the flow's target, which turns the density into a probability.
+    """
+    unit = -1 / (dimensions * math.log(2))
+    parts: dict[str, Tensor] = {}
+    for name, term in found.items():
+        parts[f"{name}.prior"] = term.log_prior * unit
+        parts[f"{name}.log_det"] = term.log_det * unit
+        if name == "z0":
+            bins = term.constant * unit + model.config.bits
+            parts[f"{name}.bins"] = torch.full_like(term.log_prior, bins)
+        else:
+            parts[f"{name}.entropy"] = (term.entropy * unit).expand_as(term.log_prior)
+    return parts
+
+
+def strict_terms(model: "HFlow", pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """An evidence lower bound: each flow and everything conditioned on its target share one posterior draw.
 
     Posteriors are `N(y, (noise * running spread)^2)`; pixels get uniform noise of one bin. Raises `ConfigError`
@@ -164,5 +228,4 @@ def strict_bits_per_dim(model: "HFlow", pixels: Tensor, generator: torch.Generat
         flow_levels=levels,
         seen_levels=levels,
     )
-    total = torch.stack([term.log_likelihood for term in terms(model, encoded, spreads).values()]).sum(0)
-    return -total / (pixels[0].numel() * math.log(2)) + model.config.bits
+    return _parts(model, terms(model, encoded, spreads), pixels[0].numel())

@@ -1,6 +1,6 @@
 """The hflow model (spec section 1): a pyramid of targets, a conditional flow over each, exact in both directions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
-from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.end import EndEncoder, EndFlow, EndOutput
@@ -152,9 +152,11 @@ class HFlow(LatentModel):
         seen_end: Tensor | None = None,
         seen_levels: Sequence[Tensor] | None = None,
         known_end: list[Tensor] | None = None,
+        finest: int = 0,
     ) -> Encoded:
         """Targets to latents. `flow_*` replaces what the flows are evaluated at, `seen_*` what the decoders see,
-        `known_end` what conditions the later end parts."""
+        `known_end` what conditions the later end parts. Levels finer than `finest` are not run; their results are
+        absent."""
         seen_end = targets.end if seen_end is None else seen_end
         seen = list(targets.levels if seen_levels is None else seen_levels)
         modelled = list(targets.levels if flow_levels is None else flow_levels)
@@ -166,7 +168,7 @@ class HFlow(LatentModel):
         thetas: list[Theta] = []
         conditions: list[Tensor] = []
         skips: list[Tensor | None] = []
-        for index in self.coarse_to_fine():
+        for index in range(len(self.levels) - 1, finest - 1, -1):
             level = self.levels[index]
             theta, condition, skip = level.conditioning(coarser, style, skip)  # type: ignore[operator]
             results.insert(0, level.flow.encode(modelled[index], theta, condition))  # type: ignore[operator, union-attr]
@@ -229,9 +231,20 @@ class HFlow(LatentModel):
         return noise_shapes(self)
 
     def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        from hflow_rt.models.hflow.bound import strict_bits_per_dim
+        return torch.stack(list(self.strict_terms(pixels, generator).values())).sum(0)
 
-        return strict_bits_per_dim(self, pixels, generator)
+    def strict_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        from hflow_rt.models.hflow.bound import strict_terms
+
+        return strict_terms(self, pixels, generator)
+
+    def paper_terms(self, images: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from hflow_rt.models.hflow.bound import paper_terms
+
+        return paper_terms(self, images, noise)
+
+    def noise_scales(self) -> dict[str, NoiseScale]:
+        return {name: NoiseScale(std, float(getattr(self, f"spread_{name}"))) for name, std in self.noised().items()}
 
     def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
         x = self.dequantize(pixels, generator)
@@ -277,14 +290,24 @@ class HFlow(LatentModel):
 
     # -- spreads
 
+    def named_targets(self, targets: Targets) -> dict[str, Tensor]:
+        """What the flow of each latent models, by the latent's name."""
+        parts = {f"end{i}": part for i, part in enumerate(self.split_end(targets.end))}
+        return parts | {f"z{index}": target for index, target in enumerate(targets.levels)}
+
     def batch_spreads(self, targets: Targets) -> dict[str, Tensor]:
         """Of each noised target, the mean over its elements of their std over the batch (spec 3.1)."""
-        parts = self.split_end(targets.end)
-        values = {f"end{i}": part for i, part in enumerate(parts)} | {
-            f"z{index}": target for index, target in enumerate(targets.levels)
-        }
+        values = self.named_targets(targets)
         # an element that is the same in the whole batch has no gradient instead of an infinite one
         return {name: values[name].var(0).clamp_min(1e-24).sqrt().mean() for name in self.noised()}
+
+    @torch.no_grad()
+    def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
+        from hflow_rt.models.hflow.bound import dataset_spreads
+
+        count, spreads = dataset_spreads(self, batches)
+        self.update_spreads(spreads, weight=1.0)
+        return count
 
     @torch.no_grad()
     def update_spreads(self, spreads: Mapping[str, Tensor], weight: float = 0.01) -> None:

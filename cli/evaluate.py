@@ -1,0 +1,327 @@
+"""`hflow-rt eval bpd` and `hflow-rt eval distance`."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    StdOption,
+    locate,
+    named,
+    open_session,
+    print_json,
+    say_next,
+    tracked,
+)
+
+if TYPE_CHECKING:
+    from hflow_rt.evaluation.bits import BitsReport, Bound, Estimate
+    from hflow_rt.evaluation.distance import DistanceReport
+    from hflow_rt.evaluation.selection import Selection
+    from hflow_rt.evaluation.shares import Track
+    from hflow_rt.training.processes import Processes
+
+evaluation = typer.Typer(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")
+app.add_typer(evaluation, name="eval")
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Folder, zip, tar or .npy of images; without it the ones that ship.", show_default=False
+    ),
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Also write the report (.json).", show_default=False)
+]
+BatchOption = Annotated[int, typer.Option(help="Images per call.")]
+
+
+@evaluation.command()
+def bpd(
+    model: ModelArgument = None,
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(help="test (the held-out images), train or all.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(help="So many images, evenly spaced, instead of all.", show_default=False)
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Draws of noise an image for the strict bound.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
+    batch: BatchOption = 32,
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="torch for the bounds; another for a plug-in value, no bound.")
+    ] = "torch",
+    device: DeviceOption = "auto",
+    output: ReportOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Bits per dimension: the strict bound and the paper's, latent by latent.
+
+    Example: hflow-rt eval bpd --data photos.zip
+
+    Several GPUs: accelerate launch -m hflow_rt.cli eval bpd --data photos.zip
+    """
+    _check_report(output)
+    _need("torch", "accelerate")
+    from hflow_rt.runtime.session import check_backend
+
+    check_backend(backend, device)
+    from hflow_rt.training.processes import Processes
+
+    processes = Processes(device, None)
+    about: dict[str, Any] = {"split": split, "seed": seed, "draws": draws, "batch": batch}
+    if backend == "torch":
+        from hflow_rt.evaluation.bits import measure, open_reference
+        from hflow_rt.evaluation.selection import select
+
+        weights, metadata = _weights(model, quiet=json or not processes.is_main)
+        reference = open_reference(weights, processes.device)
+        chosen = select(data, reference.resolution, split, limit)
+        side, where = reference.resolution, f"torch {processes.device.type}"
+        if processes.is_main and not json:
+            print(f"{metadata['family']} {side}x{side} from {weights} on {where}", file=sys.stderr)
+        found = measure(reference, chosen.pixels(), seed, draws, batch, processes, _track(processes))
+        report = {"model": str(weights), "backend": where, **found.dump()}
+        lines = [f"bits/dim of {chosen}, seed {seed}, {draws} draw{'s' if draws > 1 else ''} each:"]
+        lines += _bits_lines(found) + _notes(found, chosen, metadata)
+    else:
+        from hflow_rt.evaluation.bits import plug_in_bits
+        from hflow_rt.evaluation.selection import select
+
+        session = open_session(model, backend, device, quiet=json or not processes.is_main)
+        chosen = select(data, session.resolution, split, limit)
+        value = plug_in_bits(session, chosen.pixels(), batch, processes, _track(processes))
+        report = {"model": str(session.bundle.path), "backend": session.backend, "plug_in": value.dump()}
+        lines = [
+            f"plug-in {_estimate(value)} bits/dim of {chosen}",
+            "this is no bound: it leaves out the noise of the targets; for the strict bound use --backend torch",
+        ]
+    report |= about | {"data": chosen.source, "images": len(chosen), "data_hash": chosen.images.hash}
+    following = f"hflow-rt eval distance{_again(model, data)} --features efficientnet-lite0"
+    _finish(processes, report, lines, output, json, following)
+
+
+@evaluation.command()
+def distance(
+    features: Annotated[
+        str,
+        typer.Option(
+            help="efficientnet-lite0, or a file that maps images [B, 3, R, R] to features [B, D]: .onnx, or "
+            "TorchScript (.pt, .ts), whose code runs, so give only one that you trust."
+        ),
+    ],
+    model: ModelArgument = None,
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(help="test (the held-out images), train or all.")] = "train",
+    number: Annotated[int, typer.Option("-n", "--number", help="How many samples.")] = 1000,
+    std: StdOption = None,
+    seed: Annotated[int, typer.Option(help="Of the samples, and of the subsets of the kernel distance.")] = 0,
+    takes: Annotated[
+        str | None,
+        typer.Option(
+            "--feature-input",
+            metavar="uint8|float",
+            help="What a TorchScript file takes: uint8, the default, or float in [0, 1].",
+            show_default=False,
+        ),
+    ] = None,
+    batch: BatchOption = 32,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Where features of data are kept; else in the user's cache.", show_default=False),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither read nor keep features of data.")] = False,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    output: ReportOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Fréchet and kernel distance between samples and data, in the features of a network.
+
+    Example: hflow-rt eval distance --data photos.zip --features efficientnet-lite0 -n 1000
+
+    They are called FID and KID only in features of a file whose name starts with "inception" and that gives 2048.
+
+    Several GPUs: accelerate launch -m hflow_rt.cli eval distance --features efficientnet-lite0
+    """
+    from hflow_rt.errors import ConfigError
+
+    _check_report(output)
+    if cache is not None and no_cache:
+        raise ConfigError("--cache and --no-cache exclude each other; give one")
+    _need("torch", "accelerate", "torchmetrics")
+    from hflow_rt.evaluation.cache import FeatureCache, cache_folder
+    from hflow_rt.evaluation.distance import measure
+    from hflow_rt.evaluation.features import open_features
+    from hflow_rt.evaluation.selection import select
+    from hflow_rt.runtime.session import check_backend
+    from hflow_rt.training.processes import Processes
+
+    check_backend(backend, device)
+    processes = Processes(device, None)
+    session = open_session(model, backend, device, quiet=json or not processes.is_main)
+    network = open_features(features, session.resolution, processes.device, takes)
+    chosen = select(data, session.resolution, split)
+    kept = None if no_cache else FeatureCache(cache or cache_folder())
+    stds = std or ["1"]
+    found = measure(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))
+    report: dict[str, Any] = {
+        "model": str(session.bundle.path),
+        "backend": session.backend,
+        **({} if found is None else found.dump()),
+        "std": stds,
+        "seed": seed,
+        "split": split,
+        "data": chosen.source,
+        "data_hash": chosen.images.hash,
+    }
+    lines = [] if found is None else _distance_lines(found, chosen, stds, seed)
+    _finish(processes, report, lines, output, json, f"hflow-rt eval bpd{_again(model, data)}")
+
+
+def _need(*packages: str) -> None:
+    """Raise `BackendUnavailable` unless all `packages` of the `eval` extra are installed."""
+    from importlib.util import find_spec
+
+    from hflow_rt.errors import BackendUnavailable
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[eval]'")
+
+
+def _check_report(output: Path | None) -> None:
+    from hflow_rt.errors import DataError
+
+    if output is not None and output.suffix.lower() != ".json":
+        raise DataError(f"a report's name must end in .json; found '{output.name}'; rename it")
+
+
+def _weights(model: Path | None, quiet: bool) -> tuple[Path, dict[str, Any]]:
+    """The model file of a run, a bundle or itself, and what its metadata say."""
+    from hflow_rt.manifest import MANIFEST, MODEL, read_manifest
+    from hflow_rt.models.checkpoint import read_metadata
+    from hflow_rt.runs import resolve_run
+    from hflow_rt.runtime.bundle import Bundle
+
+    found = locate(model, quiet)
+    if (found / MANIFEST).is_file():
+        path = Bundle(found, read_manifest(found)).model
+    else:
+        path = found if found.is_file() else resolve_run(found) / MODEL
+    return path, read_metadata(path)
+
+
+def _again(model: Path | None, data: Path | None) -> str:
+    return named(model) + named(data, "--data ")
+
+
+def _track(processes: "Processes") -> "Track":
+    """A bar for the batches of the main process, which stand for everyone's."""
+
+    def track(label: str, parts: Sequence[range]) -> Iterable[range]:
+        if not processes.is_main:
+            return parts
+        return tracked(parts, sum(map(len, parts)), len, label)
+
+    return track
+
+
+def _finish(
+    processes: "Processes", report: dict[str, Any], lines: list[str], output: Path | None, json: bool, following: str
+) -> None:
+    """Write and print, by the main process, when all are done."""
+    import json as serializer
+
+    from hflow_rt.files import atomic_file
+
+    processes.wait()
+    processes.close()
+    if not processes.is_main:
+        return
+    if output is not None:
+        with atomic_file(output) as temporary:
+            temporary.write_text(serializer.dumps(report, indent=1) + "\n")
+    if json:
+        print_json(report)
+        return
+    print("\n".join(lines))
+    if output is not None:
+        print(f"report: {output}")
+    say_next(following)
+
+
+def _estimate(value: "Estimate", digits: int = 3) -> str:
+    error = "" if value.n < 2 else f" ± {value.standard_error:.{digits}f}"
+    return f"{value.mean:.{digits}f}{error}"
+
+
+def _bits_lines(found: "BitsReport") -> list[str]:
+    lines = []
+    for name, bound in (("strict bound", found.strict), ("paper's bound", found.paper)):
+        if bound is None:
+            lines.append(f"{name}: none, for {found.reasons[name.split()[0].removesuffix(chr(39) + 's')]}")
+            continue
+        lines += [f"{name}: {_estimate(bound.total)} bits/dim", *_table(bound)]
+    if found.noise:
+        scales = (
+            f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()
+        )
+        lines.append(f"noise of the targets, relative x running spread: {', '.join(scales)}")
+    return lines
+
+
+def _table(bound: "Bound") -> list[str]:
+    """A row a latent; the parts and their sum are in bits per dimension of the image, so that all add up."""
+    parts = list(dict.fromkeys(part for latent in bound.latents for part in latent.parts))
+    head = ["latent", "size", *(part.replace("_", "-") for part in parts), "sum", "per own dimension"]
+    rows = [
+        [
+            latent.name,
+            f"{latent.dimensions:,}",
+            *(f"{latent.parts[part].mean:.3f}" if part in latent.parts else "" for part in parts),
+            _estimate(latent.total),
+            _estimate(latent.own),
+        ]
+        for latent in bound.latents
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return [
+        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
+    ]
+
+
+def _notes(found: "BitsReport", chosen: "Selection", metadata: dict[str, Any]) -> list[str]:
+    notes = []
+    if found.noise_unknown:
+        notes.append(
+            "note: the noise scales of this model were never estimated (all spreads are 1), so bounds may be loose; "
+            "'hflow-rt import --images' estimates them"
+        )
+    if chosen.split == "test" and metadata.get("data") not in (None, chosen.images.hash):
+        notes.append("note: the model was trained on another set of images, which may or may not hold these")
+    return notes
+
+
+def _distance_lines(found: "DistanceReport", chosen: "Selection", std: list[str], seed: int) -> list[str]:
+    kernel = found.kernel
+    lines = [
+        f"{found.frechet_name}: {found.frechet:.3f}",
+        f"{found.kernel_name}: {kernel.mean:.5f} ± {kernel.std:.5f} "
+        f"(over {kernel.subsets} subsets of {kernel.subset_size} images)",
+        f"{found.samples} samples at std {' '.join(std)}, seed {seed}, against {chosen}; "
+        f"{found.dimensions} features of {found.network}",
+    ]
+    if found.rank_deficient:
+        lines.append(
+            f"note: {min(found.samples, found.data)} images cannot fill a covariance of {found.dimensions} dimensions; "
+            "compare the first distance only at the same numbers of images"
+        )
+    return lines

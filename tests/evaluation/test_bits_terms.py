@@ -1,0 +1,207 @@
+"""Bits latent by latent: they add up to the bounds, and to what the formulas of the bounds say."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.evaluation.bits import measure, open_reference, paper_bits, plug_in_bits, strict_bits
+from hflow_rt.models.checkpoint import build_model
+from hflow_rt.models.family import LatentModel, NoiseScale
+from hflow_rt.runtime import load
+
+PIXELS = np.random.default_rng(5).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
+D = 3 * 16 * 16
+
+
+def test_totals_are_the_bounds(tiny_model: Any) -> None:
+    found = measure(tiny_model, PIXELS, seed=2, draws=2, batch=3)
+    strict = strict_bits(tiny_model, PIXELS, seed=2, draws=2, batch=3)
+    assert found.strict is not None
+    assert found.paper is not None
+    assert found.strict.total == pytest.approx(strict, rel=1e-6)
+    assert found.paper.total.mean == pytest.approx(paper_bits(tiny_model, PIXELS, seed=2, batch=3), rel=1e-6)
+    assert found.reasons == {}
+
+
+def test_latents_add_up_and_parts_to_each(tiny_model: Any) -> None:
+    found = measure(tiny_model, PIXELS)
+    for bound in (found.strict, found.paper):
+        assert bound is not None
+        assert [latent.name for latent in bound.latents] == list(tiny_model.latent_shapes())
+        assert sum(latent.total.mean for latent in bound.latents) == pytest.approx(bound.total.mean, rel=1e-9)
+        for latent in bound.latents:
+            assert sum(part.mean for part in latent.parts.values()) == pytest.approx(latent.total.mean, rel=1e-9)
+            assert latent.dimensions == math.prod(tiny_model.latent_shapes()[latent.name])
+            assert latent.own.mean == pytest.approx(latent.total.mean * D / latent.dimensions, rel=1e-9)
+            assert latent.own.standard_error == pytest.approx(latent.total.standard_error * D / latent.dimensions)
+            assert {part.n for part in latent.parts.values()} == {len(PIXELS)}
+
+
+def test_parts_are_what_they_are_called(tiny_model: Any) -> None:
+    """The prior is that of the latents, the entropy that of the running noise, the bins 8 bits less log2 of 4."""
+    found = measure(tiny_model, PIXELS)
+    assert found.strict is not None
+    latents = {latent.name: latent for latent in found.strict.latents}
+    assert latents["z0"].parts["bins"] == (6.0, 0.0, len(PIXELS))
+    assert set(latents["z0"].parts) == {"prior", "log_det", "bins"}
+    for name, relative in (("end0", 0.05), ("end1", 0.05), ("z1", 0.2)):
+        scale = found.noise[name]
+        assert scale == NoiseScale(relative, float(getattr(tiny_model, f"spread_{name}")))
+        assert scale.std == relative * scale.spread
+        entropy = 0.5 * math.log2(2 * math.pi * math.e * scale.std**2) * latents[name].dimensions / D
+        assert latents[name].parts["entropy"].mean == pytest.approx(-entropy, rel=1e-5)
+    # the average standard normal latent costs this much; a trained model comes near, no model's prior is below
+    for name, latent in latents.items():
+        least = 0.5 * math.log2(2 * math.pi) * latent.dimensions / D
+        assert latent.parts["prior"].mean > least, name
+
+
+def test_errors_are_over_images(tiny_model: Any) -> None:
+    """Of one image repeated, only the noise differs; of one image alone there is no error."""
+    found = measure(tiny_model, PIXELS)
+    same = measure(tiny_model, np.repeat(PIXELS[:1], 7, 0))
+    one = measure(tiny_model, PIXELS[:1])
+    assert found.strict is not None
+    assert same.strict is not None
+    assert one.strict is not None
+    assert 0 < same.strict.total.standard_error < 0.5 * found.strict.total.standard_error
+    assert math.isnan(one.strict.total.standard_error)
+    text = json.dumps(one.dump(), allow_nan=False)
+    assert json.loads(text)["strict"]["latents"]["z1"]["own"]["standard_error"] is None
+
+
+def test_deterministic_and_shared(tiny_model: Any) -> None:
+    first = measure(tiny_model, PIXELS, seed=1, batch=2)
+    torch.rand(3)
+    assert measure(tiny_model, PIXELS, seed=1, batch=2) == first
+    assert measure(tiny_model, PIXELS, seed=2, batch=2) != first
+    collected: list[Any] = []
+
+    class Other:
+        """The second of two processes, which hears nothing of the first."""
+
+        is_main = False
+
+        def share(self, items: Any) -> Any:
+            return items[1::2]
+
+        def collect(self, results: list[Any]) -> list[Any]:
+            collected.append(results)
+            return results
+
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    measure(tiny_model, PIXELS, seed=1, batch=2, shares=Other())
+    assert [sum(len(part["z0.prior"]) for part in mine) for mine in collected] == [3, 3]  # images 2, 3 and 6
+
+
+# models without a strict bound, and models that tell no parts apart
+
+
+def test_a_model_without_noise_has_the_published_bound_only(tiny_settings: dict[str, Any]) -> None:
+    image, coarse = tiny_settings["levels"]
+    model = build_model("hflow", {**tiny_settings, "levels": [image, {**coarse, "noise": None}]}).eval()
+    found = measure(model, PIXELS[:2])
+    assert found.strict is None
+    assert found.reasons == {"strict": "no strict bits/dim: z1 has no posterior noise in this configuration"}
+    assert found.paper is not None
+    assert list(found.noise) == ["end0", "end1"]
+    assert found.dump()["strict"] is None
+
+
+def test_spreads_that_nobody_estimated_are_noticed(tiny_settings: dict[str, Any], tiny_model: Any) -> None:
+    assert measure(build_model("hflow", tiny_settings).eval(), PIXELS[:2]).noise_unknown
+    assert not measure(tiny_model, PIXELS[:2]).noise_unknown
+
+
+def test_what_is_not_finite_is_none_with_the_reason(tiny_settings: dict[str, Any]) -> None:
+    model = build_model("hflow", tiny_settings).eval()
+    with torch.no_grad():
+        model.get_buffer("spread_z1").fill_(math.inf)
+    found = measure(model, PIXELS[:3])
+    assert (found.strict, found.paper) == (None, None)
+    assert found.reasons["strict"] == "it is not finite on 3 of 3 images"
+
+
+class Plain(torch.nn.Module):
+    """A family that tells no parts apart."""
+
+    resolution = 4
+    strict_terms, paper_terms, noise_scales = (
+        LatentModel.strict_terms,
+        LatentModel.paper_terms,
+        LatentModel.noise_scales,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"z": (5,)}
+
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (2,)}
+
+    def dequantize(self, pixels: torch.Tensor, generator: torch.Generator, noise_std: float = 0.0) -> torch.Tensor:
+        return pixels.float()
+
+    def strict_bits_per_dim(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return pixels.float().mean((1, 2, 3))
+
+    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor]) -> Any:
+        class Terms:
+            bits_per_dim = images.mean() + 0 * noise["a"].mean()
+
+        return Terms
+
+
+def test_a_family_without_parts_has_one() -> None:
+    pixels = PIXELS[:, :, :4, :4]
+    found = measure(Plain(), pixels, batch=3)  # type: ignore[arg-type]
+    values = pixels.mean((1, 2, 3))
+    for bound in (found.strict, found.paper):
+        assert bound is not None
+        (image,) = bound.latents
+        assert (image.name, image.dimensions, list(image.parts)) == ("image", 48, ["bits"])
+        assert bound.total.mean == pytest.approx(values.mean(), rel=1e-6)
+        assert bound.total.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(7), rel=1e-5)
+    assert (found.noise, found.noise_unknown) == ({}, False)
+
+
+# the plug-in value
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_the_plug_in_value_is_that_of_encode(tiny_model: Any, tiny_run: Any, backend: str) -> None:
+    session = load(tiny_run, backend, "cpu")
+    found = plug_in_bits(session, PIXELS, batch=3)
+    with torch.no_grad():
+        log_prob = tiny_model.encode(torch.from_numpy(PIXELS) / 255).log_prob.double().numpy()
+    bits = -log_prob / (D * math.log(2)) + 8
+    assert found.mean == pytest.approx(bits.mean(), rel=1e-4)
+    assert found.standard_error == pytest.approx(bits.std(ddof=1) / math.sqrt(7), rel=1e-3)
+
+
+def test_bad_images_and_counts(tiny_model: Any, tiny_run: Any) -> None:
+    for call in (lambda p: measure(tiny_model, p), lambda p: plug_in_bits(load(tiny_run, "onnx", "cpu"), p)):
+        with pytest.raises(DataError, match=r"evaluation needs uint8 images \[n, 3, 16, 16\], n >= 1; found"):
+            call(PIXELS[:0])
+    with pytest.raises(DataError, match="the number of draws must be at least 1, not 0"):
+        measure(tiny_model, PIXELS, draws=0)
+    with pytest.raises(DataError, match="the batch must be at least 1, not 0"):
+        measure(tiny_model, PIXELS, batch=0)
+
+
+def test_the_reference_of_a_file(tiny_run: Any, tiny_model: Any) -> None:
+    found = open_reference(tiny_run / "model.safetensors")
+    assert not found.training
+    assert measure(found, PIXELS[:2]) == measure(tiny_model, PIXELS[:2])
+    with pytest.raises(ConfigError):
+        build_model("nothing", {})

@@ -80,17 +80,17 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     )
     walks = []
     for space in ("z", *session.manifest.spaces):
-        ends = (first, second) if space == "z" else tuple(session.into_space(space, end) for end in (first, second))
+        ends = tuple(session.into_space(space, end) for end in (first, second))
         mode = "slerp" if space == "z" else "lerp"
-        path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined if space == "z" else ()))
+        path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined(space)))
         walks.append(
             (
                 f"in {space}",
-                to_uint8(session.forward(path if space == "z" else session.from_space(space, path))),
+                to_uint8(session.forward(session.from_space(space, path))),
             )
         )
     save_image(page / "interpolation.png", labelled_rows(walks))
-    frames = concatenate(interpolate(first, second, 24, "slerp", session.joined))
+    frames = concatenate(interpolate(first, second, 24, "slerp", session.joined()))
     big = to_uint8(session.forward(frames)).repeat(4, 1).repeat(4, 2)
     save_animation(page / "interpolation.gif", big[ping_pong(24)], 12)
     return {

@@ -71,15 +71,13 @@ def interpolate(
         latents = session.inverse(pixels).latents
     else:
         latents = next(session.draw([0, 1], std or ["0.7"], seed))
-    if space != "z":
-        latents = session.into_space(space, latents)
+    latents = session.into_space(space, latents)
     ends = [{name: values[i : i + 1] for name, values in latents.items()} for i in (0, 1)]
-    joined = session.joined if space == "z" else ()
-    path = between(ends[0], ends[1], frames, mode, joined)
+    path = between(ends[0], ends[1], frames, mode, session.joined(space))
     batches = [concatenate(path[start : start + 8]) for start in range(0, frames, 8)]
     pictures = []
     for part in tracked(batches, frames, lambda p: len(next(iter(p.values()))), "decoding"):
-        pictures.append(to_uint8(session.forward(part if space == "z" else session.from_space(space, part))))
+        pictures.append(to_uint8(session.forward(session.from_space(space, part))))
     shown = np.concatenate(pictures)
     if loop and output.suffix.lower() != ".png":
         shown = shown[ping_pong(frames)]

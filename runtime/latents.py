@@ -6,6 +6,7 @@ knows no backend; `lerp` and `mix` use nothing but arithmetic and so take torch 
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Latents = Mapping[str, NDArray[np.float32]]
+_Path = Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]
 
 MODES = ("lerp", "slerp")
 
@@ -117,35 +119,45 @@ def resample(
 
 
 def random_walk(
-    shapes: Mapping[str, tuple[int, ...]],
-    prior_std: Mapping[str, float],
-    std: Mapping[str, float],
-    seed: int,
-    keyframes: int,
+    keys: Sequence[Latents],
     frames_per_segment: int,
     closed: bool = True,
     mode: str = "slerp",  # keeps the norm, hence the std, all along; lerp dips to 0.7 of it between keyframes
-) -> list[dict[str, NDArray[np.float32]]]:
-    """Latents `[1, *shape]` on a path through the images 0 .. keyframes-1 of `seed`, each keyframe once.
+    joined: Iterable[Sequence[str]] = (),
+    fixed: Iterable[str] = (),
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """A path through the keyframes `keys`, each passed exactly and shown once, one frame like `keys[0]` at a time.
 
-    Closed, the path returns to the first keyframe: keyframes * frames_per_segment frames that loop. Open, it
-    ends on the last: (keyframes - 1) * frames_per_segment + 1.
-    Raises `DataError` for counts too small or an unknown mode.
+    Closed, the path returns to the first keyframe: len(keys) * frames_per_segment frames that loop. Open, it
+    ends on the last: (len(keys) - 1) * frames_per_segment + 1. Latents named in `fixed` stay as in the first
+    keyframe; `joined`: see `slerp`.
+    Raises `DataError` for counts too small, an unknown mode or name, keyframes that do not match, or if every
+    latent is fixed.
     """
-    if keyframes < 2 or frames_per_segment < 1:
+    if len(keys) < 2 or frames_per_segment < 1:
         raise DataError(
             "a walk needs at least 2 keyframes and 1 frame per segment; "
-            f"found {keyframes} and {frames_per_segment}; ask for more"
+            f"found {len(keys)} and {frames_per_segment}; ask for more"
         )
-    path = _path(mode, ())
-    keys = [draw_latents(shapes, prior_std, seed, [index], std) for index in range(keyframes)]
-    stops = [*keys[1:], keys[0]] if closed else keys[1:]
-    frames = [
-        path(start, stop, step / frames_per_segment)
-        for start, stop in zip(keys, stops, strict=False)
-        for step in range(frames_per_segment)
-    ]
-    return frames if closed else [*frames, keys[-1]]
+    for key in keys[1:]:
+        _check_pair(keys[0], key)
+    still = _known(fixed, keys[0])
+    if still == set(keys[0]):
+        raise DataError("a walk must move at least one latent; found all of them fixed; leave one free")
+    groups = [[name for name in group if name not in still] for group in joined]
+    path = _path(mode, [group for group in groups if group])
+    moving = [{name: values for name, values in key.items() if name not in still} for key in keys]
+    return _frames(keys[0], moving, frames_per_segment, closed, path)
+
+
+def _frames(
+    first: Latents, moving: Sequence[Latents], frames_per_segment: int, closed: bool, path: _Path
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    for start, stop in pairwise([*moving, moving[0]] if closed else moving):
+        for step in range(frames_per_segment):
+            yield dict(first) | path(start, stop, step / frames_per_segment)
+    if not closed:
+        yield dict(first) | dict(moving[-1])
 
 
 def concatenate(parts: Sequence[Latents]) -> dict[str, NDArray[np.float32]]:
@@ -219,9 +231,7 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
         raise DataError(f"{what}: latents do not fit the model: {shown}; use latents of this model")
 
 
-def _path(
-    mode: str, joined: Iterable[Sequence[str]]
-) -> Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]:
+def _path(mode: str, joined: Iterable[Sequence[str]]) -> _Path:
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)

@@ -7,6 +7,7 @@ rounding lead from one to the other, so an 8-bit image survives the trip unchang
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,26 @@ from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file
 
 __all__ = [
+    "Row",
+    "captioned",
     "check_picture_name",
     "check_pixels",
     "from_uint8",
     "grid",
+    "heat_colours",
     "labelled_rows",
     "read_image",
     "save_image",
     "strip",
+    "table",
     "to_uint8",
 ]
 
+# violet, blue, green and yellow of even steps in lightness, so that grey print and any eye can read them
+_RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+_LABEL, _CAPTION = 16, 12  # pixels: height of the letters beside rows, and under images
+_LABEL_WIDTH = 240  # pixels: a label longer than this is shortened
 _VISIBLE = 96  # pixels: a cell smaller than this is enlarged, so that people can see it
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix: Pillow's name and settings
@@ -126,27 +136,97 @@ def strip(images: NDArray[np.uint8], padding: int = 2, scale: int | None = None)
     return grid(images, columns=len(images), padding=padding, scale=scale)
 
 
-def labelled_rows(
-    rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 2, scale: int | None = None
-) -> Image.Image:
-    """One `strip` a row with its label to the left, from (label, uint8 `[B, H, W, 3]`) pairs of any length.
+@dataclass(frozen=True)
+class Row:
+    """Images uint8 `[B, H, W, 3]` side by side, a label to their left and a caption (of several lines) under each."""
 
-    Raises `DataError` for no rows or a wrong array.
+    images: NDArray[np.uint8]
+    label: str = ""
+    captions: Sequence[str] = ()
+
+
+def table(rows: Sequence[Row], padding: int = 2, scale: int | None = None) -> Image.Image:
+    """Rows of any length below each other, each a `strip` with its words; words too long for their place are cut.
+
+    Raises `DataError` for no rows, a wrong array, or more captions than images.
     """
     if not rows:
         raise DataError("at least one row of images must be shown; found none")
-    strips = [strip(images, padding, scale) for _, images in rows]
-    font = ImageFont.load_default(16)
+    strips = [_captioned_strip(row, padding, scale) for row in rows]
+    font = ImageFont.load_default(_LABEL)
     gap = 8
-    margin = gap + math.ceil(max(font.getbbox(label)[2] for label, _ in rows)) + gap
+    labels = [_shortened(row.label, font, _LABEL_WIDTH) for row in rows]
+    width = math.ceil(max(font.getbbox(label)[2] for label in labels))
+    margin = gap + width + gap if width else 0
     canvas = Image.new("RGB", (margin + max(s.width for s in strips), sum(s.height for s in strips)), "white")
     pen = ImageDraw.Draw(canvas)
     top = 0
-    for (label, _), row in zip(rows, strips, strict=True):
+    for label, row in zip(labels, strips, strict=True):
         canvas.paste(row, (margin, top))
         pen.text((margin - gap, top + row.height / 2), label, fill="black", font=font, anchor="rm")
         top += row.height
     return canvas
+
+
+def labelled_rows(
+    rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 2, scale: int | None = None
+) -> Image.Image:
+    """`table` of (label, uint8 `[B, H, W, 3]`) pairs."""
+    return table([Row(images, label) for label, images in rows], padding, scale)
+
+
+def captioned(
+    images: NDArray[np.uint8],
+    captions: Sequence[str],
+    columns: int | None = None,
+    padding: int = 2,
+    scale: int | None = None,
+) -> Image.Image:
+    """`grid` with a caption under each image; raises as `grid` does, and unless there is one caption an image."""
+    check_pixels(images)
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    if columns < 1 or len(captions) != len(images):
+        found = f"{columns} columns and {len(captions)} captions for {len(images)} images"
+        raise DataError(f"a captioned grid needs columns >= 1 and a caption for each image; found {found}")
+    starts = range(0, len(images), columns)
+    rows = [Row(images[at : at + columns], captions=captions[at : at + columns]) for at in starts]
+    return table(rows, padding, scale)
+
+
+def heat_colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Numbers in [0, 1] of any shape as colours `[..., 3]`, dark violet to yellow, ever lighter; clipped beyond."""
+    steps = np.linspace(0, 1, len(_RAMP))
+    channels = [np.interp(np.clip(values, 0, 1), steps, channel) for channel in np.transpose(_RAMP)]
+    colours: NDArray[np.uint8] = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return colours
+
+
+def _captioned_strip(row: Row, padding: int, scale: int | None) -> Image.Image:
+    images = strip(row.images, padding, scale)
+    lines = max((caption.count("\n") + 1 for caption in row.captions if caption), default=0)
+    if len(row.captions) > len(row.images):
+        raise DataError(f"{len(row.images)} images cannot have {len(row.captions)} captions")
+    if not lines:
+        return images
+    font = ImageFont.load_default(_CAPTION)
+    canvas = Image.new("RGB", (images.width, images.height + lines * (_CAPTION + 3) + 3), "white")
+    canvas.paste(images)
+    pen = ImageDraw.Draw(canvas)
+    cell = (images.width - padding) / len(row.images)
+    for index, caption in enumerate(row.captions):
+        for line, text in enumerate(caption.split("\n")):
+            place = (padding / 2 + (index + 0.5) * cell, images.height + line * (_CAPTION + 3))
+            pen.text(place, _shortened(text, font, cell - padding), fill="black", font=font, anchor="ma")
+    return canvas
+
+
+def _shortened(text: str, font: Any, width: float) -> str:
+    """`text` if it is at most `width` pixels wide, else as much of it as fits before three dots."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
 
 
 def check_picture_name(path: Path) -> None:

@@ -16,9 +16,22 @@ from hflow_rt.runtime.latents import check_latents
 from hflow_rt.runtime.noise import draw_latents, parse_std
 from hflow_rt.runtime.pictures import check_pixels, from_uint8
 
-__all__ = ["BACKENDS", "DEVICES", "Encoded", "Engine", "Session", "check_backend", "load", "open_bundle"]
+__all__ = [
+    "BACKENDS",
+    "DEVICES",
+    "LATENT_SPACE",
+    "Array",
+    "Encoded",
+    "Engine",
+    "Session",
+    "Stds",
+    "check_backend",
+    "load",
+    "open_bundle",
+]
 
 Array = NDArray[np.float32]
+Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
 # name -> (module with `open_engine`, what it is); also what the command line offers
 BACKENDS = {
@@ -26,6 +39,7 @@ BACKENDS = {
     "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
 }
 DEVICES = ("auto", "cpu", "cuda")
+LATENT_SPACE = "z"  # the space of the latents themselves
 
 
 class Engine(Protocol):
@@ -71,6 +85,11 @@ class Session:
         return self.manifest.resolution
 
     @property
+    def spaces(self) -> tuple[str, ...]:
+        """The latents' own space and the others of the family, see `into_space`."""
+        return (LATENT_SPACE, *self.manifest.spaces)
+
+    @property
     def bits(self) -> int:
         """Bits of the data the model was trained on, which turn log-probabilities into bits per dimension."""
         return int(self.manifest.config.get("bits", 8))
@@ -79,9 +98,20 @@ class Session:
         """Log-probabilities in nats as bits per dimension."""
         return -log_prob / (3 * self.resolution**2 * math.log(2)) + self.bits
 
-    @property
-    def joined(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of latents that are one vector of some other space, and so are turned together by slerp."""
+    def space_shapes(self, space: str) -> dict[str, tuple[int, ...]]:
+        """Name to shape without batch of what `into_space` yields, coarse to fine. Raises `DataError`."""
+        shapes = self.latent_shapes
+        if space == LATENT_SPACE:
+            return shapes
+        into = self._graph(self._space(space)[0])
+        replaced = {tensor.name for tensor in into.inputs}
+        others = {name: shape for name, shape in shapes.items() if name not in replaced}
+        return {tensor.name: tensor.shape for tensor in into.outputs} | others
+
+    def joined(self, space: str = LATENT_SPACE) -> tuple[tuple[str, ...], ...]:
+        """Groups of the tensors of `space` that are one vector in it or in another, which slerp turns together."""
+        if space != LATENT_SPACE:
+            return (tuple(tensor.name for tensor in self._graph(self._space(space)[0]).outputs),)
         graphs = [self.manifest.graphs.get(into) for into, _ in self.manifest.spaces.values()]
         return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
 
@@ -98,7 +128,7 @@ class Session:
         log_prob = outputs.pop("log_prob")
         return Encoded({name: restore(outputs[name]) for name in self.latent_shapes}, restore(log_prob))
 
-    def sample(self, n: int, std: float | str | Sequence[str] | Mapping[str, float] = 1.0, seed: int = 0) -> Array:
+    def sample(self, n: int, std: Stds = 1.0, seed: int = 0) -> Array:
         """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`."""
         if n < 1:
             raise DataError(f"the number of images must be at least 1, not {n}")
@@ -108,7 +138,7 @@ class Session:
     def draw(
         self,
         indices: Sequence[int],
-        std: float | str | Sequence[str] | Mapping[str, float] = 1.0,
+        std: Stds = 1.0,
         seed: int = 0,
         batch: int = 16,
     ) -> Iterator[dict[str, Array]]:
@@ -120,25 +150,24 @@ class Session:
             yield draw_latents(self.latent_shapes, self.manifest.prior_std, seed, indices[start : start + batch], stds)
 
     def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
-        """Latents with those that have another form in `space` (e.g. `y0`) replaced by it. Raises `DataError`."""
-        graph, _ = self._space(space)
+        """Latents with those that have another form in `space` replaced by it; `z` is the latents themselves.
+
+        Raises `DataError`.
+        """
+        shapes = self.space_shapes(space)
         check_latents(latents, self.latent_shapes, "these latents")
-        inputs = {tensor.name for tensor in self.manifest.graphs[graph].inputs}
-        return {n: v for n, v in latents.items() if n not in inputs} | self.run_graph(graph, latents)
+        made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[0], latents)
+        return {name: made[name] if name in made else latents[name] for name in shapes}
 
     def from_space(self, space: str, values: Mapping[str, Array]) -> dict[str, Array]:
         """The inverse of `into_space`."""
-        _, graph = self._space(space)
-        made = {tensor.name for tensor in self.manifest.graphs[graph].outputs}
-        shapes = {tensor.name: tensor.shape for tensor in self.manifest.graphs[graph].inputs}
-        shapes |= {name: shape for name, shape in self.latent_shapes.items() if name not in made}
-        check_latents(values, shapes, f"these values of space {space}")
-        found = dict(values) | self.run_graph(graph, values)
-        return {name: found[name] for name in self.latent_shapes}
+        check_latents(values, self.space_shapes(space), f"these values of space {space}")
+        made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[1], values)
+        return {name: made[name] if name in made else values[name] for name in self.latent_shapes}
 
     def _space(self, space: str) -> tuple[str, str]:
         if space not in self.manifest.spaces:
-            known = ", ".join(["z", *self.manifest.spaces])
+            known = ", ".join(self.spaces)
             raise DataError(f"unknown space '{space}' for this {self.manifest.family} model; known: {known}")
         pair = self.manifest.spaces[space]
         for graph in pair:

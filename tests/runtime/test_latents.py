@@ -235,30 +235,69 @@ def test_resample_redraws_only_what_is_named():
         resample({"end": latents["end"], "z1": latents["z1"]}, ["z1"], SHAPES, prior, std, seed=9)
 
 
+def keyframes(count, paths=1, shapes=SHAPES, scale=1.0):
+    drawn = [draw(shapes, 5, range(key * paths, (key + 1) * paths)) for key in range(count)]
+    return [{name: np.float32(scale) * values for name, values in key.items()} for key in drawn]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("closed", [True, False])
-def test_random_walk_passes_through_its_keyframes(closed, mode):
-    walk = random_walk(SHAPES, ONES, ONES, 5, keyframes=3, frames_per_segment=4, closed=closed, mode=mode)
+@pytest.mark.parametrize("joined", [(), [("end", "z1")]])
+def test_random_walk_passes_through_its_keyframes(closed, mode, joined):
+    keys = keyframes(3, paths=2)
+    walk = list(random_walk(keys, 4, closed, mode, joined))
     assert len(walk) == (12 if closed else 9)
-    for index in range(3):
-        same(walk[4 * index], draw(SHAPES, 5, [index]))
-    frames = concatenate(walk)["z0"].reshape(len(walk), -1)
-    assert len(np.unique(frames, axis=0)) == len(walk)
-    steps = np.linalg.norm(np.diff(frames, axis=0), axis=1)
-    if closed:  # the loop's seam is a step like the others
-        assert np.linalg.norm(frames[-1] - frames[0]) < 1.5 * steps.max()
+    for index, key in enumerate(keys):
+        same(walk[4 * index], key)
+    frames = concatenate(walk)["z0"].reshape(len(walk), 2, -1)
+    for path in frames.swapaxes(0, 1):
+        assert len(np.unique(path, axis=0)) == len(walk)
+        steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
+        if closed:  # the loop's seam is a step like the others
+            assert 0.5 * steps.min() < np.linalg.norm(path[-1] - path[0]) < 1.5 * steps.max()
+
+
+def test_random_walk_turns_at_constant_speed():
+    turn = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]  # a quarter turn each: every step, the seam included, is the same
+    walk = list(random_walk([{"z": np.float32([key])} for key in turn], 6))
+    frames = np.concatenate([frame["z"] for frame in walk])
+    steps = np.linalg.norm(np.roll(frames, -1, axis=0) - frames, axis=1)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-4)
 
 
 def test_random_walk_keeps_the_std_all_along():
-    shapes = {"z": (4000,)}
-    walk = random_walk(shapes, {"z": 2.0}, {"z": 0.5}, 0, keyframes=3, frames_per_segment=5)
+    walk = list(random_walk(keyframes(3, shapes={"z": (4000,)}), 5))
     assert all(abs(frame["z"].std() - 1) < 0.05 for frame in walk)
 
 
-@pytest.mark.parametrize(("keyframes", "steps"), [(1, 4), (3, 0)])
-def test_random_walk_too_short(keyframes, steps):
-    with pytest.raises(DataError, match=f"found {keyframes} and {steps}"):
-        random_walk(SHAPES, ONES, ONES, 0, keyframes, steps)
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("fixed", [["end"], ["end", "z1"], ["z0"]])
+def test_fixed_latents_stay_and_the_others_walk_as_alone(closed, fixed):
+    keys = keyframes(3)
+    walk = list(random_walk(keys, 4, closed, "slerp", [("end", "z1")], fixed))
+    moving = [name for name in SHAPES if name not in fixed]
+    alone = [{name: key[name] for name in moving} for key in keys]
+    groups = [[name for name in ("end", "z1") if name in moving]]
+    for frame, expected in zip(walk, random_walk(alone, 4, closed, "slerp", [g for g in groups if g]), strict=True):
+        same(frame, {name: keys[0][name] if name in fixed else expected[name] for name in SHAPES})
+
+
+@pytest.mark.parametrize(("count", "steps"), [(0, 4), (1, 4), (3, 0)])
+def test_random_walk_too_short(count, steps):
+    with pytest.raises(DataError, match=f"found {count} and {steps}"):
+        random_walk(keyframes(count), steps)
+
+
+def test_random_walk_says_what_is_wrong_before_the_first_frame():
+    keys = keyframes(3)
+    with pytest.raises(DataError, match="unknown latent 'z7'; choose among end, z1, z0"):
+        random_walk(keys, 4, fixed=["z7"])
+    with pytest.raises(DataError, match="must move at least one latent"):
+        random_walk(keys, 4, fixed=list(SHAPES))
+    with pytest.raises(DataError, match="one of lerp, slerp; found 'cubic'"):
+        random_walk(keys, 4, mode="cubic")
+    with pytest.raises(DataError, match=r"'z0' is .* and missing"):
+        random_walk([keys[0], {name: keys[1][name] for name in ("end", "z1")}], 4)
 
 
 def test_concatenate():

@@ -6,13 +6,17 @@ from PIL import Image
 
 from hflow_rt.errors import DataError
 from hflow_rt.runtime.pictures import (
+    Row,
+    captioned,
     check_pixels,
     from_uint8,
     grid,
+    heat_colours,
     labelled_rows,
     read_image,
     save_image,
     strip,
+    table,
     to_uint8,
 )
 
@@ -231,3 +235,77 @@ def test_labelled_rows_put_words_beside_strips():
     assert ink[1].min() < ink[0].min()
     with pytest.raises(DataError, match="at least one row"):
         labelled_rows([])
+
+
+def ink(picture):
+    """Rows and columns of the black pixels."""
+    return [axis.nonzero()[0] for axis in ((picture < 100).all(2).any(1), (picture < 100).all(2).any(0))]
+
+
+def test_captions_stand_under_their_images():
+    images = np.full((3, 48, 48, 3), 200, np.uint8)
+    seen = np.asarray(captioned(images, ["first", "", "third\nline"], columns=3, scale=2))
+    bare = np.asarray(strip(images, scale=2))
+    np.testing.assert_array_equal(seen[: bare.shape[0]], bare)
+    assert seen.shape[1] == bare.shape[1]
+    words = seen[bare.shape[0] :]
+    assert (words[-2:] == 255).all()  # nothing is cut off below
+    for index, lines in enumerate([1, 0, 2]):
+        cell = words[:, 2 + index * 98 : 2 + index * 98 + 96]
+        rows, columns = ink(cell)
+        assert (rows.size > 0) == (lines > 0)
+        if lines:
+            assert abs(columns.min() + columns.max() - 95) < 8  # in the middle
+            assert (rows.max() > len(cell) / 2) == (lines == 2)
+
+
+def test_a_captioned_grid_without_words_is_the_grid():
+    images = noise(5, 8, 8, 3)
+    for columns in (None, 2, 9):
+        # rows of a table stand one padding further apart than those of a grid
+        seen, plain = (np.asarray(p) for p in (captioned(images, [""] * 5, columns), grid(images, columns)))
+        assert seen.shape[1] == plain.shape[1]
+        np.testing.assert_array_equal(seen[:100], plain[:100])
+
+
+def test_words_too_long_for_their_place_are_cut():
+    images = np.full((2, 96, 96, 3), 200, np.uint8)
+    long = "a file name that never seems to end, whatever one does about it, and so on"
+    seen = np.asarray(table([Row(images, long, [long, long])]))
+    left = seen.shape[1] - np.asarray(strip(images)).shape[1]
+    assert 100 < left < 300
+    for start, stop in ((0, left), (left, left + 98), (left + 98, seen.shape[1])):
+        columns = ink(seen[:, start:stop])[1]
+        assert columns.size
+        assert columns.min() >= 1
+        assert columns.max() < stop - start - 1
+
+
+def test_a_table_aligns_rows_of_different_lengths():
+    rows = [Row(noise(1, 96, 96, 3)), Row(noise(3, 96, 96, 3), "three", ["a"])]
+    seen = np.asarray(table(rows))
+    margin = seen.shape[1] - (3 * 98 + 2)
+    assert margin > 16
+    np.testing.assert_array_equal(seen[2:98, margin + 2 : margin + 98], rows[0].images[0])
+    np.testing.assert_array_equal(seen[102:198, margin + 2 : margin + 98], rows[1].images[0])
+    assert (seen[:100, margin + 100 :] == 255).all()
+
+
+def test_captions_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="2 images cannot have 3 captions"):
+        table([Row(noise(2, 4, 4, 3), "", ["a", "b", "c"])])
+    for captions, columns in ((["a"], None), (["a", "b"], 0)):
+        with pytest.raises(DataError, match="needs columns >= 1 and a caption for each image; found"):
+            captioned(noise(2, 4, 4, 3), captions, columns)
+    with pytest.raises(DataError, match="at least one row"):
+        table([])
+
+
+def test_heat_colours_grow_lighter():
+    values = np.linspace(0, 1, 65)
+    colours = heat_colours(values)
+    assert colours.shape == (65, 3)
+    assert colours.dtype == np.uint8
+    lightness = colours.astype(float) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) > 0).all()
+    np.testing.assert_array_equal(heat_colours(np.array([[-1.0, 2.0]])), [[colours[0], colours[-1]]])

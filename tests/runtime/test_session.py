@@ -55,7 +55,9 @@ def test_a_session_describes_itself(sessions: dict[str, Session]) -> None:
     for session in sessions.values():
         assert session.latent_shapes == SHAPES
         assert session.resolution == R
-        assert session.joined == (("end0", "end1"),)
+        assert session.joined() == (("end0", "end1"),)
+        assert session.joined("y0") == (("u0", "u1"),)
+        assert session.space_shapes("y0") == {"u0": (2,), "u1": (6,), "z1": (4, 8, 8), "z0": (3, R, R)}
     assert sessions["onnx"].backend == "onnxruntime CPUExecutionProvider"
     assert sessions["torch"].backend == "torch cpu"
 
@@ -86,8 +88,9 @@ def test_backends_agree(sessions: dict[str, Session], batch: int) -> None:
 def test_backends_agree_in_another_space(sessions: dict[str, Session]) -> None:
     drawn = latents(sessions["onnx"], 3)
     inside = {name: session.into_space("y0", drawn) for name, session in sessions.items()}
-    assert set(inside["onnx"]) == {"y_end", "z1", "z0"}
-    np.testing.assert_allclose(inside["onnx"]["y_end"], inside["torch"]["y_end"], atol=CLOSE)
+    assert list(inside["onnx"]) == ["u0", "u1", "z1", "z0"]
+    for name in ("u0", "u1"):
+        np.testing.assert_allclose(inside["onnx"][name], inside["torch"][name], atol=CLOSE)
     for name, session in sessions.items():
         back = session.from_space("y0", inside[name])
         assert list(back) == list(SHAPES)
@@ -274,7 +277,7 @@ def test_wrong_values_of_a_space(session: Session) -> None:
         session.into_space("w", drawn)
     with pytest.raises(DataError, match="missing end1"):
         session.into_space("y0", {n: v for n, v in drawn.items() if n != "end1"})
-    with pytest.raises(DataError, match=r"these values of space y0: .*missing y_end \[8\]"):
+    with pytest.raises(DataError, match=r"these values of space y0: .*missing u0 \[2\]; missing u1 \[6\]"):
         session.from_space("y0", drawn)
 
 

@@ -1,8 +1,7 @@
-"""What export writes for hflow: both directions, and the end flow alone for interpolation between end vectors."""
+"""What export writes for hflow: both directions, and the end flow alone, to work on the parts of the end vector."""
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from hflow_rt.models.family import GraphSpec, TensorSpec
@@ -38,18 +37,17 @@ class _EndForward(nn.Module):
         super().__init__()
         self.flow = model.end_flow
 
-    def forward(self, *parts: Tensor) -> tuple[Tensor]:
-        return (torch.cat([part.value for part in self.flow.decode([z.flatten(1) for z in parts])], 1),)
+    def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.value for part in self.flow.decode([z.flatten(1) for z in parts]))
 
 
 class _EndInverse(nn.Module):
     def __init__(self, model: "HFlow") -> None:
         super().__init__()
-        self.flow, self.channels = model.end_flow, list(model.config.end.channels)
+        self.flow = model.end_flow
 
-    def forward(self, end: Tensor) -> tuple[Tensor, ...]:
-        parts = self.flow.encode(list(torch.split(end, self.channels, 1)))
-        return tuple(part.value[:, :, None, None] for part in parts)
+    def forward(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.value[:, :, None, None] for part in self.flow.encode(list(parts)))
 
 
 def graphs(model: "HFlow") -> dict[str, GraphSpec]:
@@ -58,12 +56,12 @@ def graphs(model: "HFlow") -> dict[str, GraphSpec]:
     latents = tuple(TensorSpec(name, shape) for name, shape in model.latent_shapes().items())
     ends = tuple(spec for spec in latents if spec.name.startswith("end"))
     image = TensorSpec("image", (3, model.resolution, model.resolution), (0.0, 1.0))
-    y_end = TensorSpec("y_end", (model.config.end.width,))
+    parts = tuple(TensorSpec(f"u{i}", (channels,)) for i, channels in enumerate(model.config.end.channels))
     log_prob = TensorSpec("log_prob", ())
     specs = (
         GraphSpec("forward", _Forward(folded), latents, (image,)),
         GraphSpec("inverse", _Inverse(folded), (image,), (*latents, log_prob)),
-        GraphSpec("end_forward", _EndForward(folded), ends, (y_end,)),
-        GraphSpec("end_inverse", _EndInverse(folded), (y_end,), ends),
+        GraphSpec("end_forward", _EndForward(folded), ends, parts),
+        GraphSpec("end_inverse", _EndInverse(folded), parts, ends),
     )
     return {spec.name: spec for spec in specs}

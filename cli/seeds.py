@@ -1,0 +1,63 @@
+"""`hflow-rt seeds`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    LATENTS,
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    StdOption,
+    named,
+    open_session,
+    print_json,
+    say_next,
+    tracked,
+)
+
+
+@app.command(rich_help_panel=LATENTS)
+def seeds(
+    seeds: Annotated[
+        list[str] | None, typer.Argument(help="Numbers and ranges, such as 0-15 20 31.", show_default="0-15")
+    ] = None,
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path("seeds.png"),
+    columns: Annotated[
+        int | None, typer.Option(help="Images in a row; by default as many as rows.", show_default=False)
+    ] = None,
+    std: StdOption = None,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Show the first image of each seed with the seed under it.
+
+    Example: hflow-rt seeds 0-15 20 31 -o seeds.png
+    """
+    import numpy as np
+
+    from hflow_rt.errors import DataError
+    from hflow_rt.runtime import explore
+    from hflow_rt.runtime.pictures import captioned, check_picture_name, save_image, to_uint8
+
+    check_picture_name(output)
+    if columns is not None and columns < 1:
+        raise DataError(f"a grid needs at least 1 column, not {columns}")
+    chosen = explore.parse_seeds(seeds or ["0-15"])
+    session = open_session(model, backend, device, quiet=json)
+    stds = std or ["0.7"]
+    parts = list(explore.batches(explore.latents_of_seeds(session, chosen, stds)))
+    size = lambda part: len(next(iter(part.values())))  # noqa: E731
+    images = [to_uint8(session.forward(part)) for part in tracked(parts, len(chosen), size, "sampling")]
+    save_image(output, captioned(np.concatenate(images), [str(seed) for seed in chosen], columns))
+    if json:
+        print_json({"output": str(output), "seeds": chosen, "std": stds})
+        return
+    print(f"{len(chosen)} seeds at std {' '.join(stds)}: {output}")
+    say_next(f"hflow-rt sample{named(model)} --seed {chosen[-1]} -n 1 --std {stds[0]} -o one.png")

@@ -1,0 +1,82 @@
+"""`hflow-rt zeroing`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import (
+    LATENTS,
+    BackendOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    StdOption,
+    encoded,
+    named,
+    open_session,
+    print_json,
+    say_next,
+    shipped_pictures,
+    starting_points,
+    tracked,
+)
+
+
+@app.command(rich_help_panel=LATENTS)
+def zeroing(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, folders or archives; by default test images that ship.", show_default=False),
+    ] = None,
+    model: ModelOption = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path(
+        "zeroing.png"
+    ),
+    number: Annotated[int, typer.Option("-n", "--number", help="How many samples, or of the images.")] = 8,
+    samples: Annotated[bool, typer.Option("--samples", help="Take samples of a seed instead of images.")] = False,
+    seed: SeedOption = 0,
+    std: StdOption = None,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Show what is left of images as one latent after another is set to zero, fine to coarse.
+
+    Example: hflow-rt zeroing photos/ -n 8 -o zeroing.png
+    """
+    import numpy as np
+
+    from hflow_rt.errors import DataError
+    from hflow_rt.runtime import explore
+    from hflow_rt.runtime.pictures import check_picture_name, labelled_rows, save_image, to_uint8
+
+    check_picture_name(output)
+    if images and samples:
+        raise DataError("images and --samples both say what to start from; keep one of them")
+    if std and not samples:
+        raise DataError("--std is for samples; ask for them with --samples or leave it away")
+    session = open_session(model, backend, device, quiet=json)
+    if images or samples:
+        names, pixels, latents = starting_points(session, images, number, seed, std)
+    else:
+        names, pixels = shipped_pictures(session.resolution, number)
+        latents = encoded(session, pixels)
+    steps = len(session.latent_shapes) + 1
+    rows, changes = [], {}
+    for zero, decoded in tracked(
+        explore.zeroing(session, latents), steps * len(names), lambda _: len(names), "decoding"
+    ):
+        label = "all zero (mean image)" if len(zero) == steps - 1 else f"-{' '.join(zero)}" if zero else "original"
+        rows.append((label, to_uint8(decoded if zero else pixels)))
+        changes[label] = float(np.sqrt(np.mean((decoded - pixels) ** 2)))
+    save_image(output, labelled_rows(rows))
+    if json:
+        print_json({"output": str(output), "images": names, "rms_change": changes})
+        return
+    for label, change in changes.items():
+        print(f"{label}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
+    print(f"{len(names)} images: {output}")
+    say_next(f"hflow-rt heatmap{named(model, '--model ')} -o heatmap.png")

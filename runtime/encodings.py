@@ -1,0 +1,81 @@
+"""Images as points: one tensor of their encodings, found by name, and the nearest among many."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.errors import DataError
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Session
+
+__all__ = ["Nearest", "Place", "encodings", "find_place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Tensor `name` of `space`, see `Session.into_space`."""
+
+    space: str
+    name: str
+
+
+def find_place(session: Session, name: str | None = None) -> Place:
+    """Where the tensor called `name` is: a latent, or a tensor of another space of the family.
+
+    Without a name it is what says most about the image as a whole: the last tensor of the first other space
+    where the family has one (hflow: `u1`, nearly all of the end vector), else the coarsest latent.
+    Raises `DataError` for a name that nothing has.
+    """
+    shapes = session.latent_shapes
+    if name in shapes:  # first, for a bundle of one direction lacks the other spaces
+        return Place(LATENT_SPACE, name)
+    places = {latent: Place(LATENT_SPACE, latent) for latent in shapes}
+    others = [
+        Place(space, tensor)
+        for space in session.manifest.spaces
+        for tensor in session.space_shapes(space)
+        if tensor not in shapes
+    ]
+    for place in others:
+        places.setdefault(place.name, place)
+    if name is None:
+        first = [place for place in others if place.space == others[0].space]
+        return first[-1] if first else places[next(iter(shapes))]
+    if name not in places:
+        raise DataError(f"nothing is called '{name}' in this model; choose among {', '.join(places)}")
+    return places[name]
+
+
+def encodings(session: Session, latents: Mapping[str, Array], place: Place) -> Array:
+    """The tensor at `place` of these latents, as vectors `[B, D]`."""
+    values = session.into_space(place.space, latents)[place.name]
+    return values.reshape(len(values), -1)
+
+
+class Nearest:
+    """The k points nearest to each of Q queries by Euclidean distance, from points that come in batches.
+
+    Of equally near points the earlier stands first. `indices` counts points in the order they came.
+    """
+
+    def __init__(self, queries: Array, k: int) -> None:
+        if k < 1:
+            raise DataError(f"the number of neighbours must be at least 1, not {k}")
+        self._queries = queries.reshape(len(queries), -1).astype(np.float64)
+        self._k, self._seen = k, 0
+        self.indices = np.empty((len(queries), 0), np.int64)  # [Q, k], nearest first; fewer while points are
+        self.distances = np.empty((len(queries), 0))
+
+    def add(self, points: Array) -> None:
+        """Consider the points `[B, ...]`, of as many values each as a query."""
+        flat = points.reshape(len(points), -1)
+        # differences, not |a|^2 - 2ab + |b|^2: a point is at distance 0 of itself, not at the root of a rounding
+        found = np.stack([np.linalg.norm(flat - query, axis=1) for query in self._queries])
+        numbers = np.broadcast_to(np.arange(self._seen, self._seen + len(flat)), found.shape)
+        distances = np.concatenate([self.distances, found], axis=1)
+        indices = np.concatenate([self.indices, numbers], axis=1)
+        order: NDArray[np.intp] = np.argsort(distances, axis=1, kind="stable")[:, : self._k]
+        self.distances = np.take_along_axis(distances, order, axis=1)
+        self.indices = np.take_along_axis(indices, order, axis=1)
+        self._seen += len(flat)

@@ -57,6 +57,15 @@ def train(
         Path | None,
         typer.Option(help="The run's folder; by default runs/PRESET-DATE-TIME.", show_default=False),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Start from the weights of a run, a bundle or a model file, and a run's settings if none are given.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or the latest run.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long.", show_default=False)] = None,
     images: Annotated[int | None, typer.Option(help="Stop after so many images in all.", show_default=False)] = None,
@@ -71,7 +80,7 @@ def train(
     """
     need_training_extra("torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
-    from hflow_rt.runs import new_run
+    from hflow_rt.runs import RUN, new_run, read_run
     from hflow_rt.training.config import load_config
 
     for value, name in ((minutes, "--minutes"), (images, "--images")):
@@ -80,8 +89,8 @@ def train(
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
     checkpoint: bool | Path = False
     if resume:
-        if preset is not None or config is not None:
-            raise ConfigError("--resume takes its settings from the run; change single ones with --set")
+        if preset is not None or config is not None or start is not None:
+            raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")
         folder, checkpoint, values = _resumed(run, out)
         chosen = load_config(file=values, overrides=settings or ())
         if data is None:
@@ -89,7 +98,12 @@ def train(
     else:
         if run is not None:
             raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
-        chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
+        if start is not None and preset is None and config is None:
+            if not (start / RUN).is_file():
+                raise ConfigError(f"{start} holds no settings of a training run; name some with --preset or --config")
+            chosen = load_config(file=read_run(start), overrides=settings or ())
+        else:
+            chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
         folder = out or new_run(chosen.preset or chosen.family)
     opened = _open(about["source"], chosen)
 
@@ -101,6 +115,7 @@ def train(
             opened,
             folder,
             resume=checkpoint,
+            weights=None if start is None else _model_file(start),
             minutes=minutes,
             images=images,
             device=device,
@@ -122,6 +137,12 @@ def _resumed(run: Path | None, out: Path | None) -> tuple[Path, bool | Path, dic
     if out is not None and out.resolve() != folder.resolve():
         raise ConfigError(f"a run goes on in its own folder {folder}, not in --out {out}; leave --out away")
     return folder, named if is_checkpoint else True, read_run(folder)
+
+
+def _model_file(path: Path) -> Path:
+    from hflow_rt.manifest import MODEL
+
+    return path / MODEL if path.is_dir() else path
 
 
 def _open(source: str | None, config: RunConfig) -> Images:

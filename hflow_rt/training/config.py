@@ -46,6 +46,7 @@ class TrainingConfig(BaseModel):
     decay_every_images: PositiveInt = 60_000
     decay_factors: dict[_Group, _Rate] = {}  # from the start on, once every `decay_every_images`
     cut_images: dict[_Group, NonNegativeInt] = {}  # from here on the rate is 0
+    frozen: tuple[str, ...] = ()  # names of parameters that stay as they are, with * for any part
     grad_clip: Annotated[_Finite, Field(gt=0)] = 50.0  # global norm
 
     ema_weight: Annotated[float, Field(gt=0, le=1)] = 0.005  # of the new weights, each step

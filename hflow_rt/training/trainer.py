@@ -6,6 +6,7 @@ a run that is stopped and resumed is the run that was never stopped.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import time
 from collections.abc import Callable
@@ -22,9 +23,9 @@ import hflow_rt
 from hflow_rt.draws import generator
 from hflow_rt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from hflow_rt.evaluation.bits import Evaluation, evaluate
-from hflow_rt.files import atomic_file
+from hflow_rt.files import atomic_file, sha256
 from hflow_rt.manifest import MODEL
-from hflow_rt.models.checkpoint import build_model, save_model
+from hflow_rt.models.checkpoint import build_model, load_state, read_metadata, read_state, save_model
 from hflow_rt.models.family import LatentModel, LossTerms
 from hflow_rt.runs import RUN, TENSORBOARD, checkpoints
 from hflow_rt.training.batches import Images, MicroBatches, Place, Shuffle
@@ -72,6 +73,7 @@ def train(
     out: Path | str,
     *,
     resume: bool | Path = False,
+    weights: Path | None = None,
     minutes: float | None = None,
     images: int | None = None,
     device: str = "auto",
@@ -82,6 +84,7 @@ def train(
     """Train into the run folder `out` until `images` have been seen, `minutes` have passed, or Ctrl-C.
 
     resume: go on from the run's last checkpoint, or from the checkpoint at this path.
+    weights: a model file to start from instead of from random weights and their data-dependent initialisation.
     about_data: kept in run.json (where the images came from).
     on_samples: draws a picture `[H, W, 3]` from the averaged model after so many images, to be logged.
     Raises `ConfigError`, `DataError`, `CheckpointError`, `BackendUnavailable` and `TrainingError`.
@@ -93,7 +96,7 @@ def train(
     try:
         trainer = _Trainer(config, data, Path(out), processes, on_samples, on_progress)
         if resume is False:
-            trainer.start(about_data or {})
+            trainer.start(about_data or {}, weights)
         else:
             checkpoint = find_checkpoint(Path(out) if resume is True else resume)
             if checkpoint.resolve().parent.parent != Path(out).resolve():
@@ -134,7 +137,7 @@ class _Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = averaged_copy(self.model)
 
-        groups = _checked_groups(config, self.model)
+        groups = _trained_groups(config, self.model)
         self.parameters = [parameter for group in groups.values() for parameter in group]
         self.adam = torch.optim.Adam(
             [{"params": parameters, "name": name} for name, parameters in groups.items()],
@@ -152,27 +155,43 @@ class _Trainer:
         self.overflows = 0
         self.initial: Evaluation | None = None
         self.last: Evaluation | None = None
+        self.started_from: dict[str, str] | None = None
 
     # -- where a run begins
 
-    def start(self, about_data: dict[str, Any]) -> None:
+    def start(self, about_data: dict[str, Any], weights: Path | None) -> None:
         """Begin a new run; one that exists is never touched."""
+        state = None if weights is None else self._foreign_state(weights)
         if self.processes.is_main:
             if checkpoints(self.out) or (self.out / MODEL).exists():
                 raise CheckpointError(
                     f"{self.out} already holds a run; go on with --resume {self.out}, or choose another --out"
                 )
             self._write_run(about_data)
+        if state is None:
+            self._initialize()
+        else:
+            load_state(self.model, state, str(weights))
+        # rounding may differ between unlike devices; from here on every process holds the same weights
+        self.processes.average([*self.model.parameters(), *self.model.buffers()])
+        update_average(self.average, self.model, 1)
+        self.initial = self._evaluate()
+
+    def _foreign_state(self, weights: Path) -> dict[str, Tensor]:
+        """The weights of another model of this family."""
+        family = read_metadata(weights)["family"]
+        if family != self.config.family:
+            raise CheckpointError(f"{weights} holds a model of family '{family}', not '{self.config.family}'")
+        self.started_from = {"name": str(weights), "sha256": sha256(weights)}
+        return read_state(weights)
+
+    def _initialize(self) -> None:
         seed = self.training.seed
         # the first images of the first epoch, but no image twice
         count = min(self.training.init_images, len(self.trained_on))
         first = torch.from_numpy(self.data.pixels(Shuffle(self.trained_on, seed).take(0, count)))
         with torch.no_grad():
             self.model.initialize(first.to(self.processes.device), generator(seed, count))
-        # rounding may differ between unlike devices; from here on every process holds the same weights
-        self.processes.average([*self.parameters, *self.model.buffers()])
-        update_average(self.average, self.model, 1)
-        self.initial = self._evaluate()
 
     def resume(self, checkpoint: Path, about_data: dict[str, Any]) -> None:
         """Go on from a checkpoint of the same model and the same images."""
@@ -196,6 +215,7 @@ class _Trainer:
         self.last = Evaluation.load(about["last"]) if about.get("last") else None
         if about.get("scaler") and self.processes.accelerator.scaler is not None:
             self.processes.accelerator.scaler.load_state_dict(about["scaler"])
+        self.started_from = about.get("from")
         if self.processes.is_main:
             set_later_aside(self.out, self.place.images)
             self._write_run(about_data)
@@ -205,6 +225,7 @@ class _Trainer:
         about = {
             "data": {**about_data, "images": len(self.data), "hash": self.data.hash},
             "version": hflow_rt.__version__,
+            **({} if self.started_from is None else {"from": self.started_from}),
         }
         with atomic_file(self.out / RUN) as temporary:
             temporary.write_text(json.dumps({**self.config.dump(), "run": about}, indent=1) + "\n")
@@ -392,6 +413,8 @@ class _Trainer:
             }
             if scaler is not None:
                 about["scaler"] = scaler.state_dict()
+            if self.started_from is not None:
+                about["from"] = self.started_from
             save_checkpoint(self.out, self.model, self.average, self.adam, self.place.images, about)
             extra = {
                 "preset": self.config.preset,
@@ -399,6 +422,7 @@ class _Trainer:
                 "bits_per_dim": bits,
                 "data": self.data.hash,
                 "version": hflow_rt.__version__,
+                **({} if self.started_from is None else {"from": self.started_from}),
             }
             save_model(self.out / MODEL, self.config.family, self.average, self.average.state_dict(), extra)
             prune(self.out, self.training.keep_last)
@@ -407,13 +431,18 @@ class _Trainer:
 
 def _values(found: LossTerms) -> tuple[list[str], Tensor]:
     """Tags and float32 values of a loss for the log, still on the device."""
-    named = {"loss": found.loss, "bits_per_dim/train": found.bits_per_dim}
+    named = {"loss": found.loss}
+    if found.bits_per_dim is not None:
+        named["bits_per_dim/train"] = found.bits_per_dim
     named |= {f"{TERM}{name}": value for name, value in found.terms.items()}
     return list(named), torch.stack([value.detach().float() for value in named.values()])
 
 
-def _checked_groups(config: RunConfig, model: LatentModel) -> dict[str, list[nn.Parameter]]:
-    """The model's parameter groups; every setting by group must name one of them. Raises `ConfigError`."""
+def _trained_groups(config: RunConfig, model: LatentModel) -> dict[str, list[nn.Parameter]]:
+    """The model's parameter groups without what is frozen, which gets no gradient from here on.
+
+    Every setting by group must name one, and every pattern of frozen names must fit one. Raises `ConfigError`.
+    """
     groups = model.parameter_groups()
     training = config.training
     for field in ("learning_rates", "decay_factors", "cut_images"):
@@ -426,4 +455,14 @@ def _checked_groups(config: RunConfig, model: LatentModel) -> dict[str, list[nn.
     missing = [name for name in groups if name not in training.learning_rates]
     if missing:
         raise ConfigError(f"training.learning_rates must name every parameter group; missing: {', '.join(missing)}")
-    return groups
+    parameters = dict(model.named_parameters())
+    for pattern in training.frozen:
+        fitting = fnmatch.filter(parameters, pattern)
+        if not fitting:
+            raise ConfigError(f"training.frozen: '{pattern}' fits no parameter, such as '{next(iter(parameters))}'")
+        for name in fitting:
+            parameters[name].requires_grad_(False)
+    trained = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+    if not any(trained.values()):
+        raise ConfigError("training.frozen leaves nothing to train; freeze less")
+    return {name: group for name, group in trained.items() if group}

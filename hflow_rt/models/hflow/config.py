@@ -21,7 +21,9 @@ class LevelConfig(ModelConfig):
 
     resolution: PositiveInt
     channels: PositiveInt = Field(description="channels of the target the flow models")
-    loss_weight: float = 1.0
+    loss_weight: float = Field(
+        default=1.0, ge=0, description="0 here and at every finer level: training leaves these levels alone"
+    )
     prior_std: float = Field(default=1.0, gt=0)
     noise: float | None = Field(default=None, gt=0, description="posterior std relative to the data's; None for none")
 

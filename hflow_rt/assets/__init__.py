@@ -1,9 +1,11 @@
-"""Files that ship with the package: the demo images."""
+"""Files that ship with the package: images for a first run, and a trained model."""
 
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["demo_images"]
+__all__ = ["PRETRAINED", "demo_images", "pretrained"]
+
+PRETRAINED = "hflow-emoji"
 
 
 def demo_images() -> Path:
@@ -14,3 +16,8 @@ def demo_images() -> Path:
     (`EMOJI-LICENSE.txt` beside the zip, `LICENSE.txt` inside).
     """
     return Path(str(files(__name__) / "emoji.zip"))
+
+
+def pretrained() -> Path:
+    """The bundle of the model that ships, which draws 64x64 emoji; `hflow-emoji.md` beside it says what it is."""
+    return Path(str(files(__name__) / PRETRAINED))

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from hflow_rt.assets import pretrained
 from hflow_rt.cli import export as export_command
 from hflow_rt.files import sha256
 from hflow_rt.manifest import read_manifest
@@ -25,6 +26,7 @@ COMMANDS = (
     "demo",
     "dataset",
     "train",
+    "import",
     "export",
     "check",
     "sample",
@@ -60,7 +62,9 @@ def test_help_shows_an_example(hflow: Command, command: str) -> None:
 
 def test_help_lists_every_command(hflow: Command) -> None:
     text = ok(hflow("--help")).out
-    assert all(re.search(rf"^\W*{command}\b", text, re.MULTILINE) for command in COMMANDS)
+    places = [re.search(rf"^\W{{1,2}}{command}\b", text, re.MULTILINE) for command in COMMANDS]
+    assert all(places)
+    assert [place.start() for place in places if place] == sorted(place.start() for place in places if place)
     assert hflow("-h").out == text
     bare = hflow()
     assert "Usage: hflow-rt" in bare.out + bare.err
@@ -92,12 +96,28 @@ def test_without_a_path_the_latest_run_is_used(hflow: Command, run: Path, tmp_pa
     assert f"{run}: hflow, " in ok(hflow("info")).out
 
 
-@pytest.mark.parametrize("command", ["sample", "export", "check", "info", "interpolate"])
-def test_before_any_run_one_line_says_how_to_get_one(
-    hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+@pytest.mark.parametrize(
+    "arguments", [["sample", "-n", "1"], ["interpolate", "--frames", "2"], ["seeds", "3"], ["info"]]
+)
+def test_before_any_run_the_model_that_ships_is_used(
+    hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = hflow(command)
+    before = read_manifest(pretrained())
+    result = ok(hflow(*arguments))
+    assert result.err.startswith("no run under ./runs: this is hflow-emoji, the model that ships\n")
+    assert arguments[0] == "info" or f"hflow 64x64 from {pretrained()} on onnxruntime" in result.err
+    assert read_manifest(pretrained()) == before
+    quiet = ok(hflow(*arguments, "--json"))
+    assert quiet.err == ""
+
+
+@pytest.mark.parametrize("command", [["export"], ["train", "--resume"]])
+def test_before_any_run_one_line_says_how_to_get_one(
+    hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = hflow(*command)
     assert result.code == 1
     assert result.out == ""
     expected = "error: no trained run under runs/; train one with 'hflow-rt train' or see it all with 'hflow-rt demo'\n"

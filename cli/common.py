@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hflow_rt.data.dataset import ImageSet
     from hflow_rt.runtime.bundle import Bundle
     from hflow_rt.runtime.session import Session
 
 __all__ = [
     "LATENTS",
-    "PARTS",
     "BackendOption",
     "DeviceOption",
     "ImagesArgument",
@@ -30,12 +28,12 @@ __all__ = [
     "PlaceOption",
     "SeedOption",
     "StdOption",
+    "check_std",
     "encoded",
     "locate",
     "locate_bundle",
     "named",
-    "need_training_extra",
-    "open_pictures",
+    "need_extra",
     "open_session",
     "print_json",
     "read_pictures",
@@ -55,7 +53,12 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 StdOption = Annotated[
     list[str] | None,
-    typer.Option("--std", metavar="S|NAME=S", help="Multiply the prior's std, of all latents or of one. Repeatable."),
+    typer.Option(
+        "--std",
+        metavar="S|NAME=S",
+        help="Multiply the prior's std, of all latents or of one; as the model says if left away. Repeatable.",
+        show_default=False,
+    ),
 ]
 
 SeedOption = Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")]
@@ -73,7 +76,6 @@ ImagesArgument = Annotated[
     typer.Argument(help="Image files, folders or archives; without them samples.", show_default=False),
 ]
 
-PARTS = ("all", "train", "test")
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
 
 T = TypeVar("T")
@@ -125,15 +127,15 @@ def open_session(model: Path | None, backend: str, device: str, quiet: bool = Fa
     return session
 
 
-def need_training_extra(*packages: str) -> None:
-    """Raise `BackendUnavailable` unless all `packages` of the `train` extra are installed."""
+def need_extra(extra: str, *packages: str) -> None:
+    """Raise `BackendUnavailable` unless all `packages` of an extra, such as `train`, are installed."""
     from importlib.util import find_spec
 
     from hflow_rt.errors import BackendUnavailable
 
     for package in packages:
         if find_spec(package) is None:
-            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[train]'")
+            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[{extra}]'")
 
 
 def read_pictures(
@@ -169,29 +171,6 @@ def read_pictures(
     return names[:limit], np.stack(images[:limit])
 
 
-def open_pictures(source: Path | None, resolution: int, part: str = "all") -> "tuple[ImageSet, NDArray[np.int64]]":
-    """A set of images, by default the one that ships, and the indices of its `part`: all, train or test.
-
-    Raises `DataError`.
-    """
-    import numpy as np
-
-    from hflow_rt.assets import demo_images
-    from hflow_rt.data.dataset import open_dataset
-    from hflow_rt.errors import DataError
-
-    if part not in PARTS:
-        raise DataError(f"the part of the images must be one of {', '.join(PARTS)}; found '{part}'")
-    try:
-        found = open_dataset(demo_images() if source is None else source, resolution)
-    except DataError as error:
-        if source is not None:
-            raise
-        raise DataError(f"the images that ship are smaller than {resolution}x{resolution}; name others") from error
-    train, test = found.split()
-    return found, {"all": np.arange(len(found)), "train": train, "test": test}[part]
-
-
 def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[np.float32]"]:
     """Names and pixels, as of `read_pictures`, of `number` of the test images that ship, taken evenly.
 
@@ -199,13 +178,10 @@ def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[
     """
     import numpy as np
 
-    from hflow_rt.errors import DataError
+    from hflow_rt.data.selection import select
 
-    if number < 1:
-        raise DataError(f"the number of images must be at least 1, not {number}")
-    found, test = open_pictures(None, resolution, "test")
-    chosen = test[np.linspace(0, len(test), min(number, len(test)), endpoint=False).astype(int)]
-    return [found.names[index] for index in chosen], found.pixels(chosen).astype(np.float32) / np.float32(255)
+    chosen = select(None, resolution, "test", number)
+    return chosen.names, chosen.pixels().astype(np.float32) / np.float32(255)
 
 
 def encoded(session: "Session", pixels: "NDArray[np.float32]", batch: int = 16) -> "dict[str, NDArray[np.float32]]":
@@ -228,13 +204,20 @@ def starting_points(
 
     if number < 1:
         raise DataError(f"the number of images must be at least 1, not {number}")
+    check_std(std, not images)
     if images:
-        if std:
-            raise DataError("--std is for samples; it has no meaning for given images; leave it away")
         names, pixels = read_pictures(images, session.resolution, number)
         return names, pixels, encoded(session, pixels)
-    latents = concatenate(list(session.draw(range(number), std or ["0.7"], seed)))
+    latents = concatenate(list(session.draw(range(number), std or session.std, seed)))
     return [f"sample {index}" for index in range(number)], session.forward(latents), latents
+
+
+def check_std(std: Sequence[str] | None, samples: bool, instead: str = "leave it away") -> None:
+    """Raise `DataError`, which says what to do `instead`, for an std where nothing is sampled."""
+    from hflow_rt.errors import DataError
+
+    if std and not samples:
+        raise DataError(f"--std is for samples, and these are images; {instead}")
 
 
 def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) -> str:

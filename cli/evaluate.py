@@ -16,6 +16,7 @@ from hflow_rt.cli.common import (
     StdOption,
     locate,
     named,
+    need_extra,
     open_session,
     print_json,
     say_next,
@@ -23,9 +24,9 @@ from hflow_rt.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from hflow_rt.data.selection import Selection
     from hflow_rt.evaluation.bits import BitsReport, Bound, Estimate
     from hflow_rt.evaluation.distance import DistanceReport
-    from hflow_rt.evaluation.selection import Selection
     from hflow_rt.evaluation.shares import Track
     from hflow_rt.training.processes import Processes
 
@@ -56,7 +57,7 @@ def bpd(
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     batch: BatchOption = 32,
     backend: Annotated[
-        str, typer.Option("--backend", "-b", help="torch for the bounds; another for a plug-in value, no bound.")
+        str, typer.Option("--backend", "-b", help="torch, or onnx for a bundle exported with --bound.")
     ] = "torch",
     device: DeviceOption = "auto",
     output: ReportOption = None,
@@ -69,41 +70,34 @@ def bpd(
     Several GPUs: accelerate launch -m hflow_rt.cli eval bpd --data photos.zip
     """
     _check_report(output)
-    _need("torch", "accelerate")
+    need_extra("eval", "torch", "accelerate")
+    from hflow_rt.data.selection import select
+    from hflow_rt.evaluation.bits import measure, open_reference
+    from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runtime.session import check_backend
-
-    check_backend(backend, device)
     from hflow_rt.training.processes import Processes
 
+    check_backend(backend, device)
     processes = Processes(device, None)
-    about: dict[str, Any] = {"split": split, "seed": seed, "draws": draws, "batch": batch}
+    quiet = json or not processes.is_main
     if backend == "torch":
-        from hflow_rt.evaluation.bits import measure, open_reference
-        from hflow_rt.evaluation.selection import select
-
-        weights, metadata = _weights(model, quiet=json or not processes.is_main)
+        session, source, where = None, _weights(model, quiet), f"torch {processes.device.type}"
+        weights, metadata = source, read_metadata(source)
         reference = open_reference(weights, processes.device)
-        chosen = select(data, reference.resolution, split, limit)
-        side, where = reference.resolution, f"torch {processes.device.type}"
-        if processes.is_main and not json:
+        if not quiet:
+            side = reference.resolution
             print(f"{metadata['family']} {side}x{side} from {weights} on {where}", file=sys.stderr)
-        found = measure(reference, chosen.pixels(), seed, draws, batch, processes, _track(processes))
-        report = {"model": str(weights), "backend": where, **found.dump()}
-        lines = [f"bits/dim of {chosen}, seed {seed}, {draws} draw{'s' if draws > 1 else ''} each:"]
-        lines += _bits_lines(found) + _notes(found, chosen, metadata)
     else:
-        from hflow_rt.evaluation.bits import plug_in_bits
-        from hflow_rt.evaluation.selection import select
-
-        session = open_session(model, backend, device, quiet=json or not processes.is_main)
-        chosen = select(data, session.resolution, split, limit)
-        value = plug_in_bits(session, chosen.pixels(), batch, processes, _track(processes))
-        report = {"model": str(session.bundle.path), "backend": session.backend, "plug_in": value.dump()}
-        lines = [
-            f"plug-in {_estimate(value)} bits/dim of {chosen}",
-            "this is no bound: it leaves out the noise of the targets; for the strict bound use --backend torch",
-        ]
-    report |= about | {"data": chosen.source, "images": len(chosen), "data_hash": chosen.images.hash}
+        session = open_session(model, backend, device, quiet)
+        source, where, weights = session.bundle.path, session.backend, session.bundle.model
+        reference, metadata = open_reference(weights), read_metadata(weights)
+    chosen = select(data, reference.resolution, split, limit)
+    found = measure(reference, chosen, seed, draws, batch, processes, _track(processes), session)
+    report = {"model": str(source), "backend": where, **found.dump()}
+    report |= {"split": split, "seed": seed, "draws": draws, "batch": batch}
+    report |= {"data": chosen.source, "images": len(chosen), "data_hash": chosen.images.hash}
+    lines = [f"bits/dim of {chosen}, seed {seed}, {draws} draw{'s' if draws > 1 else ''} each:"]
+    lines += _bits_lines(found) + _notes(found, chosen, metadata)
     following = f"hflow-rt eval distance{_again(model, data)} --features efficientnet-lite0"
     _finish(processes, report, lines, output, json, following)
 
@@ -156,11 +150,11 @@ def distance(
     _check_report(output)
     if cache is not None and no_cache:
         raise ConfigError("--cache and --no-cache exclude each other; give one")
-    _need("torch", "accelerate", "torchmetrics")
+    need_extra("eval", "torch", "accelerate", "torchmetrics")
+    from hflow_rt.data.selection import select
     from hflow_rt.evaluation.cache import FeatureCache, cache_folder
     from hflow_rt.evaluation.distance import measure
     from hflow_rt.evaluation.features import open_features
-    from hflow_rt.evaluation.selection import select
     from hflow_rt.runtime.session import check_backend
     from hflow_rt.training.processes import Processes
 
@@ -186,17 +180,6 @@ def distance(
     _finish(processes, report, lines, output, json, f"hflow-rt eval bpd{_again(model, data)}")
 
 
-def _need(*packages: str) -> None:
-    """Raise `BackendUnavailable` unless all `packages` of the `eval` extra are installed."""
-    from importlib.util import find_spec
-
-    from hflow_rt.errors import BackendUnavailable
-
-    for package in packages:
-        if find_spec(package) is None:
-            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[eval]'")
-
-
 def _check_report(output: Path | None) -> None:
     from hflow_rt.errors import DataError
 
@@ -204,19 +187,16 @@ def _check_report(output: Path | None) -> None:
         raise DataError(f"a report's name must end in .json; found '{output.name}'; rename it")
 
 
-def _weights(model: Path | None, quiet: bool) -> tuple[Path, dict[str, Any]]:
-    """The model file of a run, a bundle or itself, and what its metadata say."""
+def _weights(model: Path | None, quiet: bool) -> Path:
+    """The model file of a run, a bundle or itself."""
     from hflow_rt.manifest import MANIFEST, MODEL, read_manifest
-    from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import Bundle
 
     found = locate(model, quiet)
     if (found / MANIFEST).is_file():
-        path = Bundle(found, read_manifest(found)).model
-    else:
-        path = found if found.is_file() else resolve_run(found) / MODEL
-    return path, read_metadata(path)
+        return Bundle(found, read_manifest(found)).model
+    return found if found.is_file() else resolve_run(found) / MODEL
 
 
 def _again(model: Path | None, data: Path | None) -> str:
@@ -265,11 +245,11 @@ def _estimate(value: "Estimate", digits: int = 3) -> str:
 
 def _bits_lines(found: "BitsReport") -> list[str]:
     lines = []
-    for name, bound in (("strict bound", found.strict), ("paper's bound", found.paper)):
+    for key, title, bound in (("strict", "strict bound", found.strict), ("paper", "paper's bound", found.paper)):
         if bound is None:
-            lines.append(f"{name}: none, for {found.reasons[name.split()[0].removesuffix(chr(39) + 's')]}")
+            lines.append(f"{title}: none, for {found.reasons[key]}")
             continue
-        lines += [f"{name}: {_estimate(bound.total)} bits/dim", *_table(bound)]
+        lines += [f"{title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
     if found.noise:
         scales = (
             f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()
@@ -314,8 +294,8 @@ def _distance_lines(found: "DistanceReport", chosen: "Selection", std: list[str]
     kernel = found.kernel
     lines = [
         f"{found.frechet_name}: {found.frechet:.3f}",
-        f"{found.kernel_name}: {kernel.mean:.5f} ± {kernel.std:.5f} "
-        f"(over {kernel.subsets} subsets of {kernel.subset_size} images)",
+        f"{found.kernel_name}: {kernel.mean:.5f} "
+        f"(std {kernel.std:.5f} over {kernel.subsets} subsets of {kernel.subset_size} images)",
         f"{found.samples} samples at std {' '.join(std)}, seed {seed}, against {chosen}; "
         f"{found.dimensions} features of {found.network}",
     ]

@@ -14,7 +14,7 @@ from hflow_rt.cli.common import (
     ModelArgument,
     locate_bundle,
     named,
-    need_training_extra,
+    need_extra,
     print_json,
     read_pictures,
     say_next,
@@ -57,6 +57,15 @@ def export(
         typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False),
     ] = None,
     images: _ImagesOption = None,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Also the engine of 'eval bpd', which measures bits per dimension.")
+    ] = False,
+    std: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--std", metavar="S|NAME=S", help="What to draw samples at where nobody says; 0.7.", show_default=False
+        ),
+    ] = None,
     half: Annotated[
         bool, typer.Option("--half", help="Round the weights to half precision first; arithmetic stays float32.")
     ] = False,
@@ -70,9 +79,9 @@ def export(
 
     if engine not in _ENGINES:
         raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
-    need_training_extra("torch", "onnx", "onnxscript")
+    need_extra("train", "torch", "onnx", "onnxscript")
     from hflow_rt.export.bundle import export_bundle
-    from hflow_rt.manifest import MODEL
+    from hflow_rt.manifest import MODEL, STD
     from hflow_rt.models.checkpoint import parse_config, read_metadata
     from hflow_rt.models.family import family
     from hflow_rt.runs import resolve_run
@@ -84,7 +93,9 @@ def export(
     config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
     pictures = _pictures(images, config.resolution)
     with status(quiet=json) as progress:
-        manifest = export_bundle(source, folder, pictures, direction.value, progress, half=half)
+        manifest = export_bundle(
+            source, folder, pictures, direction.value, progress, bound=bound, half=half, std=std or STD
+        )
     report = manifest.parity
     assert report is not None
     if json:
@@ -122,7 +133,7 @@ def check(
     from hflow_rt.runtime.session import check_backend
 
     check_backend(backend, device)
-    need_training_extra("torch", "onnx", "onnxscript")
+    need_extra("train", "torch", "onnx", "onnxscript")
     from hflow_rt.assets import pretrained
     from hflow_rt.export.bundle import check_bundle
 

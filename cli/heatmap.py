@@ -54,9 +54,12 @@ def heatmap(
     bases, pixels, latents = starting_points(session, images, number, seed, std)
     names = list(session.latent_shapes)
     jobs = [(index, name) for index in range(len(bases)) for name in names]
+    first = len(bases)  # redraws are images after all bases, so that none is its own redraw
     maps = np.stack(
         [
-            explore.heat_map(session, explore.select(latents, index), name, draws, std=redraw_std, seed=seed)
+            explore.heat_map(
+                session, explore.select(latents, index), name, draws, std=redraw_std, seed=seed, first=first
+            )
             for index, name in tracked(jobs, len(jobs) * draws, lambda job: draws, "redrawing")
         ]
     ).reshape(len(bases), len(names), session.resolution, session.resolution)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, need_training_extra, print_json, say_next, status
+from hflow_rt.cli.common import JsonOption, need_extra, print_json, say_next, status
 
 
 @app.command("import")
@@ -35,7 +35,7 @@ def import_checkpoint(
 
     Example: hflow-rt import model_iter_900000.bin --family hflow -o runs/published
     """
-    need_training_extra("torch")
+    need_extra("train", "torch")
     from hflow_rt.foreign.importing import import_published
     from hflow_rt.runs import ROOT
 
@@ -51,7 +51,7 @@ def import_checkpoint(
         counts = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in found.dropped.items())
         print(f"dropped, for they are recomputed: {counts}")
     if found.spreads is not None:
-        print(f"noise scales estimated from {found.spreads['images']} images of {found.spreads['source']}")
+        print(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
     for note in found.notes:
         print(f"note: {note}")
     say_next(f"hflow-rt export {run}")

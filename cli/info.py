@@ -43,6 +43,7 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
     print("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     for latent in manifest.latents:
         print(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
+    print(f"  samples at std {' '.join(manifest.std)} where nobody says")
     for name, graph in manifest.graphs.items():
         counts = ", ".join(f"{count} {operator}" for operator, count in graph.operators.items())
         size = manifest.files[graph.file].bytes / 1e6

@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     JsonOption,
     ModelOption,
     StdOption,
+    check_std,
     named,
     open_session,
     print_json,
@@ -61,8 +62,7 @@ def interpolate(
     if not fps > 0:
         raise DataError(f"fps must be above 0, not {fps}")
     check_animation(output, fps)
-    if images and std:
-        raise DataError("--std is for samples; it has no meaning between two images; leave it away")
+    check_std(std, not images)
     session = open_session(model, backend, device, quiet=json)
     if images:
         _, pixels = read_pictures(images, session.resolution)
@@ -70,7 +70,7 @@ def interpolate(
             raise DataError(f"an interpolation joins two images, not {len(pixels)}")
         latents = session.inverse(pixels).latents
     else:
-        latents = next(session.draw([0, 1], std or ["0.7"], seed))
+        latents = next(session.draw([0, 1], std or session.std, seed))
     latents = session.into_space(space, latents)
     ends = [{name: values[i : i + 1] for name, values in latents.items()} for i in (0, 1)]
     path = between(ends[0], ends[1], frames, mode, session.joined(space))

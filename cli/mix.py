@@ -96,8 +96,10 @@ def mix(
             {"output": str(output), "rows": down, "columns": across, "from_rows": list(names), "from_columns": rest}
         )
         return
-    print(f"{len(down)} x {len(across)} mixes, {' '.join(names)} of the row, {' '.join(rest)} of the column: {output}")
-    say_next(f"hflow-rt mix{named(model, '--model ')} --cut {list(session.latent_shapes)[-2]} -o finer.png")
+    given = f"{' '.join(names)} of the row, {' '.join(rest) or 'nothing'} of the column"
+    print(f"{len(down)} x {len(across)} mixes, {given}: {output}")
+    finest = list(session.latent_shapes)[-2:][0]  # the last but one, for with the last all is the row's
+    say_next(f"hflow-rt mix{named(model, '--model ')} --cut {finest} -o finer.png")
 
 
 def _sources(
@@ -118,5 +120,5 @@ def _sources(
         names, pixels = read_pictures(images, session.resolution)
         return names, pixels, encoded(session, pixels)
     chosen = explore.parse_seeds(seeds or [default])
-    latents = explore.latents_of_seeds(session, chosen, std or ["0.7"])
+    latents = explore.latents_of_seeds(session, chosen, std or session.std)
     return [f"seed {seed}" for seed in chosen], session.forward(latents), latents

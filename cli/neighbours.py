@@ -16,9 +16,9 @@ from hflow_rt.cli.common import (
     PlaceOption,
     SeedOption,
     StdOption,
+    check_std,
     encoded,
     named,
-    open_pictures,
     open_session,
     print_json,
     read_pictures,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hflow_rt.data.dataset import ImageSet
+    from hflow_rt.data.selection import Selection
 
 _BATCH = 16
 
@@ -45,7 +45,7 @@ def neighbours(
         Path | None,
         typer.Option(help="Where to look: a folder, zip, tar or .npy; by default what ships.", show_default=False),
     ] = None,
-    part: Annotated[str, typer.Option(help="Which of these images: all, train or test.")] = "all",
+    split: Annotated[str, typer.Option(help="test (the held-out images), train or all.")] = "all",
     count: Annotated[int, typer.Option("-k", "--count", help="Neighbours of each image.")] = 6,
     place: PlaceOption = None,
     samples: Annotated[int, typer.Option(help="Without images: how many samples.")] = 4,
@@ -65,54 +65,52 @@ def neighbours(
     """
     import numpy as np
 
-    from hflow_rt.errors import DataError
+    from hflow_rt.data.selection import select
     from hflow_rt.runtime.encodings import Nearest, encodings, find_place
     from hflow_rt.runtime.pictures import Row, check_picture_name, from_uint8, save_image, table, to_uint8
 
     check_picture_name(output)
-    if images and std:
-        raise DataError("--std is for samples; it has no meaning for given images; leave it away")
+    check_std(std, not images)
     session = open_session(model, backend, device, quiet=json)
     where = find_place(session, place)
-    found, chosen = open_pictures(data, session.resolution, part)
+    searched = select(data, session.resolution, split)
     if images:
         names, queries = read_pictures(images, session.resolution)
     else:
         # as they would be read from a file, so that samples and images are encoded alike
-        queries = from_uint8(to_uint8(session.sample(samples, std or ["0.7"], seed)))
+        queries = from_uint8(to_uint8(session.sample(samples, std or session.std, seed)))
         names = [f"sample {index}" for index in range(samples)]
     nearest = {
         where.name: Nearest(encodings(session, encoded(session, queries), where), count),
         "pixels": Nearest(queries, count),
     }
-    for pixels in tracked(_batches(found, chosen), len(chosen), len, "encoding"):
+    for pixels in tracked(_batches(searched), len(searched), len, "encoding"):
         nearest[where.name].add(encodings(session, session.inverse(pixels).latents, where))
         nearest["pixels"].add(pixels)
-    rows, report = [], []
+    rows, report, found = [], [], searched.names
     for index, name in enumerate(names):
         first, caption = to_uint8(queries[index : index + 1]), f"{Path(name).name}\nquery"
         entry: dict[str, object] = {"image": name}
         for space, result in nearest.items():
-            hits = chosen[result.indices[index]]
-            pairs = [(found.names[hit], float(d)) for hit, d in zip(hits, result.distances[index], strict=True)]
+            hits = result.indices[index]
+            pairs = [(found[hit], float(d)) for hit, d in zip(hits, result.distances[index], strict=True)]
             entry[space] = [{"image": hit, "distance": distance} for hit, distance in pairs]
             captions = [caption, *(f"{Path(hit).name}\n{distance:.3g}" for hit, distance in pairs)]
-            rows.append(Row(np.concatenate([first, found.pixels(hits).transpose(0, 2, 3, 1)]), space, captions))
+            rows.append(Row(np.concatenate([first, searched.pixels(hits).transpose(0, 2, 3, 1)]), space, captions))
             first, caption = np.full_like(first, 255), ""  # the second row is of the same query
         report.append(entry)
     save_image(output, table(rows))
     if json:
-        print_json(
-            {"output": str(output), "space": where.space, "in": where.name, "searched": len(chosen), "nearest": report}
-        )
+        looked = {"space": where.space, "in": where.name, "split": split, "searched": len(searched)}
+        print_json({"output": str(output), **looked, "nearest": report})
         return
-    searched = f"of {len(chosen)} images, {min(count, len(chosen))} nearest in {where.name} and in pixels"
-    print(f"{searched} to each of {len(names)}: {output}")
+    few = f"{min(count, len(searched))} nearest in {where.name} and in pixels"
+    print(f"of {searched}, {few} to each of {len(names)}: {output}")
     say_next(f"hflow-rt neighbours{named(model, '--model ')} --in {next(iter(session.latent_shapes))} -o other.png")
 
 
-def _batches(images: "ImageSet", indices: "NDArray[np.int64]") -> "Iterator[NDArray[np.float32]]":
+def _batches(chosen: "Selection") -> "Iterator[NDArray[np.float32]]":
     import numpy as np
 
-    for start in range(0, len(indices), _BATCH):
-        yield images.pixels(indices[start : start + _BATCH]).astype(np.float32) / np.float32(255)
+    for start in range(0, len(chosen), _BATCH):
+        yield chosen.pixels(range(len(chosen))[start : start + _BATCH]).astype(np.float32) / np.float32(255)

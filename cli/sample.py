@@ -53,7 +53,7 @@ def sample(
     if output.suffix:
         check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
-    stds = std or ["0.7"]
+    stds = std or session.std
     parts = session.draw(range(first, first + number), stds, seed, batch)
     drawn, images, kept = 0, [], []
     for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):

@@ -51,7 +51,7 @@ def seeds(
         raise DataError(f"a grid needs at least 1 column, not {columns}")
     chosen = explore.parse_seeds(seeds or ["0-15"])
     session = open_session(model, backend, device, quiet=json)
-    stds = std or ["0.7"]
+    stds = std or session.std
     parts = list(explore.batches(explore.latents_of_seeds(session, chosen, stds)))
     size = lambda part: len(next(iter(part.values())))  # noqa: E731
     images = [to_uint8(session.forward(part)) for part in tracked(parts, len(chosen), size, "sampling")]

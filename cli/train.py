@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, need_training_extra, print_json, say_next
+from hflow_rt.cli.common import JsonOption, need_extra, print_json, say_next
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +78,7 @@ def train(
 
     Several GPUs: accelerate launch -m hflow_rt.cli train --preset hflow-256 --data photos.npy
     """
-    need_training_extra("torch", "accelerate", "tensorboard")
+    need_extra("train", "torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
     from hflow_rt.runs import RUN, new_run, read_run
     from hflow_rt.training.config import load_config

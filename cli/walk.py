@@ -67,7 +67,7 @@ def walk(
         paths,
         keyframes,
         frames,
-        std=std or ["0.7"],
+        std=std or session.std,
         seed=seed,
         closed=closed,
         mode=mode,

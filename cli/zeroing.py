@@ -14,6 +14,7 @@ from hflow_rt.cli.common import (
     ModelOption,
     SeedOption,
     StdOption,
+    check_std,
     encoded,
     named,
     open_session,
@@ -56,8 +57,7 @@ def zeroing(
     check_picture_name(output)
     if images and samples:
         raise DataError("images and --samples both say what to start from; keep one of them")
-    if std and not samples:
-        raise DataError("--std is for samples; ask for them with --samples or leave it away")
+    check_std(std, samples, "ask for samples with --samples or leave it away")
     session = open_session(model, backend, device, quiet=json)
     if images or samples:
         names, pixels, latents = starting_points(session, images, number, seed, std)

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,12 @@ from hflow_rt.errors import BundleError, CheckpointError
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.files import atomic_directory, atomic_file, sha256
-from hflow_rt.manifest import MANIFEST, MODEL, BundledFile, Latent, Manifest
+from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
+from hflow_rt.manifest import MANIFEST, MODEL, STD, BundledFile, Latent, Manifest
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.session import open_bundle
 
 __all__ = ["Direction", "check_bundle", "export_bundle"]
@@ -32,18 +34,23 @@ def export_bundle(
     direction: Direction = "both",
     progress: Callable[[str], None] = lambda text: None,
     *,
+    bound: bool = False,
     half: bool = False,
+    std: Sequence[str] = STD,
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
     images: `[N, 3, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
-    failure leaves the bundle in place, marked unverified in its manifest. half: first round the weights to
-    half precision, in which `model.safetensors` then keeps them; it is this rounded model, computed in float32 as
-    ever, that the bundle holds and that its engines are held against. Raises `CheckpointError`, `BundleError`.
+    failure leaves the bundle in place, marked unverified in its manifest. bound: also write the graph that measures
+    bits per dimension. half: first round the weights to half precision, in which `model.safetensors` then keeps
+    them; it is this rounded model, computed in float32 as ever, that the bundle holds and that its engines are held
+    against. std: what samples will be drawn at where nobody says, in the form of `parse_std`. Raises
+    `CheckpointError`, `BundleError`, `DataError`.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
+    parse_std(std, model.latent_shapes())
     with atomic_directory(output) as folder:
         if half:
             model, metadata = _write_half(model, metadata, folder / MODEL)
@@ -51,18 +58,20 @@ def export_bundle(
             shutil.copyfile(checkpoint, folder / MODEL)
         weights = sha256(folder / MODEL)
         specs = model.graphs()
-        needed = {"forward", "inverse"} if direction == "both" else {direction}
+        needed = ({"forward", "inverse"} if direction == "both" else {direction}) | ({"bound"} if bound else set())
         if missing := sorted(needed - specs.keys()):
             raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
-        if direction == "inverse":
-            specs = {"inverse": specs["inverse"]}
-        elif direction == "forward":  # with the graphs of other spaces, which serve interpolation
-            specs = {name: spec for name, spec in specs.items() if name != "inverse"}
+        if direction != "inverse":  # the graphs of other spaces serve interpolation
+            needed |= {name for pair in model.spaces().values() for name in pair}
+        specs = {name: spec for name, spec in specs.items() if name in needed}
         graphs, shared = {}, SharedWeights(folder / WEIGHTS)
+        # what folding multiplies the weights of a layer by
+        equalized = (module for module in model.modules() if isinstance(module, (EqualizedConv2d, EqualizedLinear)))
+        scales = {module.weight_scale for module in equalized}
         for name, spec in specs.items():
             progress(f"writing {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales if half else ())
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],
@@ -71,6 +80,7 @@ def export_bundle(
                 Latent(name=name, shape=shape, prior_std=model.prior_std()[name])
                 for name, shape in model.latent_shapes().items()
             ),
+            std=tuple(std),
             spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
             graphs=graphs,
             opset=OPSET,

@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx
@@ -15,6 +15,7 @@ import torch
 from onnx.external_data_helper import set_external_data
 
 from hflow_rt.errors import HFlowError
+from hflow_rt.export.half import halve
 from hflow_rt.manifest import Graph, Tensor
 from hflow_rt.models.family import GraphSpec, TensorSpec
 
@@ -66,10 +67,13 @@ class SharedWeights:
         tensor.ClearField("raw_data")
 
 
-def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str], weights: SharedWeights) -> Graph:
+def export_graph(
+    spec: GraphSpec, path: Path, metadata: dict[str, str], weights: SharedWeights, scales: Collection[float] = ()
+) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
 
-    Raises `HFlowError` if the result is not valid.
+    scales: constants that are half-precision numbers times one of these are kept as such (see `halve`). Raises
+    `HFlowError` if the result is not valid.
     """
     module = spec.module.eval()
     examples = tuple(_example(tensor) for tensor in spec.inputs)
@@ -94,6 +98,8 @@ def export_graph(spec: GraphSpec, path: Path, metadata: dict[str, str], weights:
     _strip(proto)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
+    if scales:
+        halve(proto, scales)
     onnx.checker.check_model(proto, full_check=True)
     counts = operator_counts(proto)
     if leftover := sorted(_UNFOLDED & counts.keys()):

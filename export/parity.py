@@ -74,6 +74,9 @@ def run_parity(
             dimensions = chosen[0].size * math.log(2)
             bits = float(np.abs(found["log_prob"] - exact_all["log_prob"]).max()) / dimensions
             report["graphs"]["inverse"].append({"batch": batch, "bits_per_dim_difference": bits, "outputs": outputs})
+    if "bound" in graphs:
+        progress("bound: image and noise to bits/dim")
+        report["graphs"]["bound"] = list(_bound_cases(reference, single, session, images, seed))
     inner = {name: spec for name, spec in model.graphs().items() if name in graphs and name not in report["graphs"]}
     if inner:
         progress(f"inner graphs: {', '.join(inner)}")
@@ -154,6 +157,23 @@ def _batches(images: Array) -> Iterator[Array]:
     yield images[:1]
     for start in range(0, max(len(images), BATCHES[1]), BATCHES[1]):
         yield images[np.arange(start, start + BATCHES[1]) % len(images)]
+
+
+def _bound_cases(
+    reference: LatentModel, single: LatentModel, session: Session, images: Array, seed: int
+) -> Iterator[dict[str, Any]]:
+    """The graph `bound` at noise that differs in all inputs, which tells them apart as neither bound would."""
+    rng = np.random.default_rng(seed)
+    for chosen in _batches(images):
+        values = {
+            tensor.name: rng.normal(size=shape) if tensor.range is None else rng.uniform(*tensor.range, size=shape)
+            for tensor in session.manifest.graphs["bound"].inputs
+            for shape in [(len(chosen), *tensor.shape)]
+        }
+        inputs = {name: value.astype(np.float32) for name, value in values.items()} | {"image": chosen}
+        found, exact, plain = session.run_graph("bound", inputs), _terms(reference, inputs), _terms(single, inputs)
+        outputs = {name: compare(found[name], exact[name], plain[name]) for name in exact}
+        yield {"batch": len(chosen), "outputs": outputs}
 
 
 def _inner_graphs(specs: Mapping[str, GraphSpec], session: Session, seed: int) -> dict[str, Any]:
@@ -237,3 +257,9 @@ def _decode(model: LatentModel, latents: Mapping[str, Array]) -> Array:
 def _encode(model: LatentModel, images: Array) -> dict[str, Array]:
     encoding = model.encode(torch.from_numpy(images).to(_dtype(model)))
     return {**{n: v.numpy() for n, v in encoding.latents.items()}, "log_prob": encoding.log_prob.numpy()}
+
+
+@torch.no_grad()
+def _terms(model: LatentModel, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    found = model.bound_terms({name: torch.from_numpy(value) for name, value in inputs.items()})
+    return {name: value.numpy() for name, value in found.items()}

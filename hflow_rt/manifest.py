@@ -11,6 +11,7 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "SCHEMA",
+    "STD",
     "BundledFile",
     "Graph",
     "Latent",
@@ -22,6 +23,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 SCHEMA = 1
+STD = ("0.7",)
 
 
 class _Entry(BaseModel):
@@ -71,6 +73,9 @@ class Manifest(_Entry):
     config: dict[str, Any]
     resolution: int
     latents: tuple[Latent, ...]
+    std: tuple[str, ...] = Field(
+        default=STD, description="what samples are drawn at where nobody says, as --std is written"
+    )
     spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
     graphs: dict[str, Graph]
     precision: Literal["fp32"] = "fp32"

@@ -33,13 +33,14 @@ __all__ = [
 _METADATA_KEY = "hflow_rt.direction"
 _TENSOR = "direction"
 _TINY = 1e-30
+_ROWS = 256  # pairs with so many images of one set at a time: thousands of images fit in memory
 _MANY = 64  # gains, more than any strip shows
 _NUMBER = r"[+-]?(?:\d{1,9}(?:\.\d*)?|\.\d+)"
 _GAINS = re.compile(rf"({_NUMBER})(?::({_NUMBER}):(\d{{1,9}}))?")
 
 
 class About(BaseModel):
-    """What is known of a direction. Separations are d': distance of the two means, in stds of a set along it."""
+    """What is known of a direction. Separations are d': a distance of the two sets, in stds of a set along it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,8 +54,8 @@ class About(BaseModel):
     positives: int
     negatives: int
     norm: float
-    separation: float  # on the images the direction was made of, hence too good: most of all for few images
-    held_out_separation: float  # each image on the direction that the others make
+    separation: float  # of the images the direction was made of, hence too good: most of all for few images
+    held_out_separation: float  # of one image of each set along the direction that all others make; 0 for noise
 
     @property
     def place(self) -> Place:
@@ -83,9 +84,12 @@ def measure_direction(
     a, b = positive.astype(np.float64), negative.astype(np.float64)
     difference = a.mean(0) - b.mean(0)
     norm = float(np.linalg.norm(difference))
-    spread = float(a.std(0).sum() + b.std(0).sum())
-    if norm == 0 or spread == 0:
+    if norm == 0 or np.ptp(a, axis=0).max() == np.ptp(b, axis=0).max() == 0:
         raise DataError("the two sets need different means and different images within them; found none; choose others")
+    line = difference / norm
+    spread = float(np.sqrt(((a @ line).var(ddof=1) + (b @ line).var(ddof=1)) / 2))
+    # sets without any spread along the direction are a million stds apart, not infinitely many: JSON has no infinity
+    spread = max(spread, 1e-6 * norm)
     about = About(
         family=session.manifest.family,
         model=session.manifest.checkpoint["sha256"],
@@ -96,8 +100,8 @@ def measure_direction(
         positives=len(a),
         negatives=len(b),
         norm=norm,
-        separation=_separation(a @ difference / norm, b @ difference / norm),
-        held_out_separation=_separation(_held_out(a, b.mean(0)), -_held_out(b, a.mean(0))),
+        separation=norm / spread,
+        held_out_separation=_held_out_distance(a, b) / spread,
     )
     vector = difference.reshape(session.space_shapes(place.space)[place.name])
     return Direction(vector.astype(np.float32), about)
@@ -179,17 +183,28 @@ def parse_gains(texts: Iterable[str]) -> list[float]:
     return gains
 
 
-def _separation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    difference = a.mean() - b.mean()
-    # sets without any spread along the direction are a million stds apart, not infinitely many: JSON has no infinity
-    return float(difference / max(np.sqrt((a.var() + b.var()) / 2), 1e-6 * abs(difference), _TINY))
+def _held_out_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """How far an image of `a` `[N, D]` is past one of `b` `[M, D]` along the direction that all others make.
+
+    The mean over all N x M pairs. The direction knows neither of the two images, so that for sets without a
+    difference each side is as likely to be ahead, and the mean is 0, whatever the sizes of the sets.
+    """
+    middle = (a.mean(0) + b.mean(0)) / 2  # moves no distance, and products of small numbers keep their digits
+    a, b = a - middle, b - middle
+    others_a, others_b = _means_of_others(a), _means_of_others(b)
+    total = 0.0
+    for start in range(0, len(a), _ROWS):
+        rows, others = a[start : start + _ROWS], others_a[start : start + _ROWS]
+        # (a_i - b_j) . (others_i - others_j) and |others_i - others_j|^2, both [rows, M]
+        past = (rows * others).sum(1)[:, None] + (b * others_b).sum(1) - rows @ others_b.T - others @ b.T
+        lengths = (others**2).sum(1)[:, None] + (others_b**2).sum(1)
+        squares = lengths - 2 * others @ others_b.T
+        # where the others have one mean there is no direction, only rounding, which must not be blown up
+        total += float((past / np.sqrt(np.maximum(squares, 1e-12 * lengths + _TINY))).sum())
+    return total / (len(a) * len(b))
 
 
-def _held_out(points: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far each point is past the middle between `other`, the mean of the other set, and that of its own set
-    without it, along the line from the one to the other."""
-    rest = (points.sum(0) - points) / (len(points) - 1)
-    line = rest - other
-    past: NDArray[np.float64] = ((points - (rest + other) / 2) * line).sum(1)
-    past /= np.maximum(np.linalg.norm(line, axis=1), _TINY)
-    return past
+def _means_of_others(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[N, D]`: in row i the mean of all points but point i."""
+    means: NDArray[np.float64] = (points.sum(0) - points) / (len(points) - 1)
+    return means

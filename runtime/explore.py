@@ -110,17 +110,26 @@ class RunningStd:
 
 
 def heat_map(
-    session: Session, base: Latents, name: str, draws: int = 32, *, std: Stds = 1.0, seed: int = 0, batch: int = _BATCH
+    session: Session,
+    base: Latents,
+    name: str,
+    draws: int = 32,
+    *,
+    std: Stds = 1.0,
+    seed: int = 0,
+    first: int = 1,
+    batch: int = _BATCH,
 ) -> NDArray[np.float64]:
     """How much each pixel depends on latent `name`: `[R, R]`, the std of its colour over `draws` redraws of that
     latent alone, averaged over the channels, all others being as in `base` (a batch of 1).
 
-    The redraws are those of the images 1 .. draws of `seed`, so image 0 may be the base. Raises `DataError`.
+    The redraws are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the same seed must be an
+    image before them, for one that is its own redraw makes the std too small. Raises `DataError`.
     """
     if draws < 2:
         raise DataError(f"a heat map needs at least 2 redraws, not {draws}")
     seen = RunningStd()
-    for drawn in session.draw(range(1, draws + 1), std, seed, batch):
+    for drawn in session.draw(range(first, first + draws), std, seed, batch):
         seen.add(session.forward(mix(repeat(base, len(drawn[name])), drawn, [name])))
     mean: NDArray[np.float64] = seen.std.mean(0)
     return mean

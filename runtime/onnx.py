@@ -1,5 +1,6 @@
 """ONNX Runtime backend: one inference session a graph, opened when first used."""
 
+import os
 from collections.abc import Sequence
 from threading import Lock
 from typing import Any
@@ -13,8 +14,6 @@ from hflow_rt.runtime.bundle import Bundle
 __all__ = ["OnnxEngine", "open_engine"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# TF32 keeps 10 bits of the flow's state, which then cannot be inverted
-_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
 class OnnxEngine:
@@ -46,7 +45,7 @@ class OnnxEngine:
                 options.log_severity_level = 4  # ours is the one line that explains a failure
                 try:
                     found = self._runtime.InferenceSession(
-                        str(path), options, providers=[(self._provider, _OPTIONS.get(self._provider, {}))]
+                        str(path), options, providers=[(self._provider, _options(self._provider))]
                     )
                 except Exception as error:  # ONNX Runtime raises a dozen classes of its own, none public
                     reason = str(error).splitlines()[0]
@@ -61,6 +60,14 @@ class OnnxEngine:
                     )
                 self._sessions[graph] = found
             return self._sessions[graph]
+
+
+def _options(provider: str) -> dict[str, str]:
+    if provider != _PROVIDERS["cuda"]:
+        return {}
+    # TF32 keeps 10 bits of the flow's state, which then cannot be inverted. Processes that were launched together
+    # take a GPU each.
+    return {"use_tf32": "0", "device_id": os.environ.get("LOCAL_RANK", "0")}
 
 
 def open_engine(bundle: Bundle, device: str) -> OnnxEngine:

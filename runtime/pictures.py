@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from hflow_rt.data.pixels import to_levels
 from hflow_rt.data.resize import fit
 from hflow_rt.data.sources import Skipped, to_rgb
 from hflow_rt.errors import DataError
@@ -59,12 +60,7 @@ def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
 
     Raises `DataError` for another shape or type and for NaN.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype.kind != "f":
-        raise DataError(f"images must be float [B, 3, R, R] in [0, 1]; found {images.dtype} {list(images.shape)}")
-    if not np.isfinite(images).all():
-        raise DataError("pixels must be finite; found NaN or infinity; lower the std or check the model")
-    levels = np.rint(np.clip(images.astype(np.float32, copy=False), 0, 1) * np.float32(255))
-    return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(to_levels(images).transpose(0, 2, 3, 1))
 
 
 def from_uint8(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -80,6 +80,11 @@ class Session:
         return self.manifest.latent_shapes
 
     @property
+    def std(self) -> list[str]:
+        """The std to draw samples at where nobody says, in the form that `sample` and `draw` take."""
+        return list(self.manifest.std)
+
+    @property
     def resolution(self) -> int:
         """Side of the image."""
         return self.manifest.resolution

@@ -1,12 +1,12 @@
 """Bits per dimension of a model on images: the strict bound, and the published one beside it.
 
-`evaluate` is what training calls now and then; `measure` tells which latent costs how many bits.
+`measure` tells which latent costs how many bits; `evaluate` is what training asks of it now and then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hflow_rt.data.selection import Selection
 from hflow_rt.draws import generator
-from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.errors import BundleError, ConfigError, DataError
 from hflow_rt.evaluation.session import Session
 from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.models.checkpoint import load_model
-from hflow_rt.models.family import LatentModel, NoiseScale
+from hflow_rt.models.family import BoundKind, LatentModel, NoiseScale
 
 __all__ = [
     "BitsReport",
@@ -32,16 +33,13 @@ __all__ = [
     "evaluate",
     "measure",
     "open_reference",
-    "paper_bits",
-    "plug_in_bits",
-    "strict_bits",
 ]
 
 Pixels = NDArray[np.uint8]
 Parts = dict[str, NDArray[np.float64]]  # of each image, by name
 
 # which of the two bounds a stream belongs to
-_STRICT, _PAPER = 0, 1
+_STREAMS: dict[BoundKind, int] = {"strict": 0, "paper": 1}
 
 
 class Estimate(NamedTuple):
@@ -53,103 +51,14 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: NDArray[np.float64]) -> Estimate:
-        """From the values of images `[n]`."""
-        with np.errstate(invalid="ignore"):  # an infinite image makes the error NaN, which is what it is
-            error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        """From the finite values of images `[n]`."""
+        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(float(values.mean()), float(error), len(values))
 
     def dump(self) -> dict[str, Any]:
         """As plain JSON values."""
         error = None if math.isnan(self.standard_error) else self.standard_error
         return {"mean": self.mean, "standard_error": error, "n": self.n}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Bits per dimension after `images` training images.
-
-    strict: None where there is none, and `reason` says why. paper: the family's published bound on the same
-    images.
-    """
-
-    images: int
-    strict: Estimate | None
-    paper: float | None
-    reason: str | None = None
-
-    def dump(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        strict = self.strict
-        return {
-            "images": self.images,
-            "strict": None if strict is None else strict.mean,
-            "standard_error": None if strict is None or math.isnan(strict.standard_error) else strict.standard_error,
-            "held_out": 0 if strict is None else strict.n,
-            "paper": self.paper,
-            "reason": self.reason,
-        }
-
-    @classmethod
-    def load(cls, values: dict[str, Any]) -> Evaluation:
-        """From what `dump` yields."""
-        strict = None
-        if values["strict"] is not None:
-            error = values["standard_error"]
-            strict = Estimate(values["strict"], math.nan if error is None else error, values["held_out"])
-        return cls(values["images"], strict, values["paper"], values["reason"])
-
-
-@torch.no_grad()
-def strict_bits(model: LatentModel, pixels: Pixels, seed: int = 0, draws: int = 1, batch: int = 32) -> Estimate:
-    """A true upper bound on bits per dimension for uint8 images `[n, 3, R, R]`, over `draws` draws each.
-
-    Deterministic in (seed, draws, batch). Raises `ConfigError` where the configuration has no such bound and
-    `DataError` for no images.
-    """
-    images, device = _check(model, pixels), next(model.parameters()).device
-    sums = np.zeros(len(images))
-    with _evaluating(model):
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch].to(device)
-            for draw in range(draws):
-                bits = model.strict_bits_per_dim(part, generator(seed, _STRICT, draw, start))
-                sums[start : start + len(part)] += bits.double().cpu().numpy()
-    return Estimate.of(sums / draws)
-
-
-@torch.no_grad()
-def paper_bits(model: LatentModel, pixels: Pixels, seed: int = 0, batch: int = 32) -> float:
-    """The bound the family's authors published, with proper dequantisation and no added noise. Deterministic.
-
-    Raises `DataError` for no images.
-    """
-    images, device = _check(model, pixels), next(model.parameters()).device
-    total = 0.0
-    with _evaluating(model):
-        for start in range(0, len(images), batch):
-            draws = generator(seed, _PAPER, 0, start)
-            part, noise = _paper_draws(model, images[start : start + batch], draws, device)
-            bits = model.loss(part, noise).bits_per_dim
-            assert bits is not None  # in eval mode
-            total += float(bits) * len(part)
-    return total / len(images)
-
-
-def evaluate(
-    model: LatentModel, pixels: Pixels, images: int, seed: int = 0, draws: int = 1, batch: int = 32
-) -> Evaluation:
-    """Both bounds on uint8 images `[n, 3, R, R]`; what cannot be computed is None, with the reason."""
-    if len(pixels) == 0:
-        return Evaluation(images, None, None, "there are no held-out images")
-    paper = paper_bits(model, pixels, seed, batch)
-    strict, reason = None, None
-    try:
-        strict = strict_bits(model, pixels, seed, draws, batch)
-        if not math.isfinite(strict.mean):
-            strict, reason = None, f"the strict bound is not finite on these {len(pixels)} images"
-    except ConfigError as error:
-        reason = str(error)
-    return Evaluation(images, strict, paper if math.isfinite(paper) else None, reason)
 
 
 @dataclass(frozen=True)
@@ -211,39 +120,54 @@ class BitsReport:
 @torch.no_grad()
 def measure(
     model: LatentModel,
-    pixels: Pixels,
+    images: Pixels | Selection,
     seed: int = 0,
     draws: int = 1,
     batch: int = 32,
     shares: Shares | None = None,
     track: Track = silent,
+    session: Session | None = None,
 ) -> BitsReport:
-    """Both bounds on uint8 images `[n, 3, R, R]`, latent by latent; the totals are those of `evaluate`.
+    """Both bounds on uint8 images `[n, 3, R, R]`, latent by latent; of a selection one batch at a time is in memory.
 
-    Deterministic in (seed, draws, batch), however many processes share the work. Raises `DataError` for no images.
+    strict: a true upper bound, over `draws` draws an image. paper: what the family's authors published, with proper
+    dequantisation.
+
+    session: computes them instead of `model`, by the graph `bound` of its bundle; `model`, which is the reference
+    of that bundle, then only makes the draws, so that the two differ by rounding alone. Deterministic in (seed,
+    draws, batch), however many processes share the work. Raises `DataError` for no images and `BundleError` for a
+    bundle without that graph.
     """
-    images, device = _check(model, pixels), next(model.parameters()).device
+    _check(model, images)
+    device = next(model.parameters()).device
     shares = shares or Alone()
     if draws < 1:
         raise DataError(f"the number of draws must be at least 1, not {draws}")
+    if session is not None and "bound" not in session.manifest.graphs:
+        raise BundleError(
+            "this bundle has no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use --backend torch"
+        )
 
-    def strict(part: range) -> Parts:
-        pixels = images[part.start : part.stop].to(device)
-        found = [_values(model.strict_terms(pixels, generator(seed, _STRICT, k, part.start))) for k in range(draws)]
+    def terms(bound: BoundKind, pixels: torch.Tensor, stream: torch.Generator) -> Parts:
+        if session is None:
+            found = {"strict": model.strict_terms, "paper": model.paper_terms}[bound](pixels, stream)
+            return {name: values.cpu().double().numpy() for name, values in found.items()}  # some GPUs lack float64
+        inputs = {name: value.cpu().numpy() for name, value in model.bound_inputs(bound, pixels, stream).items()}
+        return {name: values.astype(np.float64) for name, values in session.run_graph("bound", inputs).items()}
+
+    def work(bound: BoundKind, part: range) -> Parts:
+        pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part))).to(device)
+        streams = [generator(seed, _STREAMS[bound], draw, part.start) for draw in range(draws)]
+        found = [terms(bound, pixels, stream) for stream in (streams if bound == "strict" else streams[:1])]
         return {name: np.mean([values[name] for values in found], axis=0) for name in found[0]}
 
-    def paper(part: range) -> Parts:
-        draws = generator(seed, _PAPER, 0, part.start)
-        return _values(model.paper_terms(*_paper_draws(model, images[part.start : part.stop], draws, device)))
-
-    ways: dict[str, Callable[[range], Parts]] = {"strict": strict, "paper": paper}
     bounds: dict[str, Bound | None] = {}
     reasons: dict[str, str] = {}
     with _evaluating(model):
-        for name, work in ways.items():
+        for name in _STREAMS:
             bounds[name] = None
             try:
-                mine = [work(part) for part in track(f"{name} bound", shares.share(batches(len(images), batch)))]
+                mine = [work(name, part) for part in track(f"{name} bound", shares.share(batches(len(images), batch)))]
                 refused = None
             except ConfigError as error:  # the settings have no such bound, which every process finds
                 mine, refused = [], str(error)
@@ -252,34 +176,59 @@ def measure(
                 reasons[name] = refused or "there are no images"
                 continue
             values = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
-            infinite = int((~np.isfinite(np.sum(list(values.values()), axis=0))).sum())
+            infinite = int((~np.isfinite(list(values.values())).all(axis=0)).sum())
             if infinite:
                 reasons[name] = f"it is not finite on {infinite} of {len(images)} images"
                 continue
-            bounds[name] = _bound(values, model.latent_shapes(), images[0].numel())
+            bounds[name] = _bound(values, model.latent_shapes(), 3 * model.resolution**2)
     return BitsReport(bounds["strict"], bounds["paper"], reasons, model.noise_scales())
 
 
-def plug_in_bits(
-    session: Session, pixels: Pixels, batch: int = 32, shares: Shares | None = None, track: Track = silent
-) -> Estimate:
-    """Bits per dimension that the `inverse` graph of any backend gives uint8 images `[n, 3, R, R]`: no bound.
+@dataclass(frozen=True)
+class Evaluation:
+    """Bits per dimension after `images` training images.
 
-    Every target is taken without the noise that its density needs (spec 3.2), and every pixel at the centre of its
-    bin. Raises `DataError` for wrong images or where the value is not finite.
+    strict: None where there is none, and `reason` says why. paper: the family's published bound on the same
+    images.
     """
-    _check(session, pixels)
-    shares = shares or Alone()
-    bins = 1 << session.bits
-    found = []
-    for part in track("plug-in", shares.share(batches(len(pixels), batch))):
-        levels = pixels[part.start : part.stop] // (256 // bins)
-        images = levels.astype(np.float32) / np.float32(bins - 1)
-        found.append(np.asarray(session.bits_per_dim(session.inverse(images).log_prob), np.float64))
-    estimate = Estimate.of(np.concatenate(shares.collect(found)))
-    if not math.isfinite(estimate.mean):
-        raise DataError(f"the plug-in value is not finite on these {len(pixels)} images")
-    return estimate
+
+    images: int
+    strict: Estimate | None
+    paper: float | None
+    reason: str | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        strict = self.strict
+        return {
+            "images": self.images,
+            "strict": None if strict is None else strict.mean,
+            "standard_error": None if strict is None or math.isnan(strict.standard_error) else strict.standard_error,
+            "held_out": 0 if strict is None else strict.n,
+            "paper": self.paper,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def load(cls, values: dict[str, Any]) -> Evaluation:
+        """From what `dump` yields."""
+        strict = None
+        if values["strict"] is not None:
+            error = values["standard_error"]
+            strict = Estimate(values["strict"], math.nan if error is None else error, values["held_out"])
+        return cls(values["images"], strict, values["paper"], values["reason"])
+
+
+def evaluate(
+    model: LatentModel, pixels: Pixels, images: int, seed: int = 0, draws: int = 1, batch: int = 32
+) -> Evaluation:
+    """The totals of `measure`; what cannot be computed is None, with the reason. Raises `DataError` as it does."""
+    if len(pixels) == 0:
+        return Evaluation(images, None, None, "there are no held-out images")
+    found = measure(model, pixels, seed, draws, batch)
+    strict = None if found.strict is None else found.strict.total
+    paper = None if found.paper is None else found.paper.total.mean
+    return Evaluation(images, strict, paper, found.reasons.get("strict"))
 
 
 def open_reference(path: Path | str, device: torch.device | str = "cpu") -> LatentModel:
@@ -288,10 +237,6 @@ def open_reference(path: Path | str, device: torch.device | str = "cpu") -> Late
         # TF32 keeps 10 bits of what the bound is computed from
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return load_model(path).to(device)
-
-
-def _values(terms: Mapping[str, torch.Tensor]) -> Parts:
-    return {name: values.double().cpu().numpy() for name, values in terms.items()}
 
 
 def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> Bound:
@@ -308,22 +253,16 @@ def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> 
     return Bound(Estimate.of(np.sum(list(values.values()), axis=0)), tuple(latents))
 
 
-def _paper_draws(
-    model: LatentModel, pixels: torch.Tensor, draws: torch.Generator, device: torch.device
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Images and noise for `model.loss`."""
-    part = model.dequantize(pixels, draws)
-    shapes = model.noise_shapes()
-    noise = {name: torch.randn(len(part), *shape, generator=draws).to(device) for name, shape in shapes.items()}
-    return part.to(device), noise
+def _part(images: Pixels | Selection, part: range) -> Pixels:
+    return images.pixels(part) if isinstance(images, Selection) else images[part.start : part.stop]
 
 
-def _check(model: LatentModel | Session, pixels: Pixels) -> torch.Tensor:
-    expected = (3, model.resolution, model.resolution)
-    if len(pixels) == 0 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
-        found = f"{pixels.dtype} {list(pixels.shape)}"
+def _check(model: LatentModel, images: Pixels | Selection) -> None:
+    """Of the first image, which all others are like."""
+    expected, first = (3, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
+    if len(images) == 0 or first.shape[1:] != expected or first.dtype != np.uint8:
+        found = f"{first.dtype} {[len(images), *first.shape[1:]]}"
         raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")
-    return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 @contextmanager

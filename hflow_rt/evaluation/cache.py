@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hflow_rt.errors import DataError
+from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.evaluation.statistics import MAX_ROWS, Statistics
 from hflow_rt.files import atomic_file
 
@@ -25,10 +25,16 @@ _METADATA = "hflow_rt_features"
 
 
 def cache_folder() -> Path:
-    """`hflow-rt/features` in the user's cache: `$XDG_CACHE_HOME`, or `~/.cache`."""
+    """`hflow-rt/features` in the user's cache: `$XDG_CACHE_HOME`, or `~/.cache`. Raises `ConfigError` if neither is."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # the specification says that a relative path must be ignored
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hflow-rt" / "features"
+    try:
+        # the specification says that a relative path must be ignored
+        cache = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(
+            "there is no home folder to keep features of data in; name a folder with --cache, or give --no-cache"
+        ) from error
+    return cache / "hflow-rt" / "features"
 
 
 def cache_key(data: str, split: str, count: int, resolution: int, network: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hflow_rt.data.selection import Selection
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.evaluation.cache import FeatureCache, cache_key
 from hflow_rt.evaluation.features import FeatureNetwork
-from hflow_rt.evaluation.selection import Selection
 from hflow_rt.evaluation.session import Session, Stds, sample_pixels
 from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.statistics import Statistics, need_two, statistics

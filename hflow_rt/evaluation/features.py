@@ -30,6 +30,8 @@ EFFICIENTNET = "efficientnet-lite0"
 INPUTS = ("uint8", "float")
 _TORCHSCRIPT = (".pt", ".pth", ".ts", ".jit")
 _INCEPTION_FEATURES = 2048  # of its last pooling layer, which FID is defined on
+# in an .onnx file, the key (field 1, 8 bytes) of the name of another file that holds a tensor
+_ELSEWHERE = b"\x0a\x08location"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def _torchscript(path: Path, device: torch.device, takes: str) -> Callable[[Pixe
             f"{path} is not a TorchScript file ({str(error).split('.')[0]}); save one with torch.jit.save or give .onnx"
         ) from error
     # Inception files of the StyleGAN kind give class scores unless asked for features
-    arguments = {argument.name for argument in module.forward.schema.arguments}
+    forward = getattr(module, "forward", None)  # a file may have other methods only
+    if forward is None:
+        raise DataError(f"{path} has no method 'forward' that takes images; save the whole network as TorchScript")
+    arguments = {argument.name for argument in forward.schema.arguments}
     options = {"return_features": True} if "return_features" in arguments else {}
 
     @torch.inference_mode()
@@ -143,7 +148,7 @@ def _torchscript(path: Path, device: torch.device, takes: str) -> Callable[[Pixe
 def _onnx(
     path: Path, resolution: int, device: torch.device, takes: str | None
 ) -> tuple[Callable[[Pixels], Features], str]:
-    """The network and what it takes."""
+    """The network and what it takes. Its file must be whole, for the file's hash stands for the network."""
     try:
         import onnxruntime as runtime
     except ImportError as error:
@@ -152,6 +157,11 @@ def _onnx(
         provider: Any = ("CUDAExecutionProvider", {"device_id": device.index or 0})
     else:
         provider = "CPUExecutionProvider"
+    if _ELSEWHERE in path.read_bytes():
+        raise DataError(
+            f"{path} keeps weights in another file, whose changes would go unnoticed; save it as one file: "
+            "onnx.save(onnx.load(FILE), NEW)"
+        )
     onnxruntime: Any = runtime  # it does not say what it exports
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # ours is the one line that explains a failure

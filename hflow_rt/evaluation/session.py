@@ -8,19 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.errors import DataError
+from hflow_rt.data.pixels import to_levels
+from hflow_rt.manifest import Manifest
 
-__all__ = ["Encoded", "Session", "Stds", "sample_pixels"]
+__all__ = ["Session", "Stds", "sample_pixels"]
 
 Stds = float | str | Sequence[str] | Mapping[str, float]
-
-
-class Encoded(Protocol):
-    """What `inverse` yields."""
-
-    @property
-    def log_prob(self) -> Any:
-        """`[B]`, nats."""
 
 
 class Session(Protocol):
@@ -31,14 +24,11 @@ class Session(Protocol):
         """Side of the image."""
 
     @property
-    def bits(self) -> int:
-        """Bits of the data it was trained on."""
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
 
-    def bits_per_dim(self, log_prob: Any) -> Any:
-        """Log-probabilities in nats as bits per dimension."""
-
-    def inverse(self, images: Any) -> Encoded:
-        """Images float32 `[B, 3, R, R]` in [0, 1] to latents and log-probability."""
+    def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs of one graph by name; all arrays are float32 `[B, ...]`."""
 
     def forward(self, latents: Mapping[str, Any]) -> Any:
         """Latents to images float32 `[B, 3, R, R]` in [0, 1]."""
@@ -51,8 +41,4 @@ class Session(Protocol):
 
 def sample_pixels(session: Session, indices: range, std: Stds, seed: int) -> NDArray[np.uint8]:
     """The images `indices` of `seed`, rounded to 8 bits, `[n, 3, R, R]`. Raises `DataError` for NaN and a wrong std."""
-    images = np.concatenate([session.forward(part) for part in session.draw(indices, std, seed, len(indices))])
-    if not np.isfinite(images).all():
-        raise DataError("pixels must be finite; found NaN or infinity; lower the std or check the model")
-    levels: NDArray[np.uint8] = np.rint(np.clip(images, 0, 1) * np.float32(255)).astype(np.uint8)
-    return levels
+    return to_levels(np.concatenate([session.forward(part) for part in session.draw(indices, std, seed, len(indices))]))

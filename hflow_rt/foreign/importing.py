@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,18 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from hflow_rt.data.dataset import open_dataset
-from hflow_rt.errors import ConfigError
+from hflow_rt.errors import CheckpointError, ConfigError, DataError
 from hflow_rt.files import atomic_directory, sha256
 from hflow_rt.manifest import MODEL
 from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model
-from hflow_rt.models.family import FAMILIES, family
+from hflow_rt.models.family import FAMILIES, LatentModel, family
 
 __all__ = ["Imported", "import_published"]
 
 # A spread is a mean over thousands of elements: a few hundred images pin it to about a percent.
 _IMAGES, _BATCH = 512, 16
+# Bytes of masks, which a model makes itself: those of the presets are below a hundredth of the weights'.
+_FEW_MASKS, _MOST_MASKS = 64 << 20, 1 << 30
 _UNKNOWN_SCALES = (
     "noise scales are not in published files and stay at 1, which makes bits/dim meaningless but changes no image; "
     "estimate them with --images"
@@ -31,7 +35,7 @@ _UNKNOWN_SCALES = (
 class Imported:
     """What was read. parameters: tensors of the model, of `values` numbers. dropped: others, by kind.
 
-    spreads: the images that noise scales were estimated from, or None.
+    spreads: the images that noise scales were estimated from (held_out: those of the source left out), or None.
     """
 
     run: str
@@ -59,8 +63,9 @@ def import_published(
 ) -> Imported:
     """Read the checkpoint at `path` and write the run folder `run`, which must not exist.
 
-    settings: the original's settings, where the checkpoint does not hold them. images: a folder or archive to
-    estimate noise scales from. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing is written then.
+    settings: the original's settings, where the checkpoint does not hold them. images: a folder or archive whose
+    training part noise scales are estimated from. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing is
+    written then.
     """
     reader = family(family_name).read_published
     if reader is None:
@@ -72,7 +77,9 @@ def import_published(
     published = reader(path, settings)
     with torch.device("meta"):
         skeleton = build_model(family_name, published.config)
-    check_state(skeleton, published.state, str(path))  # before memory is taken for what settings ask
+    # before memory is taken for what settings ask
+    check_state(skeleton, published.state, str(path))
+    _check_masks(skeleton, published.state, str(path))
     model = build_model(family_name, published.config).eval()
     load_state(model, published.state, str(path))
     parameters = sum(1 for _ in model.parameters())
@@ -82,12 +89,9 @@ def import_published(
     if images is not None:
         if not has_scales:
             raise ConfigError(f"this {family_name} model has no noise scales to estimate; leave --images out")
-        pixels = open_dataset(images, model.resolution)
-        chosen = np.unique(np.linspace(0, len(pixels) - 1, min(_IMAGES, len(pixels))).astype(int))
-        progress(f"estimating noise scales from {len(chosen)} images")
-        batches = np.split(chosen, range(_BATCH, len(chosen), _BATCH))
-        count = model.estimate_spreads(torch.from_numpy(pixels.pixels(batch)) for batch in batches)
-        spreads = {"source": str(images), "images": count}
+        spreads = _estimate_spreads(model, images, str(path), progress)
+        if held_out := spreads["held_out"]:
+            notes += (f"noise scales are of the training part of {images}; {held_out} held-out images were left out",)
     elif has_scales:
         notes += (_UNKNOWN_SCALES,)
     digest = sha256(path)
@@ -110,3 +114,38 @@ def import_published(
         notes=notes,
         sha256=digest,
     )
+
+
+def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Bound the buffers that are in no file, and so are held against none. Raises `CheckpointError`."""
+    stored = skeleton.state_dict().keys()
+    masks = sum(buffer.nbytes for name, buffer in skeleton.named_buffers() if name not in stored)
+    weights = sum(tensor.nbytes for tensor in state.values())
+    most = min(_MOST_MASKS, max(_FEW_MASKS, weights))
+    if masks > most:
+        raise CheckpointError(
+            f"{source} holds {weights:,} bytes of weights, and its settings ask for {masks:,} bytes of masks, "
+            f"where at most {most:,} are allowed; give the settings that belong to it"
+        )
+
+
+def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Set the noise scales by the training part of `images`; what is held out stays unseen, for it measures models."""
+    pixels = open_dataset(images, model.resolution)
+    training, held_out = pixels.split()
+    if len(training) < 2:
+        raise DataError(
+            f"a spread needs at least 2 images, not {len(training)}; give more "
+            f"({images} has {len(pixels)}, {len(held_out)} held out)"
+        )
+    chosen = training[np.unique(np.linspace(0, len(training) - 1, min(_IMAGES, len(training))).astype(int))]
+    progress(f"estimating noise scales from {len(chosen)} images")
+    batches = np.split(chosen, range(_BATCH, len(chosen), _BATCH))
+    count = model.estimate_spreads(torch.from_numpy(pixels.pixels(batch)) for batch in batches)
+    wild = [name for name, scale in model.noise_scales().items() if not math.isfinite(scale.spread)]
+    if wild:
+        raise CheckpointError(
+            f"{source}: noise scales must be finite, and those of {', '.join(wild)} are not on {images}; "
+            "its weights overflow, so leave --images out or give an intact file"
+        )
+    return {"source": str(images), "images": count, "held_out": len(held_out)}

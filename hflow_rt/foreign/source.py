@@ -110,7 +110,7 @@ def open_source(path: Path) -> Iterator[Source]:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def shown(text: str) -> str:
-    """`text` from a file, fit to stand in a one-line message: printable ASCII and short."""
+def shown(text: str, limit: int = _SHOWN) -> str:
+    """`text` from a file, fit to stand in a one-line message: printable ASCII, of no more than `limit` characters."""
     plain = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
-    return plain if len(plain) <= _SHOWN else plain[:_SHOWN] + "..."
+    return plain if len(plain) <= limit else plain[:limit] + "..."

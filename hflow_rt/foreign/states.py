@@ -24,6 +24,8 @@ _ENTRIES = 100_000  # of a zip's directory or of all modules; a large network ha
 _TENSORS = 20_000  # a network of the published sizes has about 1,700
 _DEPTH = 64
 _SHARED = 8  # how often the same values may stand under several names
+# the kinds that torch's own files hold; of others, torch cannot read each
+_SAFETENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 _PART = re.compile(r"\w{1,100}", re.ASCII)
 _NAME = re.compile(r"[\w.\-]{1,1000}", re.ASCII)
 
@@ -192,6 +194,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             names = list(file.keys())
             if len(names) > _TENSORS or not all(_NAME.fullmatch(name) for name in names):
                 raise CheckpointError(f"{path} must hold at most {_TENSORS:,} tensors with plain names")
+            for name in names:
+                if (kind := file.get_slice(name).get_dtype()) not in _SAFETENSORS:
+                    raise CheckpointError(
+                        f"{path}: {shown(name)} is of kind {shown(str(kind))}, which is none of "
+                        f"{', '.join(_SAFETENSORS)}; convert it to one of these"
+                    )
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(

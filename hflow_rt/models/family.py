@@ -12,7 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAMILIES",
+    "BoundKind",
     "Encoding",
     "Family",
     "GraphSpec",
@@ -36,7 +37,11 @@ __all__ = [
     "Published",
     "TensorSpec",
     "family",
+    "loss_draws",
 ]
+
+# of bits per dimension: the true upper bound, and what the family's authors published
+BoundKind = Literal["strict", "paper"]
 
 
 class ModelConfig(BaseModel):
@@ -167,19 +172,30 @@ class LatentModel(_Module, ABC):
         """
         return {"image.bits": self.strict_bits_per_dim(pixels, generator)}
 
-    def paper_terms(self, images: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The published bound of each image by itself, in parts named and scaled as those of `strict_terms`.
-
-        Takes what `loss` takes.
-        """
+    def paper_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The published bound of each image by itself, in parts named and scaled as those of `strict_terms`."""
         import torch
 
+        images, noise = loss_draws(self, pixels, generator)
         single: list[Tensor] = []
         for i in range(len(images)):
             bits = self.loss(images[i : i + 1], {name: draw[i : i + 1] for name, draw in noise.items()}).bits_per_dim
             assert bits is not None  # in eval mode, which this is for
             single.append(bits)
         return {"image.bits": torch.stack(single)}
+
+    def bound_inputs(self, bound: BoundKind, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of the graph `bound`.
+
+        `image` in [0, 1], `uniform` noise in [0, 1) of the pixels and the family's own noises, each `[B, *shape]`;
+        whichever bound it is, one graph makes its parts of them. Draws are those of `strict_terms` and
+        `paper_terms`. Raises `ConfigError` where there is no such bound. Families with that graph have it.
+        """
+        raise NotImplementedError
+
+    def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the graph `bound` computes: the parts of the bound, `[B]`, at `bound_inputs`."""
+        raise NotImplementedError
 
     def noise_scales(self) -> dict[str, NoiseScale]:
         """Running scale of every posterior by latent name; empty for a family that has none."""
@@ -209,8 +225,9 @@ class LatentModel(_Module, ABC):
 
     @abstractmethod
     def graphs(self) -> dict[str, GraphSpec]:
-        """What export writes, by name: always `forward`, and `inverse` where the family has one.
+        """What export can write, by name: always `forward`, and `inverse` where the family has one.
 
+        `bound`, see `bound_inputs`, is written on request only; the others are those of `spaces`.
         Everything that does not depend on the input is folded in float64; nothing random is inside.
         """
 
@@ -255,6 +272,16 @@ class Family:
 
 # name -> module that holds `FAMILY`; one line a family
 FAMILIES = {"hflow": "hflow_rt.models.hflow"}
+
+
+def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `model.loss` takes, for uint8 images `[B, 3, R, R]`, on their device."""
+    import torch
+
+    images = model.dequantize(pixels, generator)
+    shapes = model.noise_shapes()
+    noise = {name: torch.randn(len(images), *shape, generator=generator) for name, shape in shapes.items()}
+    return images, {name: draw.to(images.device) for name, draw in noise.items()}
 
 
 def family(name: str) -> Family:

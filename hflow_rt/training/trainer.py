@@ -161,29 +161,28 @@ class _Trainer:
 
     def start(self, about_data: dict[str, Any], weights: Path | None) -> None:
         """Begin a new run; one that exists is never touched."""
-        state = None if weights is None else self._foreign_state(weights)
+        if weights is not None:
+            self._load(weights)
         if self.processes.is_main:
             if checkpoints(self.out) or (self.out / MODEL).exists():
                 raise CheckpointError(
                     f"{self.out} already holds a run; go on with --resume {self.out}, or choose another --out"
                 )
             self._write_run(about_data)
-        if state is None:
+        if weights is None:
             self._initialize()
-        else:
-            load_state(self.model, state, str(weights))
         # rounding may differ between unlike devices; from here on every process holds the same weights
         self.processes.average([*self.model.parameters(), *self.model.buffers()])
         update_average(self.average, self.model, 1)
         self.initial = self._evaluate()
 
-    def _foreign_state(self, weights: Path) -> dict[str, Tensor]:
-        """The weights of another model of this family."""
+    def _load(self, weights: Path) -> None:
+        """Begin with the weights of another model of this family and shape."""
         family = read_metadata(weights)["family"]
         if family != self.config.family:
             raise CheckpointError(f"{weights} holds a model of family '{family}', not '{self.config.family}'")
+        load_state(self.model, read_state(weights), str(weights))
         self.started_from = {"name": str(weights), "sha256": sha256(weights)}
-        return read_state(weights)
 
     def _initialize(self) -> None:
         seed = self.training.seed

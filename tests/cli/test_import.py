@@ -83,10 +83,11 @@ def test_there_is_nothing_to_resume(hflow: Command, container: Path) -> None:
 
 
 def test_json_and_images(hflow: Command, container: Path) -> None:
-    Path("photos").mkdir()
-    for index in range(3):
+    for index in range(4):
+        folder = Path("photos", "train" if index else "test")
+        folder.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(index).integers(0, 256, (4, 4, 3), np.uint8)
-        Image.fromarray(pixels).resize((32, 32)).save(f"photos/{index}.png")
+        Image.fromarray(pixels).resize((32, 32)).save(folder / f"{index}.png")
     shutil.copy(GOLDEN / "tiny32.weights.safetensors", "weights.safetensors")
     options = ("--settings", "settings.json", "--images", "photos", "-o", "made", "--json")
     result = hflow("import", "weights.safetensors", *options)
@@ -95,8 +96,8 @@ def test_json_and_images(hflow: Command, container: Path) -> None:
     found = json.loads(result.out)
     assert found["run"] == "made"
     assert found["resolution"] == 32
-    assert found["spreads"] == {"source": "photos", "images": 3}
-    assert found["notes"] == []
+    assert found["spreads"] == {"source": "photos", "images": 3, "held_out": 1}
+    assert found["notes"] == ["noise scales are of the training part of photos; 1 held-out images were left out"]
     about = read_metadata(Path("made/model.safetensors"))
     assert about["spreads"] == found["spreads"]
     assert about["imported_from"]["sha256"] == found["sha256"]

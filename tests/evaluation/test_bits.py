@@ -5,14 +5,21 @@ import numpy as np
 import pytest
 import torch
 
+from hflow_rt.draws import generator
 from hflow_rt.errors import ConfigError, DataError
-from hflow_rt.evaluation.bits import Evaluation, evaluate, paper_bits, strict_bits
+from hflow_rt.evaluation.bits import Evaluation, evaluate, measure
+from hflow_rt.models.family import LatentModel
 
 
 class UniformModel(torch.nn.Module):
     """Stands in for a family: 8 bits plus a uniform draw. Its loss insists on eval mode."""
 
     resolution = 4
+    strict_terms, paper_terms, noise_scales = (
+        LatentModel.strict_terms,
+        LatentModel.paper_terms,
+        LatentModel.noise_scales,
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +37,9 @@ class UniformModel(torch.nn.Module):
         assert generator is not None
         assert noise_std == 0
         return pixels.float()
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"z": (48,)}
 
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"a": (2,)}
@@ -49,11 +59,20 @@ def model() -> Any:
     return UniformModel().train()
 
 
+def strict_bits(model: Any, pixels: Any, **settings: int) -> Any:
+    found = measure(model, pixels, **settings).strict
+    assert found is not None
+    return found.total
+
+
 PIXELS = np.arange(10 * 48, dtype=np.uint32).astype(np.uint8).reshape(10, 3, 4, 4)
 
 
 def test_strict_bits_are_a_mean_with_its_error(model: Any) -> None:
     found = strict_bits(model, PIXELS, seed=1, draws=1, batch=4)
+    # the draws of a seed, from batch to batch, are those that published figures were made with
+    uniform = [torch.rand(n, generator=generator(1, 0, 0, start)) for start, n in ((0, 4), (4, 4), (8, 2))]
+    assert found.mean == pytest.approx(8 + float(torch.cat(uniform).mean()), rel=1e-6)
     assert 8.2 < found.mean < 8.8
     assert found.n == 10
     assert found.standard_error == pytest.approx(math.sqrt(1 / 12 / 10), rel=0.6)
@@ -80,7 +99,7 @@ def test_one_image_has_no_error_and_survives_json(model: Any) -> None:
 
 
 def test_paper_bits_weight_a_last_small_batch_rightly(model: Any) -> None:
-    assert paper_bits(model, PIXELS, batch=4) == pytest.approx(PIXELS.mean())
+    assert evaluate(model, PIXELS, 0, batch=4).paper == pytest.approx(PIXELS.mean())
 
 
 def test_what_cannot_be_computed_is_none_with_the_reason(model: Any) -> None:
@@ -92,7 +111,7 @@ def test_what_cannot_be_computed_is_none_with_the_reason(model: Any) -> None:
     model.bounded, model.value = True, math.inf
     found = evaluate(model, PIXELS, 0)
     assert found.strict is None
-    assert found.reason == "the strict bound is not finite on these 10 images"
+    assert found.reason == "it is not finite on 10 of 10 images"
     with torch.no_grad():
         model.weight.fill_(math.nan)
     assert evaluate(model, PIXELS, 0).paper is None
@@ -101,4 +120,4 @@ def test_what_cannot_be_computed_is_none_with_the_reason(model: Any) -> None:
 @pytest.mark.parametrize("pixels", [PIXELS[:0], PIXELS[:, :, :2], PIXELS.astype(np.float32)])
 def test_wrong_images_are_named(model: Any, pixels: Any) -> None:
     with pytest.raises(DataError, match=r"uint8 images \[n, 3, 4, 4\], n >= 1; found"):
-        strict_bits(model, pixels)
+        measure(model, pixels)

@@ -2,30 +2,61 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from tiny_networks import selection
 
-from hflow_rt.errors import ConfigError, DataError
-from hflow_rt.evaluation.bits import measure, open_reference, paper_bits, plug_in_bits, strict_bits
+from hflow_rt.draws import generator
+from hflow_rt.errors import BundleError, ConfigError, DataError
+from hflow_rt.evaluation.bits import evaluate, measure, open_reference
 from hflow_rt.models.checkpoint import build_model
-from hflow_rt.models.family import LatentModel, NoiseScale
-from hflow_rt.runtime import load
+from hflow_rt.models.family import LatentModel, NoiseScale, loss_draws
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
 D = 3 * 16 * 16
 
 
 def test_totals_are_the_bounds(tiny_model: Any) -> None:
+    """Of the model's own bounds, over the same draws: of batches, of which strict takes two, paper one."""
     found = measure(tiny_model, PIXELS, seed=2, draws=2, batch=3)
-    strict = strict_bits(tiny_model, PIXELS, seed=2, draws=2, batch=3)
     assert found.strict is not None
     assert found.paper is not None
-    assert found.strict.total == pytest.approx(strict, rel=1e-6)
-    assert found.paper.total.mean == pytest.approx(paper_bits(tiny_model, PIXELS, seed=2, batch=3), rel=1e-6)
+    parts = [(start, torch.from_numpy(PIXELS[start : start + 3])) for start in (0, 3, 6)]
+    with torch.no_grad():
+        draws = [
+            torch.cat([tiny_model.strict_bits_per_dim(part, generator(2, 0, draw, start)) for start, part in parts])
+            for draw in (0, 1)
+        ]
+        losses = [tiny_model.loss(*loss_draws(tiny_model, part, generator(2, 1, 0, start))) for start, part in parts]
+    strict = torch.stack(draws).mean(0)
+    assert found.strict.total.mean == pytest.approx(float(strict.mean()), rel=1e-6)
+    assert found.strict.total.standard_error == pytest.approx(float(strict.std()) / math.sqrt(7), rel=1e-5)
+    paper = sum(float(loss.bits_per_dim) * len(part) for loss, (_, part) in zip(losses, parts, strict=True)) / 7
+    assert found.paper.total.mean == pytest.approx(paper, rel=1e-6)
     assert found.reasons == {}
+    short = evaluate(tiny_model, PIXELS, 5, seed=2, draws=2, batch=3)
+    assert (short.strict, short.paper, short.reason) == (found.strict.total, found.paper.total.mean, None)
+
+
+def test_a_selection_is_read_batch_by_batch(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, read = selection(PIXELS), []
+
+    def pixels(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        read.append(len(indices))
+        return PIXELS[indices]
+
+    monkeypatch.setattr(chosen.images, "pixels", pixels)
+    assert measure(tiny_model, chosen, seed=2, batch=3) == measure(tiny_model, PIXELS, seed=2, batch=3)
+    assert max(read) == 3
+    with pytest.raises(DataError, match=r"found uint8 \[7, 3, 8, 8\]"):
+        measure(tiny_model, selection(PIXELS[:, :, :8, :8]))
+    with pytest.raises(DataError, match=r"found uint8 \[0, 3, 16, 16\]"):
+        measure(tiny_model, selection(PIXELS[:0]))
 
 
 def test_latents_add_up_and_parts_to_each(tiny_model: Any) -> None:
@@ -175,24 +206,102 @@ def test_a_family_without_parts_has_one() -> None:
     assert (found.noise, found.noise_unknown) == ({}, False)
 
 
-# the plug-in value
+class WithoutFloat64(Plain):
+    """On a device that has no float64: what it gives can only be copied to the host."""
+
+    def strict_terms(self, pixels: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+        found = Plain.strict_terms(self, pixels, generator)  # type: ignore[arg-type]
+        return {name: SimpleNamespace(cpu=lambda values=values: values) for name, values in found.items()}
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torch"])
-def test_the_plug_in_value_is_that_of_encode(tiny_model: Any, tiny_run: Any, backend: str) -> None:
-    session = load(tiny_run, backend, "cpu")
-    found = plug_in_bits(session, PIXELS, batch=3)
-    with torch.no_grad():
-        log_prob = tiny_model.encode(torch.from_numpy(PIXELS) / 255).log_prob.double().numpy()
-    bits = -log_prob / (D * math.log(2)) + 8
-    assert found.mean == pytest.approx(bits.mean(), rel=1e-4)
-    assert found.standard_error == pytest.approx(bits.std(ddof=1) / math.sqrt(7), rel=1e-3)
+def test_a_device_without_float64() -> None:
+    pixels = PIXELS[:, :, :4, :4]
+    assert measure(WithoutFloat64(), pixels) == measure(Plain(), pixels)  # type: ignore[arg-type]
 
 
-def test_bad_images_and_counts(tiny_model: Any, tiny_run: Any) -> None:
-    for call in (lambda p: measure(tiny_model, p), lambda p: plug_in_bits(load(tiny_run, "onnx", "cpu"), p)):
-        with pytest.raises(DataError, match=r"evaluation needs uint8 images \[n, 3, 16, 16\], n >= 1; found"):
-            call(PIXELS[:0])
+# a graph that computes the bounds
+
+
+class Folded:
+    """The graph `bound` as export takes it, in a bundle that says it has it; it remembers what it was given."""
+
+    def __init__(self, model: Any, graphs: tuple[str, ...] = ("forward", "bound")) -> None:
+        self.manifest = SimpleNamespace(graphs=dict.fromkeys(graphs))
+        self.spec = model.graphs()["bound"]
+        self.given: list[dict[str, NDArray[np.float32]]] = []
+
+    def run_graph(self, name: str, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        assert name == "bound"
+        assert set(values) == {tensor.name for tensor in self.spec.inputs}
+        for tensor in self.spec.inputs:
+            assert values[tensor.name].shape[1:] == tensor.shape
+            assert values[tensor.name].dtype == np.float32
+        self.given.append(values)
+        outputs = self.spec.module(*(torch.from_numpy(values[tensor.name]) for tensor in self.spec.inputs))
+        return {tensor.name: value.numpy() for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_a_graph_finds_what_the_reference_finds(tiny_settings: dict[str, Any], bits: int) -> None:
+    torch.manual_seed(0)
+    model = build_model("hflow", {**tiny_settings, "bits": bits})
+    model.initialize(torch.from_numpy(PIXELS), torch.Generator().manual_seed(0))
+    session: Any = Folded(model.eval())
+    found, exact = (measure(model, PIXELS, seed=2, draws=2, batch=3, session=which) for which in (session, None))
+    assert len(session.given) == 3 * (2 + 1)
+    for one, other in ((found.strict, exact.strict), (found.paper, exact.paper)):
+        assert one is not None
+        assert other is not None
+        for a, b in zip(one.latents, other.latents, strict=True):
+            assert list(a.parts) == list(b.parts)
+            for name, part in a.parts.items():
+                assert part == pytest.approx(b.parts[name], rel=1e-5, abs=1e-6), (a.name, name)
+    assert found.noise == exact.noise
+
+
+def test_the_two_bounds_differ_in_their_inputs_alone(tiny_model: Any) -> None:
+    """One draw for all that depends on a target, or one for its flow and the rest as training has it."""
+    session: Any = Folded(tiny_model)
+    measure(tiny_model, PIXELS, session=session)
+    strict, paper = session.given
+    for name in ("end0", "end1", "z1"):
+        uses = [use for use in ("seen", "known") if f"{name}.{use}" in strict]
+        assert uses == (["seen", "known"] if name == "end0" else ["seen"])
+        for use in uses:
+            np.testing.assert_array_equal(strict[f"{name}.flow"], strict[f"{name}.{use}"])
+        assert np.abs(paper[f"{name}.flow"] - paper[f"{name}.seen"]).min() > 0
+    assert not paper["z1.seen"].any()
+    assert not paper["end0.known"].any()
+    seen = np.concatenate([paper["end0.seen"], paper["end1.seen"]], 1)
+    assert seen.std() == pytest.approx(1.5, rel=0.3)
+    for values in (strict, paper):
+        np.testing.assert_array_equal(values["image"], PIXELS / np.float32(255))
+        assert 0 <= values["uniform"].min() < 0.1
+        assert 0.9 < values["uniform"].max() < 1
+
+
+def test_a_graph_has_no_strict_bound_either_without_noise(tiny_settings: dict[str, Any]) -> None:
+    image, coarse = tiny_settings["levels"]
+    model = build_model("hflow", {**tiny_settings, "levels": [image, {**coarse, "noise": None}]}).eval()
+    session: Any = Folded(model)
+    found = measure(model, PIXELS[:2], session=session)
+    assert found.reasons == {"strict": "no strict bits/dim: z1 has no posterior noise in this configuration"}
+    assert found.paper is not None
+    assert "z1.flow" not in session.given[0]
+
+
+def test_a_bundle_without_that_graph(tiny_model: Any) -> None:
+    session: Any = Folded(tiny_model, ("forward", "inverse"))
+    with pytest.raises(BundleError, match=r"no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use"):
+        measure(tiny_model, PIXELS, session=session)
+
+
+# bad input
+
+
+def test_bad_images_and_counts(tiny_model: Any) -> None:
+    with pytest.raises(DataError, match=r"evaluation needs uint8 images \[n, 3, 16, 16\], n >= 1; found"):
+        measure(tiny_model, PIXELS[:0])
     with pytest.raises(DataError, match="the number of draws must be at least 1, not 0"):
         measure(tiny_model, PIXELS, draws=0)
     with pytest.raises(DataError, match="the batch must be at least 1, not 0"):

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_networks import Counting, selection
 
+from hflow_rt.errors import ConfigError
 from hflow_rt.evaluation.cache import FeatureCache, cache_folder, cache_key
 from hflow_rt.evaluation.distance import data_statistics
 from hflow_rt.evaluation.statistics import Statistics
@@ -165,3 +166,14 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert cache_folder() == usual
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "else"))
     assert cache_folder() == tmp_path / "else" / "hflow-rt" / "features"
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ConfigError, match="no home folder to keep features of data in; name a folder with --cache, or"):
+        cache_folder()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto
@@ -102,6 +103,14 @@ class Pair(torch.nn.Module):
         return images, images
 
 
+class Features(torch.nn.Module):
+    """No `forward`."""
+
+    @torch.jit.export
+    def features(self, images: Tensor) -> Tensor:
+        return images
+
+
 class FloatsOnly(torch.nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.mean((2, 3))
@@ -121,6 +130,8 @@ class FloatsOnly(torch.nn.Module):
         (lambda s, o, t: _written(t / "a.onnx", b"no"), DataError, "ONNX Runtime .* cannot open .*a.onnx"),
         (lambda s, o, t: s(Half()), DataError, r"must give one vector an image, \[2, D\]; it gave \[1, 3\]"),
         (lambda s, o, t: s(Pair()), DataError, "must give one tensor of features, not a tuple"),
+        (lambda s, o, t: s(Features()), DataError, "means.pt has no method 'forward' that takes images; save"),
+        (lambda s, o, t: _split(o()), DataError, "split.onnx keeps weights in another file.*; save it as one file"),
         (lambda s, o, t: s(FloatsOnly()), DataError, r"fails on uint8 images \[2, 3, 8, 8\]: .*--feature-input float"),
         (lambda s, o, t: o(keep=False), DataError, r"must give one vector an image, \[2, D\]; it gave \[2, 3, 8, 8\]"),
         (lambda s, o, t: o(kind=TensorProto.DOUBLE), DataError, r"must take uint8 or float32 images, not tensor\(doub"),
@@ -140,6 +151,20 @@ def test_bad_files(
 def _written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+def _split(path: Path) -> Path:
+    """The weights in a file beside it."""
+    model, split = onnx.load(path), path.with_name("split.onnx")
+    onnx.save(model, split, save_as_external_data=True, location="split.data", size_threshold=0)
+    assert path.with_name("split.data").is_file()
+    return split
+
+
+def test_a_network_in_two_files_can_be_joined_as_the_error_says(onnx_network: Save, tmp_path: Path) -> None:
+    split, whole = _split(onnx_network()), tmp_path / "whole.onnx"
+    onnx.save(onnx.load(split), whole)
+    np.testing.assert_allclose(open_features(str(whole), R)(PIXELS), expected(PIXELS), rtol=1e-5)
 
 
 def _saved(path: Path) -> Path:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hflow_rt.data.selection import Selection
 from hflow_rt.evaluation.features import FeatureNetwork
-from hflow_rt.evaluation.selection import Selection
 
 # features of an image in [0, 1]: its colour means times this
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)

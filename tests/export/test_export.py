@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hflow_rt.errors import BundleError, CheckpointError, HFlowError
+from hflow_rt.errors import BundleError, CheckpointError, DataError, HFlowError
+from hflow_rt.evaluation.bits import measure
 from hflow_rt.export import bundle as export_module
 from hflow_rt.export.bundle import check_bundle, export_bundle
 from hflow_rt.export.onnx import SharedWeights, export_graph
@@ -19,6 +20,7 @@ from hflow_rt.export.parity import compare, failures, run_parity
 from hflow_rt.manifest import read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
 from hflow_rt.models.family import GraphSpec, TensorSpec
+from hflow_rt.models.hflow.network import HFlow
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import find_bundle
 from hflow_rt.runtime.session import open_bundle
@@ -160,6 +162,15 @@ def test_half_precision_weights(tiny_run: Path, tmp_path: Path) -> None:
     assert 0 < np.abs(images - load(tiny_run).sample(2)).max() < 0.1
 
 
+def test_the_std_that_samples_are_drawn_at(tiny_run: Path, tmp_path: Path) -> None:
+    export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, "forward", std=["0.9", "z0=0.3"])
+    assert load(tmp_path / "b").std == ["0.9", "z0=0.3"]
+    assert load(tiny_run).std == ["0.7"]
+    with pytest.raises(DataError, match="unknown latent 'z9' in std"):
+        export_bundle(tiny_run / "model.safetensors", tmp_path / "c", IMAGES, "forward", std=["z9=0.3"])
+    assert not (tmp_path / "c").exists()
+
+
 def test_half_precision_refuses_what_it_cannot_hold(tiny_model: Any, tmp_path: Path) -> None:
     state = tiny_model.state_dict() | {"spread_z1": torch.tensor(1e5)}
     save_model(tmp_path / "model.safetensors", "hflow", tiny_model, state, {})
@@ -285,6 +296,89 @@ def test_export_refuses_unfolded_operators(tmp_path: Path) -> None:
     spec = GraphSpec("forward", Determinant(), (TensorSpec("x", (3, 3)),), (TensorSpec("y", ()),))
     with pytest.raises(HFlowError, match="still holds Det"):
         export_graph(spec, tmp_path / "x.onnx", {}, SharedWeights(tmp_path / "weights.bin"))
+
+
+# the graph that measures bits per dimension
+
+
+@pytest.fixture(scope="module")
+def measuring(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the graphs `inverse` and `bound`. Copy it before changing anything."""
+    bundle = tmp_path_factory.mktemp("bound") / "bundle"
+    export_bundle(tiny_run / "model.safetensors", bundle, IMAGES, "inverse", bound=True)
+    return bundle
+
+
+def test_the_bound_is_exported_on_request_and_proved(tiny_run: Path, measuring: Path, tiny_model: Any) -> None:
+    manifest = read_manifest(measuring)
+    assert set(manifest.graphs) == {"inverse", "bound"}
+    assert manifest.verified
+    assert manifest.parity is not None
+    cases = manifest.parity["graphs"]["bound"]
+    assert [case["batch"] for case in cases] == [1, 3]
+    parts = [f"{n}.{part}" for n in ("end0", "end1", "z1") for part in ("prior", "log_det", "entropy")]
+    parts += ["z0.prior", "z0.log_det", "z0.bins"]
+    assert [tensor.name for tensor in manifest.graphs["bound"].outputs] == parts
+    for case in cases:
+        assert list(case["outputs"]) == parts
+        assert all(entry["bound"] < 3e-5 for entry in case["outputs"].values())
+    counts = manifest.graphs["bound"].operators
+    assert not counts.keys() & {"Log", "ScatterND", "MatMul", "Einsum", "Identity", "Where", "Gather"}
+    assert run_parity(tiny_model, open_bundle(find_bundle(measuring), "torch", "cpu"), IMAGES)["passed"]
+
+
+def test_the_bound_shares_the_constants(tiny_run: Path, measuring: Path) -> None:
+    manifest = read_manifest(measuring)
+    assert manifest.graphs["bound"].weights == manifest.graphs["inverse"].weights == "weights.bin"
+    both = (tiny_run / "bundle" / "weights.bin").stat().st_size
+    assert (measuring / "weights.bin").stat().st_size < 1.1 * both
+
+
+def test_an_engine_measures_what_the_reference_measures(measuring: Path, tiny_model: Any) -> None:
+    pixels = np.random.default_rng(5).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    session = load(measuring, "onnx", "cpu")
+    found, exact = (measure(tiny_model, pixels, 3, 2, 2, session=which) for which in (session, None))
+    for one, other in ((found.strict, exact.strict), (found.paper, exact.paper)):
+        assert one is not None
+        assert other is not None
+        assert one.total == pytest.approx(other.total, rel=1e-5)
+        for a, b in zip(one.latents, other.latents, strict=True):
+            for name, part in a.parts.items():
+                assert part == pytest.approx(b.parts[name], rel=1e-5, abs=1e-6), (a.name, name)
+
+
+@pytest.mark.parametrize("change", ["sign", "weight", "inputs"])
+def test_parity_catches_a_changed_bound(measuring: Path, tmp_path: Path, change: str) -> None:
+    """The log-determinant with the other sign, a weight off by one percent, two noises that changed places."""
+    bundle = shutil.copytree(measuring, tmp_path / "bundle")
+    proto = onnx.load(bundle / "bound.onnx")
+    if change == "sign":
+        (node,) = (node for node in proto.graph.node if "z1.log_det" in node.output)
+        node.output[0] = "other"
+        proto.graph.node.append(onnx.helper.make_node("Neg", ["other"], ["z1.log_det"]))
+    elif change == "weight":
+        tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4 and t.dims[0] == 8)
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        values.flat[np.abs(values).argmax()] *= 1.01
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    else:
+        swapped = {"end0.seen": "end0.known", "end0.known": "end0.seen"}
+        for node in proto.graph.node:
+            node.input[:] = [swapped.get(name, name) for name in node.input]
+    onnx.save(proto, bundle / "bound.onnx")
+    _trust(bundle, "bound.onnx")
+    report = check_bundle(find_bundle(bundle), IMAGES, "onnx", "cpu")
+    assert report["failures"]
+    assert all(line.startswith("bound.") for line in report["failures"])
+    assert not read_manifest(bundle).verified
+
+
+def test_a_family_without_a_bound(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = HFlow.graphs
+    monkeypatch.setattr(HFlow, "graphs", lambda m: {n: spec for n, spec in graphs(m).items() if n != "bound"})
+    with pytest.raises(BundleError, match="the hflow family has no bound graph"):
+        export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, bound=True)
+    assert not (tmp_path / "b").exists()
 
 
 def _trust(bundle: Path, name: str) -> None:

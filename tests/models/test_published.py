@@ -202,8 +202,16 @@ def set_end(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (set_level("NUM_LAYERS", 60_000), r"flow steps of the settings cannot have"),
-        (set_end("LAYERS", [60_000, 60_000, 60_000]), r"flow steps of the settings cannot have"),
+        (set_level("NUM_LAYERS", 4_000), r"flow steps of the settings cannot have"),
+        (set_level("NUM_LAYERS", 60_000), "levels.1.steps: .*less than or equal to 4096"),
+        (set_level("NUM_LAYERS", "400000000"), "levels.1.steps must be a number, not the text '400000000'"),
+        (set_end("LAYERS", [4_000, 4_000, 4_000]), r"flow steps of the settings cannot have"),
+        (set_end("LAYERS", [2, 60_000, 2]), "end.steps.1: .*less than or equal to 4096"),
+        (set_end("LAYERS", ["2", "3", "2"]), "end.steps.0 must be a number, not the text '2'"),
+        (set_end("BLOCK_Y0", "true"), "end.constant_start must be a number"),
+        (set_key("GLOBAL_NET_CHANNELS", "20"), "style_channels must be a number"),
+        (set_key("num_layers", [400_000_000] * 3), "hold NUM_LAYERS in two spellings; keep one"),
+        (set_end("Layers", [400_000_000] * 3), "hold LAYERS in two spellings; keep one"),
         (set_level("CHANNELS", 65_536), "does not fit the model|too large"),
         (set_level("ENCODER_CHANNELS", 65_536), "does not fit the model"),
         (set_level("RNVP_CHANNELS", 65_532), "does not fit the model"),
@@ -213,7 +221,6 @@ def set_end(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_level("UNET_C_MULT", -5.0), "no model can be built"),
         (set_level("UNET_N_DOWNSCALES", 65_536), "levels.1: "),
         (set_level("UNET_N_DOWNSCALES", 64), "needs a resolution of at least"),
-        (set_level("NUM_LAYERS", "8"), "does not fit|NUM_LAYERS|steps"),
         (set_level("NUM_LAYERS", [8]), "steps"),
         (set_level("POOLING_TYPE", 5), "a value of an unexpected kind"),
         (set_level("FLOW_SPLIT_TYPES", "os.system"), "unknown split 'os.system'"),
@@ -241,22 +248,109 @@ def test_settings_that_cannot_be(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("count", [2, 21])
-def test_spreads_are_those_of_one_large_batch(
-    tmp_path: Path, settings_file: Path, count: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("outer", ["MODEL_PARAMETERS", "GENERAL"])
+def test_settings_that_stand_there_twice(tmp_path: Path, description: dict[str, Any], outer: str) -> None:
+    hidden = json.loads(json.dumps(description["config"][outer]))
+    (tmp_path / "settings.json").write_text(json.dumps(description["config"] | {outer.lower(): hidden}))
+    with pytest.raises(ConfigError, match=f"hold {outer} in two spellings; keep one"):
+        read_published(GOLDEN / "tiny32.weights.safetensors", tmp_path / "settings.json")
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;pwn\x07", "\x1b[2J" * 200])
+@pytest.mark.parametrize("change", [set_level, set_end])
+def test_settings_cannot_write_to_the_terminal(
+    tmp_path: Path, description: dict[str, Any], change: Callable[..., Callable[[dict[str, Any]], None]], text: str
+) -> None:
+    config = json.loads(json.dumps(description["config"]))
+    change("FLOW_SPLIT_TYPES" if change is set_level else "ENDRES", text)(config["MODEL_PARAMETERS"])
+    (tmp_path / "settings.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        read_published(GOLDEN / "tiny32.weights.safetensors", tmp_path / "settings.json")
+    message = str(caught.value)
+    assert message.isprintable()
+    assert "\\x1b[2J" in message
+    assert len(message) < len(str(tmp_path)) + 400
+
+
+def test_masks_may_not_outweigh_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six masks of 2048x2048 are 100 MB, which are in no file and so are held against none."""
+    import dataclasses
+    import types
+
+    from hflow_rt.models.hflow import FAMILY
+    from hflow_rt.models.hflow.config import HFlowConfig
+    from hflow_rt.models.hflow.network import HFlow
+
+    small = {"coupling": "cnn", "coupling_channels": 2, "encoder_channels": 2, "decoder_channels": 2, "steps": 1}
+    levels = [
+        small | {"resolution": side, "channels": 3, "split": "spatial", "skip_channels": int(side < 2048)}
+        for side in (2048, 512, 128, 32, 8)
+    ]
+    levels[0]["steps"] = 6
+    end = {"channels": [2], "condition_channels": [], "steps": [1], "coupling_channels": [2], "noise": None}
+    config = HFlowConfig.model_validate({"levels": levels, "end": end, "style_channels": 2})
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in HFlow(config).state_dict().items()}
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    reads = dataclasses.replace(FAMILY, read_published=lambda path, settings: Published(config, state, {}))
+    monkeypatch.setitem(sys.modules, "large_family", types.SimpleNamespace(FAMILY=reads))  # type: ignore[misc]
+    monkeypatch.setitem(FAMILIES, "large", "large_family")
+    wanted = (
+        r"x.bin holds [\d,]+ bytes of weights, and its settings ask for 10\d,\d{3},\d{3} bytes of masks, where at most"
+    )
+    with pytest.raises(CheckpointError, match=wanted):
+        import_published(tmp_path / "x.bin", "large", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ours"),
+    [
+        ("blocks.0.learned_upscaler_cond.w", "levels.0.condition.weight", "levels.0.condition.weight"),
+        ("blocks.0.blocks.steps.0.coupling.conv_0.w", "blocks.0.blocks.steps.0.coupling.conv_cond_connect.w", "fuse"),
+    ],
+)
+def test_two_names_of_one_tensor(
+    tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path, first: str, second: str, ours: str
+) -> None:
+    save_file(weights | {first: torch.zeros(1), second: torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"which both mean .*; give a file with one of them") as caught:
+        read_published(tmp_path / "x.safetensors", settings_file)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "x.safetensors"))
+    assert first in message
+    assert second in message
+    assert ours in message
+
+
+def test_names_without_dots(tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path) -> None:
+    save_file(weights | {"surprise": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not fit the model: unexpected surprise \[2\]$"):
+        import_published(tmp_path / "x.safetensors", "hflow", tmp_path / "run", settings_file)
+    save_file(weights | {"spread_end0": torch.zeros(())}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors holds spread_end0, which is no name of the original's"):
+        read_published(tmp_path / "x.safetensors", settings_file)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 0), (21, 5)])
+def test_spreads_are_those_of_one_large_batch_without_what_is_held_out(
+    tmp_path: Path, settings_file: Path, count: int, held_out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
-    np.save(tmp_path / "images.npy", pixels)
-    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels))
+    pixels[count - held_out :] //= 64
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels, held_out))
     run, source = tmp_path / "run", GOLDEN / "tiny32.weights.safetensors"
     done = import_published(source, "hflow", run, settings_file, tmp_path / "images.npy")
-    assert done.spreads == {"source": str(tmp_path / "images.npy"), "images": count}
-    assert done.notes == ()
+    assert done.spreads == {
+        "source": str(tmp_path / "images.npy"), "images": count - held_out, "held_out": held_out
+    }  # fmt: skip
+    assert len(done.notes) == bool(held_out)
+    assert all("5 held-out images were left out" in note for note in done.notes)
     assert read_metadata(run / "model.safetensors")["spreads"] == done.spreads
     model: Any = load_model(run / "model.safetensors")
+    training = torch.from_numpy(pixels[: count - held_out].transpose(0, 3, 1, 2))
     with torch.no_grad():
-        targets = model.targets(model.dequantize(torch.from_numpy(pixels.transpose(0, 3, 1, 2)), None))
-        expected = model.batch_spreads(targets)
+        expected = model.batch_spreads(model.targets(model.dequantize(training, None)))
     assert len(expected) > 2
     for name, value in expected.items():
         torch.testing.assert_close(getattr(model, f"spread_{name}"), value, rtol=1e-4, atol=0)
@@ -264,10 +358,11 @@ def test_spreads_are_those_of_one_large_batch(
 
 
 class Images:
-    """Stands in for a data set."""
+    """Stands in for a data set whose last images are held out."""
 
-    def __init__(self, pixels: Any) -> None:
+    def __init__(self, pixels: Any, held_out: int) -> None:
         self.array = pixels.transpose(0, 3, 1, 2)
+        self.held_out = held_out
 
     def __len__(self) -> int:
         return len(self.array)
@@ -275,11 +370,31 @@ class Images:
     def pixels(self, indices: Any) -> Any:
         return np.ascontiguousarray(self.array[indices])
 
+    def split(self) -> tuple[Any, Any]:
+        everything = np.arange(len(self))
+        return everything[: len(self) - self.held_out], everything[len(self) - self.held_out :]
 
-def test_one_image_has_no_spread(tmp_path: Path, settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.zeros((1, 32, 32, 3), np.uint8)
-    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels))
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_one_image_has_no_spread(
+    tmp_path: Path, settings_file: Path, held_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.zeros((1 + held_out, 32, 32, 3), np.uint8)
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels, held_out))
     source = GOLDEN / "tiny32.weights.safetensors"
-    with pytest.raises(DataError, match="a spread needs at least 2 images, not 1"):
+    reason = rf"a spread needs at least 2 images, not 1; give more \(.* has {1 + held_out}, {held_out} held out\)"
+    with pytest.raises(DataError, match=reason):
         import_published(source, "hflow", tmp_path / "run", settings_file, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_spreads_that_are_not_finite(
+    tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels, 0))
+    encoder = "blocks.0.learned_upscaler.components.0.conv_e1.w"
+    save_file(weights | {encoder: weights[encoder] * 1e38}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x.safetensors: noise scales must be finite, and those of .*end0.* are"):
+        import_published(tmp_path / "x.safetensors", "hflow", tmp_path / "run", settings_file, tmp_path)
     assert not (tmp_path / "run").exists()

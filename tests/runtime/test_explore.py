@@ -162,11 +162,11 @@ def test_a_running_std_is_the_std() -> None:
     np.testing.assert_allclose(seen.std, values.astype(np.float64).std(0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_heat_map_is_the_std_over_redraws(session: Session, name: str) -> None:
+@pytest.mark.parametrize(("name", "first"), [*((name, 1) for name in NAMES), ("z1", 5)])
+def test_a_heat_map_is_the_std_over_redraws(session: Session, name: str, first: int) -> None:
     base = drawn(session, range(1), seed=3)
-    found = explore.heat_map(session, base, name, 10, std=0.8, seed=3, batch=4)
-    redrawn = drawn(session, range(1, 11), 0.8, 3)
+    found = explore.heat_map(session, base, name, 10, std=0.8, seed=3, first=first, batch=4)
+    redrawn = drawn(session, range(first, first + 10), 0.8, 3)
     mixed = {n: redrawn[n] if n == name else values.repeat(10, 0) for n, values in base.items()}
     expected = session.forward(mixed).astype(np.float64).std(0).mean(0)
     np.testing.assert_allclose(found, expected, atol=CLOSE)

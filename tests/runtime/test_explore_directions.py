@@ -22,6 +22,7 @@ from hflow_rt.runtime.encodings import Place
 from hflow_rt.runtime.pictures import to_uint8
 
 U1 = Place("y0", "u1")
+Z1 = Place("z", "z1")  # 256 numbers
 CLOSE = 2e-5
 
 
@@ -62,14 +63,81 @@ def test_a_shift_is_recovered(session: Session) -> None:
 
 
 def test_few_images_seem_apart_but_not_when_held_out(session: Session) -> None:
-    place = Place("z", "z1")  # 256 numbers, 5 images a side, all from one distribution
-    about = measure_direction(session, place, points(5, 0, width=256), points(5, 1, width=256)).about
+    about = measure_direction(session, Z1, points(5, 0, width=256), points(5, 1, width=256)).about
     assert about.separation > 5
     assert about.held_out_separation < 1
 
 
+@pytest.mark.parametrize(
+    ("place", "sizes", "spreads"),
+    [
+        (Z1, (5, 5), (1, 1)),
+        (Z1, (2, 2), (1, 1)),
+        (Z1, (3, 12), (1, 1)),
+        (Z1, (12, 3), (1, 3)),
+        (U1, (2, 9), (1, 1)),
+        (U1, (20, 20), (1, 1)),
+    ],
+)
+def test_sets_without_a_difference_are_held_out_at_zero(
+    session: Session, place: Place, sizes: tuple[int, int], spreads: tuple[float, float]
+) -> None:
+    """On average over many pairs of sets: neither below nor above, whatever the sizes, spreads and the mean."""
+    width, found = (256 if place is Z1 else 6), []
+    for seed in range(200):
+        a = 7 + spreads[0] * points(sizes[0], 2 * seed, width=width)
+        b = 7 + spreads[1] * points(sizes[1], 2 * seed + 1, width=width)
+        found.append(measure_direction(session, place, a, b).about.held_out_separation)
+    error = np.std(found, ddof=1) / np.sqrt(len(found))
+    assert abs(np.mean(found)) < 3 * error < 0.8
+    assert 0.35 < np.mean(np.array(found) > 0) < 0.65
+
+
+@pytest.mark.parametrize(("sizes", "shift"), [((20, 20), 6.0), ((10, 30), 3.0), ((60, 60), 0.5)])
+def test_a_difference_is_found_held_out(session: Session, sizes: tuple[int, int], shift: float) -> None:
+    """As far as the noise of the direction lets it: shift^2 / |direction|, with stds of 1."""
+    width, found = 256, []
+    for seed in range(100):
+        a, b = points(sizes[0], 2 * seed, shift, width), points(sizes[1], 2 * seed + 1, width=width)
+        found.append(measure_direction(session, Z1, a, b).about.held_out_separation)
+    length = np.sqrt(shift**2 + width / (sizes[0] - 1) + width / (sizes[1] - 1))
+    error = np.std(found, ddof=1) / np.sqrt(len(found))
+    assert np.mean(found) == pytest.approx(shift**2 / length, rel=0.05, abs=3 * error)
+
+
+def test_held_out_is_every_pair_left_out_in_turn(session: Session) -> None:
+    a, b = points(300, 0, 1.0).astype(np.float64), points(7, 1).astype(np.float64)  # more rows than are taken at once
+    past = []
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            line = np.delete(a, i, 0).mean(0) - np.delete(b, j, 0).mean(0)
+            past.append((x - y) @ line / np.linalg.norm(line))
+    line = a.mean(0) - b.mean(0)
+    spread = np.sqrt((np.var(a @ line, ddof=1) + np.var(b @ line, ddof=1)) / 2) / np.linalg.norm(line)
+    for swapped in (False, True):
+        about = measure_direction(session, U1, *((b, a) if swapped else (a, b))).about
+        assert about.held_out_separation == pytest.approx(np.mean(past) / spread, rel=1e-9)
+        assert about.separation == pytest.approx(np.linalg.norm(line) / spread, rel=1e-9)
+
+
+def test_stds_are_those_of_samples(session: Session) -> None:
+    """Sets at 10, 12 and 0, 2: 10 apart with an unbiased variance of 2."""
+    positive, negative = np.zeros((2, 6), np.float32), np.zeros((2, 6), np.float32)
+    positive[:, 0], negative[:, 0] = (10, 12), (0, 2)
+    about = measure_direction(session, U1, positive, negative).about
+    assert about.separation == pytest.approx(10 / np.sqrt(2))
+    assert about.held_out_separation == pytest.approx(10 / np.sqrt(2))
+
+
+def test_an_image_in_both_sets_leaves_pairs_without_a_direction(session: Session) -> None:
+    a, b = 1000 * points(2, 0), 1000 * points(2, 1)
+    b[0] = a[0]  # without the others, a[0] - b[0] is the direction: none
+    about = measure_direction(session, U1, a, b).about
+    assert abs(about.held_out_separation) < 10
+
+
 def test_the_vector_has_the_shape_of_its_tensor(session: Session) -> None:
-    assert direction(session, Place("z", "z1")).vector.shape == (4, 8, 8)
+    assert direction(session, Z1).vector.shape == (4, 8, 8)
     assert direction(session, Place("z", "end1")).vector.shape == (6, 1, 1)
     assert direction(session).vector.shape == (6,)
 

@@ -331,14 +331,23 @@ def test_a_provider_that_does_not_start(tiny_run: Path, silent_fallback: list[li
     session = load(tiny_run, "onnx", "cuda")
     with pytest.raises(BackendUnavailable, match=r"CUDAExecutionProvider does not start here.*install hflow-rt\[gpu\]"):
         session.sample(1)
-    assert silent_fallback == [[(CUDA, {"use_tf32": "0"})]]
+    assert silent_fallback == [[(CUDA, {"use_tf32": "0", "device_id": "0"})]]
+
+
+def test_processes_that_were_launched_together_take_a_gpu_each(
+    tiny_run: Path, silent_fallback: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(BackendUnavailable):
+        load(tiny_run, "onnx", "cuda").sample(1)
+    assert silent_fallback == [[(CUDA, {"use_tf32": "0", "device_id": "3"})]]
 
 
 def test_auto_tries_cuda_and_says_what_runs(tiny_run: Path, silent_fallback: list[list[str]]) -> None:
     session = load(tiny_run, "onnx", "auto")
     assert session.backend == "onnxruntime CPUExecutionProvider"
     assert session.sample(1).shape == (1, 3, R, R)
-    assert silent_fallback == [[(CUDA, {"use_tf32": "0"})], [("CPUExecutionProvider", {})]]
+    assert silent_fallback == [[(CUDA, {"use_tf32": "0", "device_id": "0"})], [("CPUExecutionProvider", {})]]
 
 
 def test_auto_takes_cuda_where_it_starts(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

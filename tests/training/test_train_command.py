@@ -101,7 +101,7 @@ def test_a_config_file_is_enough(folder: Path, tmp_path: Path) -> None:
             "device must be auto, cpu or cuda; found 'tpu'",
         ),
         (["runs/x"], ConfigError, "a run is named only with --resume; found 'runs/x'"),
-        (["--resume", "--preset", "toy"], ConfigError, "--resume takes its settings from the run"),
+        (["--resume", "--preset", "toy"], ConfigError, "--resume takes weights and settings from the run"),
         (["--resume", "none"], CheckpointError, "none is no run"),
         (["--preset", "toy", "--data", "none"], DataError, "none"),
     ],

@@ -3,26 +3,24 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
-from hflow_rt.models.family import LossTerms
+from hflow_rt.models.family import BoundKind, LossTerms
 from hflow_rt.models.hflow.flow import FlowResult
-
-if TYPE_CHECKING:
-    from hflow_rt.models.hflow.network import Encoded, HFlow
+from hflow_rt.models.hflow.network import Encoded, HFlow, to_model
 
 __all__ = [
     "BoundTerm",
+    "bound_inputs",
+    "bound_shapes",
+    "bound_terms",
     "dataset_spreads",
     "evaluate",
     "finest_trained",
     "noise_shapes",
-    "paper_terms",
-    "strict_terms",
     "terms",
     "training_loss",
 ]
@@ -50,7 +48,7 @@ class BoundTerm:
         return -self.log_likelihood / (self.dimensions * math.log(2))
 
 
-def terms(model: "HFlow", encoded: "Encoded", spreads: Mapping[str, Tensor]) -> dict[str, BoundTerm]:
+def terms(model: HFlow, encoded: Encoded, spreads: Mapping[str, Tensor]) -> dict[str, BoundTerm]:
     """Every flow's term by latent name, coarse to fine; `spreads` sets the posteriors' entropies."""
     relative = model.noised()
     result: dict[str, BoundTerm] = {}
@@ -75,7 +73,7 @@ def terms(model: "HFlow", encoded: "Encoded", spreads: Mapping[str, Tensor]) -> 
     return result
 
 
-def noise_shapes(model: "HFlow") -> dict[str, tuple[int, ...]]:
+def noise_shapes(model: HFlow) -> dict[str, tuple[int, ...]]:
     """Draws of one training loss in the order of use.
 
     `NAME.flow` noises what the flow of NAME is evaluated at, `NAME.seen` what the decoders see of it.
@@ -96,7 +94,7 @@ def noise_shapes(model: "HFlow") -> dict[str, tuple[int, ...]]:
 
 
 def evaluate(
-    model: "HFlow", x: Tensor, noise: Mapping[str, Tensor], *, batch_spread: bool, noise_decoders: bool
+    model: HFlow, x: Tensor, noise: Mapping[str, Tensor], *, batch_spread: bool, noise_decoders: bool
 ) -> dict[str, BoundTerm]:
     """The original's bound at images in [-0.5, 0.5], one term a flow (spec 3.1).
 
@@ -110,7 +108,7 @@ def evaluate(
         if model.training:
             model.update_spreads({name: value.detach() for name, value in spreads.items()})
     else:
-        spreads = {name: getattr(model, f"spread_{name}") for name in relative}
+        spreads = model.running_spreads()
 
     def noised(name: str, target: Tensor, use: str, scale: float = 1.0) -> Tensor:
         if name not in relative:
@@ -133,13 +131,13 @@ def evaluate(
     return terms(model, encoded, spreads)
 
 
-def finest_trained(model: "HFlow") -> int:
+def finest_trained(model: HFlow) -> int:
     """Index of the finest level with a loss weight; the number of levels if only the end vector has one."""
     weights = [level.loss_weight for level in model.config.levels]
     return next((index for index, weight in enumerate(weights) if weight > 0), len(weights))
 
 
-def dataset_spreads(model: "HFlow", batches: Iterable[Tensor]) -> tuple[int, dict[str, Tensor]]:
+def dataset_spreads(model: HFlow, batches: Iterable[Tensor]) -> tuple[int, dict[str, Tensor]]:
     """Number of uint8 images in `batches` and the spread of each noised target over all of them.
 
     As `HFlow.batch_spreads` of one large batch, in the memory of a small one. Raises `DataError`.
@@ -160,7 +158,7 @@ def dataset_spreads(model: "HFlow", batches: Iterable[Tensor]) -> tuple[int, dic
     return count, {name: variance.clamp_min(1e-24).sqrt().mean() for name, variance in variances.items()}
 
 
-def training_loss(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor] | None) -> LossTerms:
+def training_loss(model: HFlow, x: Tensor, noise: Mapping[str, Tensor] | None) -> LossTerms:
     """Weighted sum of every flow's bits per own dimension; a single image uses the running spreads."""
     if noise is None:
         noise = {
@@ -176,56 +174,91 @@ def training_loss(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor] | None)
     return LossTerms(loss, bits, {name: term.bits.mean().detach() for name, term in found.items()})
 
 
-def paper_terms(model: "HFlow", x: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's bound of each image with the running spreads, in parts (see `LatentModel.strict_terms`)."""
-    return _parts(model, evaluate(model, x, noise, batch_spread=False, noise_decoders=False), x[0].numel())
+def bound_shapes(model: HFlow) -> dict[str, tuple[int, ...]]:
+    """Noises of `bound_terms`, in units of each posterior's std: shapes without batch, by `NAME.USE`.
 
-
-def _parts(model: "HFlow", found: Mapping[str, BoundTerm], dimensions: int) -> dict[str, Tensor]:
-    """`NAME.prior`, `.log_det`, `.entropy` and, for the image, `.bins`, `[B]` in bits per image dimension.
-
-    `bins` is the width of a bin in units of the flow's target, which turns the density into a probability.
+    `flow` moves what the flow of NAME is evaluated at, `seen` what the decoders see of it, and `known`, of end parts
+    that have later ones, what conditions these.
     """
-    unit = -1 / (dimensions * math.log(2))
+    shapes = {name: shape[:1] if name.startswith("end") else shape for name, shape in model.latent_shapes().items()}
+    parts = [f"end{i}" for i in range(len(model.config.end.channels))]
+    return {
+        f"{name}.{use}": shapes[name]
+        for name in model.noised()
+        for use in ("flow", "seen", *(["known"] if name in parts[:-1] else []))
+    }
+
+
+def bound_inputs(model: HFlow, bound: BoundKind, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """`image`, `uniform` and the noises of `bound_shapes` that make `bound_terms` either of the two bounds.
+
+    strict: everything that depends on a target sees one and the same draw of its posterior; without a posterior its
+    density under a deterministic encoder bounds nothing, which raises `ConfigError`. paper: flows get draws of
+    their own, decoders larger ones of end parts and none of levels, and end parts are conditioned on clean ones.
+    """
+    shapes, relative = bound_shapes(model), model.noised()
+    missing = [name for name in model.latent_shapes() if name not in relative and name != "z0"]
+    if bound == "strict" and missing:
+        raise ConfigError(f"no strict bits/dim: {', '.join(missing)} has no posterior noise in this configuration")
+    bins = 1 << model.config.bits
+    inputs = {
+        "image": (pixels // (256 // bins)).to(torch.float32) / (bins - 1),
+        "uniform": torch.rand(pixels.shape, generator=generator),
+    }
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(len(pixels), *shape, generator=generator)
+
+    ends = [name for name in relative if name.startswith("end")]
+    if bound == "strict":
+        fine_to_coarse = [name for name in reversed(relative) if name not in ends]
+        one = {name: draw(shapes[f"{name}.flow"]) for name in (*ends, *fine_to_coarse)}
+        inputs |= {name: one[name.partition(".")[0]] for name in shapes}
+    else:
+        own = {name: draw(shape) for name, shape in noise_shapes(model).items()}
+        scale = model.config.end.style_noise_scale
+        inputs |= {name: torch.zeros(len(pixels), *shape) for name, shape in shapes.items()}
+        inputs |= {f"{name}.flow": own[f"{name}.flow"] for name in relative}
+        inputs |= {f"{name}.seen": own[f"{name}.seen"] * scale for name in ends}
+    return {name: value.to(pixels.device) for name, value in inputs.items()}
+
+
+def bound_terms(model: HFlow, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of the bound at `bound_inputs`: `NAME.prior`, `.log_det`, `.entropy` and, for the image, `.bins`.
+
+    All `[B]` in bits per image dimension. `bins` is the width of a bin in units of the flow's target, which turns
+    the density into a probability.
+    """
+    like, bits = next(model.parameters()), model.config.bits
+    image, uniform = inputs["image"].to(like), inputs["uniform"].to(like)
+    targets = model.targets(to_model(image, bits) + (uniform - 0.5) / (1 << bits))
+    relative, spreads, shapes = model.noised(), model.running_spreads(), bound_shapes(model)
+
+    def noised(target: Tensor, name: str, use: str) -> Tensor:
+        if f"{name}.{use}" not in shapes:
+            return target
+        return target + relative[name] * spreads[name] * inputs[f"{name}.{use}"].to(target)
+
+    end = {
+        use: [noised(part, f"end{i}", use) for i, part in enumerate(model.split_end(targets.end))]
+        for use in ("flow", "seen", "known")
+    }
+    levels = {use: [noised(y, f"z{i}", use) for i, y in enumerate(targets.levels)] for use in ("flow", "seen")}
+    encoded = model.encode_targets(
+        targets,
+        flow_end=end["flow"],
+        known_end=end["known"],
+        seen_end=torch.cat(end["seen"], 1),
+        flow_levels=levels["flow"],
+        seen_levels=levels["seen"],
+    )
+    unit = -1 / (image[0].numel() * math.log(2))
     parts: dict[str, Tensor] = {}
-    for name, term in found.items():
+    for name, term in terms(model, encoded, spreads).items():
         parts[f"{name}.prior"] = term.log_prior * unit
         parts[f"{name}.log_det"] = term.log_det * unit
         if name == "z0":
-            bins = term.constant * unit + model.config.bits
-            parts[f"{name}.bins"] = torch.full_like(term.log_prior, bins)
+            parts[f"{name}.bins"] = torch.full_like(term.log_prior, term.constant * unit + bits)
         else:
             parts[f"{name}.entropy"] = (term.entropy * unit).expand_as(term.log_prior)
     return parts
-
-
-def strict_terms(model: "HFlow", pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """An evidence lower bound: each flow and everything conditioned on its target share one posterior draw.
-
-    Posteriors are `N(y, (noise * running spread)^2)`; pixels get uniform noise of one bin. Raises `ConfigError`
-    where a target has no posterior noise, for then its density under a deterministic encoder bounds nothing.
-    """
-    relative = model.noised()
-    missing = [name for name in model.latent_shapes() if name not in relative and name != "z0"]
-    if missing:
-        raise ConfigError(f"no strict bits/dim: {', '.join(missing)} has no posterior noise in this configuration")
-    x = model.dequantize(pixels, generator).to(next(model.parameters()))
-    targets = model.targets(x)
-    spreads = {name: getattr(model, f"spread_{name}") for name in relative}
-
-    def draw(name: str, target: Tensor) -> Tensor:
-        noise = torch.randn(target.shape, generator=generator).to(target)
-        noised: Tensor = target + relative[name] * spreads[name] * noise
-        return noised
-
-    parts = [draw(f"end{i}", u) for i, u in enumerate(model.split_end(targets.end))]
-    levels = [y if index == 0 else draw(f"z{index}", y) for index, y in enumerate(targets.levels)]
-    encoded = model.encode_targets(
-        targets,
-        flow_end=parts,
-        known_end=parts,
-        seen_end=torch.cat(parts, 1),
-        flow_levels=levels,
-        seen_levels=levels,
-    )
-    return _parts(model, terms(model, encoded, spreads), pixels[0].numel())

@@ -4,7 +4,7 @@ The original's flat lists (`RESOLUTIONS`, `CHANNELS`, ...) are read by `original
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -14,6 +14,8 @@ from hflow_rt.models.family import ModelConfig
 __all__ = ["CouplingNet", "EndConfig", "HFlowConfig", "LevelConfig", "unet_widths"]
 
 CouplingNet = Literal["cnn", "unet", "unet-unless-channels"]
+# a list as long is made while settings are checked
+_StepCount = Annotated[int, Field(ge=1, le=4096)]
 
 
 class LevelConfig(ModelConfig):
@@ -27,7 +29,7 @@ class LevelConfig(ModelConfig):
     prior_std: float = Field(default=1.0, gt=0)
     noise: float | None = Field(default=None, gt=0, description="posterior std relative to the data's; None for none")
 
-    steps: PositiveInt = 8
+    steps: _StepCount = 8
     split: str = "blocks-channels"
     mixing_scale: float = Field(default=0.3, gt=0)
     unitary: bool = False
@@ -80,7 +82,7 @@ class EndConfig(ModelConfig):
 
     channels: tuple[PositiveInt, ...] = (4, 508)
     condition_channels: tuple[PositiveInt, ...] = (32,)
-    steps: tuple[PositiveInt, ...] = (8, 8)
+    steps: tuple[_StepCount, ...] = (8, 8)
     coupling_channels: tuple[PositiveInt, ...] = (64, 512)
     unitary: bool = True
     mixing_scale: float = Field(default=0.1, gt=0)

@@ -1,10 +1,11 @@
-"""What export writes for hflow: both directions, and the end flow alone, to work on the parts of the end vector."""
+"""What export writes for hflow: both directions, the bound, and the end flow alone, which maps the end vector."""
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from hflow_rt.models.family import GraphSpec, TensorSpec
+from hflow_rt.models.hflow.bound import bound_shapes
 
 if TYPE_CHECKING:
     from hflow_rt.models.hflow.network import HFlow
@@ -30,6 +31,15 @@ class _Inverse(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         encoding = self.model.encode(image)
         return (*encoding.latents.values(), encoding.log_prob)
+
+
+class _Bound(nn.Module):
+    def __init__(self, model: "HFlow", names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.bound_terms(dict(zip(self.names, inputs, strict=True))).values())
 
 
 class _EndForward(nn.Module):
@@ -58,9 +68,17 @@ def graphs(model: "HFlow") -> dict[str, GraphSpec]:
     image = TensorSpec("image", (3, model.resolution, model.resolution), (0.0, 1.0))
     parts = tuple(TensorSpec(f"u{i}", (channels,)) for i, channels in enumerate(model.config.end.channels))
     log_prob = TensorSpec("log_prob", ())
+    noises = (TensorSpec(name, shape) for name, shape in bound_shapes(model).items())
+    drawn = (image, TensorSpec("uniform", image.shape, (0.0, 1.0)), *noises)
+    terms = tuple(
+        TensorSpec(f"{name}.{part}", ())
+        for name in model.latent_shapes()
+        for part in ("prior", "log_det", "bins" if name == "z0" else "entropy")
+    )
     specs = (
         GraphSpec("forward", _Forward(folded), latents, (image,)),
         GraphSpec("inverse", _Inverse(folded), (image,), (*latents, log_prob)),
+        GraphSpec("bound", _Bound(folded, [spec.name for spec in drawn]), drawn, terms),
         GraphSpec("end_forward", _EndForward(folded), ends, parts),
         GraphSpec("end_inverse", _EndInverse(folded), parts, ends),
     )

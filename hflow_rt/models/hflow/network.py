@@ -10,7 +10,7 @@ from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
-from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
+from hflow_rt.models.family import BoundKind, Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.end import EndEncoder, EndFlow, EndOutput
@@ -217,8 +217,8 @@ class HFlow(LatentModel):
         """Sum over parts and levels of log prior, log-determinant and posterior entropy, `[B]` nats."""
         from hflow_rt.models.hflow.bound import terms
 
-        spreads = {name: getattr(self, f"spread_{name}") for name in self.noised()}
-        return torch.stack([term.log_likelihood for term in terms(self, encoded, spreads).values()]).sum(0)
+        found = terms(self, encoded, self.running_spreads())
+        return torch.stack([term.log_likelihood for term in found.values()]).sum(0)
 
     def loss(self, images: Tensor, noise: Mapping[str, Tensor] | None = None) -> LossTerms:
         from hflow_rt.models.hflow.bound import training_loss
@@ -234,17 +234,24 @@ class HFlow(LatentModel):
         return torch.stack(list(self.strict_terms(pixels, generator).values())).sum(0)
 
     def strict_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        from hflow_rt.models.hflow.bound import strict_terms
+        return self.bound_terms(self.bound_inputs("strict", pixels, generator))
 
-        return strict_terms(self, pixels, generator)
+    def paper_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.bound_terms(self.bound_inputs("paper", pixels, generator))
 
-    def paper_terms(self, images: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from hflow_rt.models.hflow.bound import paper_terms
+    def bound_inputs(self, bound: BoundKind, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        from hflow_rt.models.hflow.bound import bound_inputs
 
-        return paper_terms(self, images, noise)
+        return bound_inputs(self, bound, pixels, generator)
+
+    def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from hflow_rt.models.hflow.bound import bound_terms
+
+        return bound_terms(self, inputs)
 
     def noise_scales(self) -> dict[str, NoiseScale]:
-        return {name: NoiseScale(std, float(getattr(self, f"spread_{name}"))) for name, std in self.noised().items()}
+        spreads = self.running_spreads()
+        return {name: NoiseScale(std, float(spreads[name])) for name, std in self.noised().items()}
 
     def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
         x = self.dequantize(pixels, generator)
@@ -294,6 +301,10 @@ class HFlow(LatentModel):
         """What the flow of each latent models, by the latent's name."""
         parts = {f"end{i}": part for i, part in enumerate(self.split_end(targets.end))}
         return parts | {f"z{index}": target for index, target in enumerate(targets.levels)}
+
+    def running_spreads(self) -> dict[str, Tensor]:
+        """Of each noised target, the scalar that training keeps."""
+        return {name: getattr(self, f"spread_{name}") for name in self.noised()}
 
     def batch_spreads(self, targets: Targets) -> dict[str, Tensor]:
         """Of each noised target, the mean over its elements of their std over the batch (spec 3.1)."""

@@ -4,22 +4,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from hflow_rt.errors import ConfigError
+from hflow_rt.foreign.source import shown
 from hflow_rt.models.checkpoint import parse_config
 from hflow_rt.models.hflow.config import HFlowConfig
 
 __all__ = ["read_settings"]
 
+_LARGEST = 1 << 16  # of any number that describes the model
+_TEXTS = ("split", "coupling")
+_MESSAGE = 300
+
 
 def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
     """The original's settings (with or without the `MODEL_PARAMETERS` wrapper) as an `HFlowConfig`.
 
-    Raises `ConfigError` for a missing key or a value we do not support. `settings` is not changed.
+    They may come from anybody: numbers are moderate before anything is made of them, and what a message quotes is
+    escaped. Raises `ConfigError` for a missing key or a value we do not support. `settings` is not changed.
     """
     try:
-        parameters = {key.upper(): value for key, value in settings.items()}
-        general = {key.upper(): value for key, value in parameters.get("GENERAL", {}).items()}
-        parameters = {key.upper(): value for key, value in parameters.get("MODEL_PARAMETERS", parameters).items()}
-        end = {key.upper(): value for key, value in parameters["ENDBLOCK_SETTINGS"].items()}
+        return _read(settings)
+    except ConfigError as error:
+        raise ConfigError(shown(str(error), _MESSAGE)) from error
+
+
+def _read(settings: Mapping[str, Any]) -> HFlowConfig:
+    try:
+        parameters = _upper(settings)
+        general = _upper(parameters.get("GENERAL", {}))
+        parameters = _upper(parameters.get("MODEL_PARAMETERS", parameters))
+        end = _upper(parameters["ENDBLOCK_SETTINGS"])
         values = {
             "levels": [_level(parameters, index) for index in range(len(parameters["RESOLUTIONS"]))],
             "end": _end(end),
@@ -34,6 +47,8 @@ def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
         raise ConfigError("every list of the original's settings needs one entry a level") from error
     except (AttributeError, TypeError) as error:
         raise ConfigError(f"the original's settings hold a value of an unexpected kind ({error})") from error
+    for key, value in values.items():
+        _check_numbers(key, value)
     config = parse_config(HFlowConfig, values)
     assert isinstance(config, HFlowConfig)
     if config.maps_style and end.get("GLOBAL_STATE_HIDDEN_CHANNELS", config.style_channels) != config.style_channels:
@@ -43,6 +58,31 @@ def read_settings(settings: Mapping[str, Any]) -> HFlowConfig:
     if end.get("AUTOENCODER_CHANNELS", config.end.width) != config.end.width:
         raise ConfigError("AUTOENCODER_CHANNELS must equal ENDBLOCK_TOT_CHANNELS")
     return config
+
+
+def _upper(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the keys in upper case, as the original reads them; two may not become one."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key.upper() in found:
+            raise ConfigError(f"the original's settings hold {key.upper()} in two spellings; keep one")
+        found[key.upper()] = value
+    return found
+
+
+def _check_numbers(name: str, value: object) -> None:
+    """Hold our settings within bounds. A text would be taken for the number that it spells."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _TEXTS:
+                _check_numbers(f"{name}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_numbers(f"{name}.{index}", inner)
+    elif isinstance(value, str):
+        raise ConfigError(f"{name} must be a number, not the text '{value}'")
+    elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
+        raise ConfigError(f"{name} must be within {_LARGEST:,}, not {value:,}")
 
 
 def _level(p: Mapping[str, Any], index: int) -> dict[str, Any]:

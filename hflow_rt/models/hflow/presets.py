@@ -170,13 +170,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": _weighted(_HFLOW_EMOJI, [0, 0, 1]),
         "training": _PUBLISHED_TRAINING
         | {
-            "images": 400_000,
-            "batch_size": 64,
+            "images": 700_000,
+            "batch_size": 32,
             "accumulate": 1,
-            "ema_weight": 0.01,
+            "ema_weight": 0.005,
             "ema_warmup_images": 2000,
-            "decay_start_images": 200_000,
-            "decay_every_images": 5000,
+            "decay_start_images": 350_000,
+            "decay_every_images": 10_000,
             "cut_images": {},
             "decay_factors": {"encoders": 0.9, "decoders": 0.9, "flows": 0.9},
             "learning_rates": {"encoders": 0, "decoders": 0, "flows": 3e-3},

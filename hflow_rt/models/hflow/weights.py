@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from hflow_rt.errors import CheckpointError
+from hflow_rt.foreign.source import shown
 from hflow_rt.models.hflow.config import HFlowConfig
 
 __all__ = ["from_original", "ignored_kind", "to_original_name"]
@@ -76,16 +78,23 @@ _LEAVES = {
 }
 
 
-def from_original(config: HFlowConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_original(config: HFlowConfig, state: Mapping[str, Tensor], source: str = "the file") -> dict[str, Tensor]:
     """Rename and reshape the original's tensors. Masks and blur kernels are dropped; running spreads are not in them.
 
-    An unknown name keeps its own, so that loading reports it as unexpected.
+    An unknown name keeps its own, so that loading reports it as unexpected. Raises `CheckpointError`, which begins
+    with `source`, where two names mean the same tensor.
     """
-    result = {}
+    result: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     for name, tensor in state.items():
         if ignored_kind(name) is not None:
             continue
         ours = _our_name(config, name)
+        if (other := names.setdefault(ours, name)) != name:
+            raise CheckpointError(
+                f"{source} holds {shown(other)} and {shown(name)}, which both mean {shown(ours)}; "
+                "give a file with one of them"
+            )
         if name.endswith(("an_scale", "an_bias")):
             tensor = tensor.flatten()
         elif ".cond_encoders." in name and tensor.dim() == 4:
@@ -128,7 +137,7 @@ def _our_name(config: HFlowConfig, name: str) -> str:
     head = head.replace("endblock_unified.cond_encoders.", "end_flow.conditions.")
     head = head.replace("endblock_split_conv", "end_output.base").replace("global_state.fc1", "end_output.mapping.0")
     head = re.sub(r"global_state\.fc_rest\.(\d+)", lambda m: f"end_output.mapping.{int(m[1]) + 1}", head)
-    return f"{_step_name(head)}.{leaf}"
+    return f"{_step_name(head)}.{leaf}" if head else leaf
 
 
 def _step_name(head: str) -> str:

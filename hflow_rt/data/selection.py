@@ -1,4 +1,4 @@
-"""Which images an evaluation looks at."""
+"""Which images of a set are looked at: those to train on, those held out, or all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ class Selection:
     def __str__(self) -> str:
         return f"{len(self)} {SPLITS[self.split]} of {self.source}"
 
-    def pixels(self, part: range | None = None) -> NDArray[np.uint8]:
+    @property
+    def names(self) -> list[str]:
+        """What these images are called in the set."""
+        return [self.images.names[index] for index in self.indices]
+
+    def pixels(self, part: range | NDArray[np.integer] | None = None) -> NDArray[np.uint8]:
         """All of them, or those at some places of the selection, uint8 `[n, 3, R, R]`."""
         return self.images.pixels(self.indices if part is None else self.indices[part])
 
@@ -53,7 +58,7 @@ def select(source: Path | None, resolution: int, split: str = "test", limit: int
         if source is not None:
             raise
         raise DataError(
-            f"the demo images do not fit this {resolution}x{resolution} model; name images with --data"
+            f"the demo images do not fit this {resolution}x{resolution} model; name images of your own"
         ) from error
     train, test = images.split()
     chosen = {"test": test, "train": train, "all": np.arange(len(images), dtype=np.int64)}[split]

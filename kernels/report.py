@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
-from hflow_rt.kernels import blur, dispatch
+from hflow_rt.kernels import blur, dispatch, instance_norm
 from hflow_rt.kernels.dispatch import Launch, recorded
 
 __all__ = ["CAPABILITIES", "Compiled", "compiled", "launches", "main"]
@@ -45,7 +45,8 @@ def launches() -> dict[str, Launch]:
             with recorded() as record:
                 run()
             for launch in record:
-                found.setdefault(f"{call} {kind} {launch.kernel.fn.__name__.strip('_')}", launch)
+                kernel = launch.kernel.fn.__name__.strip("_") + " " + launch.arguments.get("SUMS", "")
+                found[f"{call} {kind} {kernel.strip()}"] = launch
     return {name: found[name] for name in found if _first(found, name)}
 
 
@@ -71,6 +72,15 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             yield f"blur_up{what} {side}", lambda x=x, emit=emit: blur._up_triton(x, emit)
         yield f"blur_down_adjoint {side}", lambda x=x: blur._down_adjoint_triton(x, 2 * x.shape[2], 2 * x.shape[3])
         yield f"blur_up_adjoint {side}", lambda x=x: blur._up_adjoint_triton(x)
+    for side in (256, 90, 64, 4):  # parts of a plane, the largest whole plane, one that 16 divides, several a program
+        x = tensor(2, 12, side, side)
+        moments = torch.empty(2, 12, 2, device="meta")
+        scale, shift = tensor(2, 24).chunk(2, 1)
+        for what, style, more in (("plain", (None, None), None), ("all", (scale, shift), x)):
+            options = (*style, more, None, more is not None)
+            yield f"norm {what} {side}", lambda x=x, options=options: instance_norm._norm_triton(x, *options)
+            backward = (x, x, *style, moments, more is not None, more is not None)
+            yield f"norm_backward {what} {side}", lambda a=backward: instance_norm._norm_backward_triton(*a)
 
 
 def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int]:

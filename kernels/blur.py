@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hflow_rt.kernels.dispatch import device_kernel, jit, launch, round_up, takes, tl
-from hflow_rt.kernels.moments import EPSILON, gather_moments, moments_reference, new_parts, pooled
+from hflow_rt.kernels.moments import EPSILON, gather_moments, moments_reference, new_parts, pooled, statistics_dtype
 
 __all__ = [
     "blur_down",
@@ -102,22 +102,22 @@ def _up_line_adjoint(g: Tensor) -> Tensor:
 
 def _down_aten(x: Tensor, emit: bool) -> tuple[Tensor, Tensor]:
     y = blur_down_reference(x).contiguous()
-    return y, moments_reference(y.detach()) if emit else x.new_empty(0, dtype=torch.float32)
+    return y, moments_reference(y.detach()) if emit else x.new_empty(0, dtype=statistics_dtype(x))
 
 
 def _up_aten(x: Tensor, emit: bool) -> tuple[Tensor, Tensor]:
     y = blur_up_reference(x).contiguous()
-    return y, moments_reference(y.detach()) if emit else x.new_empty(0, dtype=torch.float32)
+    return y, moments_reference(y.detach()) if emit else x.new_empty(0, dtype=statistics_dtype(x))
 
 
 def _down_adjoint_aten(g: Tensor, height: int, width: int) -> Tensor:
-    wide = g if g.dtype == torch.float64 else g.float()
+    wide = g.to(statistics_dtype(g))
     rows = _down_line_adjoint(wide.transpose(2, 3), height).transpose(2, 3)
     return _down_line_adjoint(rows, width).to(g.dtype).contiguous()
 
 
 def _up_adjoint_aten(g: Tensor) -> Tensor:
-    wide = g if g.dtype == torch.float64 else g.float()
+    wide = g.to(statistics_dtype(g))
     rows = _up_line_adjoint(wide.transpose(2, 3)).transpose(2, 3)
     return _up_line_adjoint(rows).to(g.dtype).contiguous()
 
@@ -169,7 +169,9 @@ def _halved_row(base, row, height, width, step_h, step_w, column, inside, ADJOIN
     if ADJOINT:
         before = tl.load(line + tl.maximum(2 * column - 1, 0) * step_w, inside, 0.0).to(tl.float32)
         after = tl.load(line + (2 * column + 2) * step_w, inside & (2 * column + 2 < width), 0.0).to(tl.float32)
-        after += tl.load(line + (width - 1) * step_w + 0 * column, inside & (2 * column + 4 == width), 0.0).to(tl.float32)
+        after += tl.load(line + (width - 1) * step_w + 0 * column, inside & (2 * column + 4 == width), 0.0).to(
+            tl.float32
+        )
     else:
         before = tl.load(line + tl.where(column == 0, 1, 2 * column - 1) * step_w, inside, 0.0).to(tl.float32)
         reflected = tl.where(2 * column + 2 == width, width - 2, 2 * column + 2)
@@ -203,8 +205,8 @@ def _halve(
         lower = _halved_row(base, 2 * row + 1, height, width, step_h, step_w, column, inside, ADJOINT)
         below = _halved_row(base, 2 * row + 2, height, width, step_h, step_w, column, inside, ADJOINT)
         value = above + 3.0 * (upper + lower) + below
-        if ADJOINT:
-            if row == rows - 2:  # noqa: SIM102 - one condition is the compiler's, the other the chip's
+        if ADJOINT:  # noqa: SIM102 - one condition is the compiler's, the other the chip's
+            if row == rows - 2:
                 value += _halved_row(base, height - 1, height, width, step_h, step_w, column, inside, ADJOINT)
         value = (value * scale).to(y.dtype.element_ty)
         tl.store(out + row * columns, value, inside)
@@ -285,7 +287,7 @@ def _double(
 
 # -- host
 
-LANES = 256  # columns a program walks at once, of one plane or several: four a thread of two warps
+LANES = 256  # columns a program walks at once, of one plane or several: two a thread of four warps; four spilled
 DEPTH = 16  # steps a program walks down: two rows loaded again out of 32, and enough programs at batch 1
 
 
@@ -301,7 +303,7 @@ def _launch(kernel: Any, x: Tensor, y: Tensor, steps: int, emit: bool, **argumen
     parts = new_parts(x, many) if emit and many > 1 else moments
     step_b, step_c, step_h, step_w = x.stride()
     launch(
-        kernel, grid, max(1, min(2, side * columns // 128)),
+        kernel, grid, max(1, min(4, side * columns // 64)),
         x=x, y=y, emitted=parts, planes=planes, channels=channels, height=height, width=width,
         step_b=step_b, step_c=step_c, step_h=step_h, step_w=step_w, many=many,
         EMIT=emit, EPS=EPSILON, PLANES=side, ROWS=DEPTH, COLUMNS=columns, **arguments,
@@ -364,12 +366,12 @@ _up_adjoint.register_kernel("cpu")(device_kernel(_up_adjoint_triton, _up_adjoint
 
 @_down.register_fake
 def _(x: Tensor, emit: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(_half(x)), x.new_empty((*x.shape[:2], 2) if emit else 0, dtype=torch.float32)
+    return x.new_empty(_half(x)), x.new_empty((*x.shape[:2], 2) if emit else 0, dtype=statistics_dtype(x))
 
 
 @_up.register_fake
 def _(x: Tensor, emit: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(_twice(x)), x.new_empty((*x.shape[:2], 2) if emit else 0, dtype=torch.float32)
+    return x.new_empty(_twice(x)), x.new_empty((*x.shape[:2], 2) if emit else 0, dtype=statistics_dtype(x))
 
 
 @_down_adjoint.register_fake

@@ -14,22 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable, ConfigError
 
-try:
-    import triton
-    from triton import language as tl
-except ImportError:  # on most machines without a GPU
-    triton = None
-    tl = SimpleNamespace(constexpr=int)  # what the signatures of kernels name; nothing runs their bodies
-
 __all__ = [
     "CHOICES",
+    "INSTALLED",
     "INTERPRETED",
     "SWITCH",
     "Launch",
@@ -41,19 +35,33 @@ __all__ = [
     "round_up",
     "takes",
     "tl",
+    "triton",
 ]
+
+
+if TYPE_CHECKING:
+    import triton
+    from triton import language as tl
+else:
+    try:
+        import triton
+        from triton import language as tl
+    except ImportError:  # on most machines without a GPU
+        triton = None
+        tl = SimpleNamespace(constexpr=int)  # what the signatures of kernels name; nothing runs their bodies
 
 SWITCH = "HFLOW_RT_KERNELS"
 CHOICES = ("auto", "reference", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+INSTALLED = bool(triton)
+INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 
 _asked = os.environ.get(SWITCH) or "auto"
 
 
 def jit(function: Callable[..., None]) -> Any:
     """`triton.jit`; without Triton the function as it is, which nothing calls."""
-    return function if triton is None else triton.jit(function)
+    return triton.jit(function) if INSTALLED else function
 
 
 def takes(x: Tensor) -> bool:
@@ -64,7 +72,7 @@ def takes(x: Tensor) -> bool:
         return False
     missing = _missing()
     if missing and _asked == "triton":
-        raise BackendUnavailable(f"{SWITCH}=triton needs {missing}; set {SWITCH}=auto, or unset it")
+        raise BackendUnavailable(f"{SWITCH}=triton {missing}; set {SWITCH}=auto, or unset it")
     return not missing and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.numel() > 0
 
 
@@ -75,7 +83,7 @@ def live() -> str:
         where = "the interpreter" if INTERPRETED else torch.cuda.get_device_name()
         return f"live: triton {triton.__version__} on {where}"
     if _asked == "triton":
-        return f"BROKEN: {SWITCH}=triton needs {missing}"
+        return f"BROKEN: {SWITCH}=triton {missing}"
     return f"off, plain torch runs: {missing}"
 
 
@@ -84,12 +92,12 @@ def _missing() -> str | None:
     if _asked not in CHOICES:
         raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for auto")
     if _asked == "reference":
-        return f"{SWITCH} without 'reference'"
-    if triton is None:
-        return "triton: pip install 'hflow-rt[kernels]'"
+        return f"{SWITCH} is 'reference'"
+    if not INSTALLED:
+        return "needs triton: pip install 'hflow-rt[kernels]'"
     if INTERPRETED and _asked == "triton":
         return None
-    return None if torch.cuda.is_available() else "a CUDA device"
+    return None if torch.cuda.is_available() else "needs a CUDA device"
 
 
 def device_kernel(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,6 +140,6 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> 
         _record.append(Launch(kernel, grid, warps, arguments))
         return
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
         # Triton 3.10 changes the default of fp fusion: said out loud, the numbers stay
         kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hflow_rt.kernels.dispatch import device_kernel, jit, launch, round_up, takes, tl
-from hflow_rt.kernels.moments import EPSILON, gather_moments, moments_reference, new_parts
+from hflow_rt.kernels.moments import EPSILON, gather_moments, moments_reference, new_parts, statistics_dtype
 
 __all__ = ["EPSILON", "SLOPE", "instance_norm", "instance_norm_act", "instance_norm_act_reference"]
 
@@ -26,7 +26,8 @@ SLOPE = 0.1  # of the leaky ReLU, as in every layer of the models
 def instance_norm(x: Tensor) -> Tensor:
     """`[B, C, H, W]`: each sample and channel to mean 0 and unit unbiased variance over space. H W must exceed 1."""
     if takes(x):
-        return _norm(x, None, None, None, None, False)[0]
+        y: Tensor = _norm(x, None, None, None, None, False)[0]
+        return y
     if x.dtype in (torch.float16, torch.bfloat16):  # statistics in float32
         return instance_norm(x.float()).to(x.dtype)
     variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True)
@@ -51,7 +52,8 @@ def instance_norm_act(
     if (scale is None) != (shift is None):
         raise ValueError("instance_norm_act needs scale and shift together, or neither")
     if takes(x):
-        return _norm(x, scale, shift, residual, moments, leaky)[0]
+        y: Tensor = _norm(x, scale, shift, residual, moments, leaky)[0]
+        return y
     return instance_norm_act_reference(x, scale, shift, residual, leaky)
 
 
@@ -66,7 +68,7 @@ def instance_norm_act_reference(
     leaky: bool = False,
 ) -> Tensor:
     """`instance_norm_act` in plain torch, differentiable any number of times."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(statistics_dtype(x))
     variance, mean = torch.var_mean(wide, dim=(2, 3), keepdim=True)
     return _after((wide - mean) / torch.sqrt(variance + EPSILON), scale, shift, residual, leaky).to(x.dtype)
 
@@ -375,7 +377,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check(x, scale, shift, residual)
     made = (*x.shape[:2], 2) if moments is None else (0,)
-    return x.new_empty(x.shape), x.new_empty(made, dtype=_statistics(x))
+    return x.new_empty(x.shape), x.new_empty(made, dtype=statistics_dtype(x))
 
 
 @_norm_backward.register_fake
@@ -388,12 +390,8 @@ def _(
     leaky: bool,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = x.new_empty((*x.shape[:2], 2), dtype=_statistics(x))
+    sums = x.new_empty((*x.shape[:2], 2), dtype=statistics_dtype(x))
     return x.new_empty(x.shape), sums, g.new_empty(x.shape if residual else 0)
-
-
-def _statistics(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -9,14 +9,19 @@ from torch import Tensor
 
 from hflow_rt.kernels.dispatch import jit, launch, round_up, tl
 
-__all__ = ["EPSILON", "gather_moments", "moments_reference", "new_parts", "pooled"]
+__all__ = ["EPSILON", "gather_moments", "moments_reference", "new_parts", "pooled", "statistics_dtype"]
 
 EPSILON = 1e-6
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """What sums over `x` are made in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def moments_reference(x: Tensor) -> Tensor:
     """`[B, C, H, W]` to `[B, C, 2]`, at least float32: mean and 1 / sqrt(unbiased variance + epsilon)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(statistics_dtype(x))
     variance, mean = torch.var_mean(wide, dim=(2, 3))
     return torch.stack([mean, torch.rsqrt(variance + EPSILON)], 2)
 

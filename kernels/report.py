@@ -64,7 +64,9 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     def tensor(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    for side in (256, 30, 4):  # whole lanes of one plane, sides that nothing divides, several planes a program
+    half = dtype != torch.float32  # the same code but for loads and stores, so its extremes will do
+    # whole lanes of one plane, sides that nothing divides, several planes a program
+    for side in (256, 30) if half else (256, 30, 4):
         x = tensor(2, 12, side, side)
         for emit in (False, True):
             what = " moments" if emit else ""
@@ -72,7 +74,8 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             yield f"blur_up{what} {side}", lambda x=x, emit=emit: blur._up_triton(x, emit)
         yield f"blur_down_adjoint {side}", lambda x=x: blur._down_adjoint_triton(x, 2 * x.shape[2], 2 * x.shape[3])
         yield f"blur_up_adjoint {side}", lambda x=x: blur._up_adjoint_triton(x)
-    for side in (256, 90, 64, 4):  # parts of a plane, the largest whole plane, one that 16 divides, several a program
+    # parts of a plane, the largest whole plane, one that 16 divides, several a program
+    for side in (256, 90) if half else (256, 90, 64, 4):
         x = tensor(2, 12, side, side)
         moments = torch.empty(2, 12, 2, device="meta")
         scale, shift = tensor(2, 24).chunk(2, 1)
@@ -102,7 +105,7 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
 
 def compiled(name: str, launch: Launch, capability: int) -> Compiled:
     """Compile one launch for compute capability `capability` / 10. Needs Triton and no GPU."""
-    if dispatch.triton is None or dispatch.INTERPRETED:
+    if not dispatch.INSTALLED or dispatch.INTERPRETED:
         raise BackendUnavailable("the report needs triton, not interpreted: pip install 'hflow-rt[kernels]' on Linux")
     import triton
     from triton.backends.compiler import GPUTarget
@@ -110,7 +113,11 @@ def compiled(name: str, launch: Launch, capability: int) -> Compiled:
 
     signature, constants, attributes, warps = _specialised(launch)
     log = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        triton.knobs.cache.scope(),
+        triton.knobs.nvidia.scope(),
+    ):
         triton.knobs.cache.dir = folder  # ptxas speaks only where nothing is cached
         triton.knobs.nvidia.dump_ptxas_log = True
         source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -9,21 +9,15 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
-def test_there_is_something_to_run() -> None:
-    assert len(FILES) >= 3
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_under_the_interpreter(name: str) -> None:
+def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'hflow-rt[kernels]' on Linux")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "HFLOW_RT_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     counts = re.search(r"(\d+) passed", run.stdout)
     assert counts is not None, run.stdout
-    assert int(counts[1]) > 0
-    assert "skipped" not in run.stdout
+    assert int(counts[1]) > 80
+    assert not re.search(r"\d+ (skipped|deselected)", run.stdout)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hflow_rt.kernels import dispatch
 
-ON_GPU = dispatch.triton is not None and not dispatch.INTERPRETED and torch.cuda.is_available()
+ON_GPU = dispatch.INSTALLED and not dispatch.INTERPRETED and torch.cuda.is_available()
 collect_ignore_glob = [] if ON_GPU or dispatch.INTERPRETED else ["test_*.py"]
 
 

@@ -205,9 +205,9 @@ def _halve(
         lower = _halved_row(base, 2 * row + 1, height, width, step_h, step_w, column, inside, ADJOINT)
         below = _halved_row(base, 2 * row + 2, height, width, step_h, step_w, column, inside, ADJOINT)
         value = above + 3.0 * (upper + lower) + below
-        if ADJOINT:  # noqa: SIM102 - one condition is the compiler's, the other the chip's
-            if row == rows - 2:
-                value += _halved_row(base, height - 1, height, width, step_h, step_w, column, inside, ADJOINT)
+        if ADJOINT:  # the last row reached the last but one; elsewhere nothing is read. A branch here made ptxas spill
+            extra = tl.where(row == rows - 2, height - 1, height)
+            value += _halved_row(base, extra, height, width, step_h, step_w, column, inside, ADJOINT)
         value = (value * scale).to(y.dtype.element_ty)
         tl.store(out + row * columns, value, inside)
         if EMIT:

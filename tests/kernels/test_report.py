@@ -28,7 +28,7 @@ def test_every_kernel_of_every_file_is_compiled() -> None:
 
 @pytest.mark.parametrize("capability", report.CAPABILITIES)
 def test_nothing_spills(capability: int) -> None:
-    """All kernels for one generation each fourth name apart, so that every name is compiled for some generation."""
+    """Every kernel for one generation or another, the heaviest for all; `make kernels` compiles all for all."""
     at = report.CAPABILITIES.index(capability)
     names = [name for i, name in enumerate(LAUNCHES) if i % len(report.CAPABILITIES) == at or name in HEAVIEST]
     assert set(names) >= HEAVIEST
@@ -39,7 +39,12 @@ def test_nothing_spills(capability: int) -> None:
         assert found.shared <= 16 * 1024, found
 
 
-HEAVIEST = {"norm_backward all 90 fp32 gradient make", "blur_up_adjoint 30 fp32 halve"}
+# the most registers, and what has spilled before
+HEAVIEST = {
+    "norm_backward all 90 fp32 gradient make",
+    "blur_up_adjoint 30 fp32 halve",
+    "blur_up_adjoint 256 fp16 halve",
+}
 
 
 def test_a_spill_is_seen() -> None:

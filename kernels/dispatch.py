@@ -1,0 +1,145 @@
+"""Which implementation runs, Triton's kernels or plain torch, and the one way a kernel is launched.
+
+`HFLOW_RT_KERNELS` is the switch, read when this module is imported:
+
+auto        Triton for CUDA tensors where Triton is installed, plain torch for everything else (the default)
+reference   plain torch everywhere
+triton      Triton for CUDA tensors, and `BackendUnavailable` on a machine that cannot run it
+
+Under `TRITON_INTERPRET=1`, `triton` also takes CPU tensors, through Triton's interpreter: slow, for tests.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hflow_rt.errors import BackendUnavailable, ConfigError
+
+__all__ = [
+    "CHOICES",
+    "INSTALLED",
+    "INTERPRETED",
+    "SWITCH",
+    "Launch",
+    "device_kernel",
+    "jit",
+    "launch",
+    "live",
+    "recorded",
+    "round_up",
+    "takes",
+    "tl",
+    "triton",
+]
+
+
+if TYPE_CHECKING:
+    import triton
+    from triton import language as tl
+else:
+    try:
+        import triton
+        from triton import language as tl
+    except ImportError:  # on most machines without a GPU
+        triton = None
+        tl = SimpleNamespace(constexpr=int)  # what the signatures of kernels name; nothing runs their bodies
+
+SWITCH = "HFLOW_RT_KERNELS"
+CHOICES = ("auto", "reference", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INSTALLED = bool(triton)
+INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
+
+_asked = os.environ.get(SWITCH) or "auto"
+
+
+def jit(function: Callable[..., None]) -> Any:
+    """`triton.jit`; without Triton the function as it is, which nothing calls."""
+    return triton.jit(function) if INSTALLED else function
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the Triton kernels take `x`. Raises `BackendUnavailable` where they were asked for and cannot run."""
+    if _asked == "auto" and not x.is_cuda:  # the path of every CPU call comes first
+        return False
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # graphs hold plain operators only
+        return False
+    missing = _missing()
+    if missing and _asked == "triton":
+        raise BackendUnavailable(f"{SWITCH}=triton {missing}; set {SWITCH}=auto, or unset it")
+    return not missing and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.numel() > 0
+
+
+def live() -> str:
+    """What runs, in words, for `hflow-rt doctor`."""
+    missing = _missing()
+    if missing is None:
+        where = "the interpreter" if INTERPRETED else torch.cuda.get_device_name()
+        return f"live: triton {triton.__version__} on {where}"
+    if _asked == "triton":
+        return f"BROKEN: {SWITCH}=triton {missing}"
+    return f"off, plain torch runs: {missing}"
+
+
+def _missing() -> str | None:
+    """What keeps the kernels from running here, if anything."""
+    if _asked not in CHOICES:
+        raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for auto")
+    if _asked == "reference":
+        return f"{SWITCH} is 'reference'"
+    if not INSTALLED:
+        return "needs triton: pip install 'hflow-rt[kernels]'"
+    if INTERPRETED and _asked == "triton":
+        return None
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def device_kernel(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What an operator runs on CPU tensors: the reference, or the kernel where Triton interprets it."""
+    return kernel if INTERPRETED and _asked == "triton" else reference
+
+
+def round_up(n: int) -> int:
+    """The next power of two, as the sides of Triton's tiles must be."""
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: everything that decides what is compiled."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    warps: int
+    arguments: dict[str, Any]
+
+
+_record: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Inside, launches are written down and not run, so that meta tensors tell what would be compiled."""
+    global _record
+    _record = []
+    try:
+        yield _record
+    finally:
+        _record = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
+    """Run `kernel` on the device of its first tensor. Grids are `(x, y, z)` with y and z at most 65535."""
+    if _record is not None:
+        _record.append(Launch(kernel, grid, warps, arguments))
+        return
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+        # Triton 3.10 changes the default of fp fusion: said out loud, the numbers stay
+        kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=True)

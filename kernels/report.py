@@ -1,0 +1,152 @@
+"""Compile every kernel ahead of time for every GPU generation, and read registers and spills back from ptxas.
+
+Run as `python -m hflow_rt.kernels.report`, with or without a GPU; exits 1 where a kernel spills. What is compiled is
+what a launch would compile: the host functions run on meta tensors, and their launches are written down.
+"""
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hflow_rt.errors import BackendUnavailable
+from hflow_rt.kernels import blur, dispatch, instance_norm
+from hflow_rt.kernels.dispatch import Launch, recorded
+
+__all__ = ["CAPABILITIES", "Compiled", "compiled", "launches", "main"]
+
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel compiled for one compute capability."""
+
+    name: str
+    capability: int
+    registers: int
+    spilled: int  # bytes, stores and loads together
+    shared: int  # bytes
+
+
+def launches() -> dict[str, Launch]:
+    """A launch of every kernel configuration by name: operator, type, size, what is switched on."""
+    found: dict[str, Launch] = {}
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for call, run in _calls(dtype):
+            with recorded() as record:
+                run()
+            for launch in record:
+                kernel = launch.kernel.fn.__name__.strip("_") + " " + launch.arguments.get("SUMS", "")
+                found[f"{call} {kind} {kernel.strip()}"] = launch
+    return {name: found[name] for name in found if _first(found, name)}
+
+
+def _first(found: dict[str, Launch], name: str) -> bool:
+    """Whether no launch before `name` compiles to the same code."""
+    for other, launch in found.items():
+        if other == name:
+            return True
+        if launch.kernel is found[name].kernel and _specialised(launch) == _specialised(found[name]):
+            return False
+    raise KeyError(name)
+
+
+def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    def tensor(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    half = dtype != torch.float32  # the same code but for loads and stores, so its extremes will do
+    # whole lanes of one plane, sides that nothing divides, several planes a program
+    for side in (256, 30) if half else (256, 30, 4):
+        x = tensor(2, 12, side, side)
+        for emit in (False, True):
+            what = " moments" if emit else ""
+            yield f"blur_down{what} {side}", lambda x=x, emit=emit: blur._down_triton(x, emit)
+            yield f"blur_up{what} {side}", lambda x=x, emit=emit: blur._up_triton(x, emit)
+        yield f"blur_down_adjoint {side}", lambda x=x: blur._down_adjoint_triton(x, 2 * x.shape[2], 2 * x.shape[3])
+        yield f"blur_up_adjoint {side}", lambda x=x: blur._up_adjoint_triton(x)
+    # parts of a plane, the largest whole plane, one that 16 divides, several a program
+    for side in (256, 90) if half else (256, 90, 64, 4):
+        x = tensor(2, 12, side, side)
+        moments = torch.empty(2, 12, 2, device="meta")
+        scale, shift = tensor(2, 24).chunk(2, 1)
+        for what, style, more in (("plain", (None, None), None), ("all", (scale, shift), x)):
+            options = (*style, more, None, more is not None)
+            yield f"norm {what} {side}", lambda x=x, options=options: instance_norm._norm_triton(x, *options)
+            backward = (x, x, *style, moments, more is not None, more is not None)
+            yield f"norm_backward {what} {side}", lambda a=backward: instance_norm._norm_backward_triton(*a)
+
+
+def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int]:
+    """Signature, constants and attributes as the launcher would find them, and the warps."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for at, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        # a 1 is compiled in, a multiple of 16 is marked, and a tensor of torch starts at a multiple of 16 bytes
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, launch.warps
+
+
+def compiled(name: str, launch: Launch, capability: int) -> Compiled:
+    """Compile one launch for compute capability `capability` / 10. Needs Triton and no GPU."""
+    if not dispatch.INSTALLED or dispatch.INTERPRETED:
+        raise BackendUnavailable("the report needs triton, not interpreted: pip install 'hflow-rt[kernels]' on Linux")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, warps = _specialised(launch)
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        triton.knobs.cache.scope(),
+        triton.knobs.nvidia.scope(),
+    ):
+        triton.knobs.cache.dir = folder  # ptxas speaks only where nothing is cached
+        triton.knobs.nvidia.dump_ptxas_log = True
+        source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        with contextlib.redirect_stdout(log):
+            binary = triton.compile(
+                source,
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": warps, "enable_fp_fusion": True},
+            )
+    used = re.search(r"Used (\d+) registers", log.getvalue())
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if used is None or spills is None:
+        raise RuntimeError(f"ptxas did not say what it used: {log.getvalue()!r}")
+    return Compiled(name, capability, int(used[1]), int(spills[1]) + int(spills[2]), binary.metadata.shared)
+
+
+def main() -> int:
+    """Print the table as markdown. Returns 1 where anything spills."""
+    print(f"| kernel (warps) | {' | '.join(f'sm_{capability}' for capability in CAPABILITIES)} | shared |")
+    print(f"|---|{'---:|' * (len(CAPABILITIES) + 1)}")
+    spilled = 0
+    for name, launch in launches().items():
+        row = [compiled(name, launch, capability) for capability in CAPABILITIES]
+        cells = [f"{cell.registers}" + (f" (spills {cell.spilled} B)" if cell.spilled else "") for cell in row]
+        print(f"| {name} ({launch.warps}) | {' | '.join(cells)} | {max(cell.shared for cell in row)} |", flush=True)
+        spilled += sum(cell.spilled for cell in row)
+    print(f"\nregisters a thread; {spilled} bytes spilled in all")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Every kernel compiles for every GPU generation without spilling, checked with the ptxas that comes with Triton."""
+
+import sys
+
+import pytest
+
+from hflow_rt.kernels import report
+from hflow_rt.kernels.dispatch import Launch
+
+pytest.importorskip("triton", reason="needs triton: pip install 'hflow-rt[kernels]' on Linux")
+LAUNCHES = report.launches()
+
+
+def test_every_kernel_of_every_file_is_compiled() -> None:
+    from hflow_rt.kernels import blur, instance_norm, moments
+
+    kernels = {launch.kernel.fn.__name__ for launch in LAUNCHES.values()}
+    assert kernels == {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient"}
+    entry = {
+        name
+        for module in (blur, instance_norm, moments)
+        for name, value in vars(module).items()
+        if type(value).__name__ == "JITFunction" and value.fn.__module__ == module.__name__
+    }
+    helpers = {"_plane", "_welford", "_emit", "_halved_row", "_doubled_row", "_pixels_at", "_style_at", "pooled"}
+    assert entry == kernels | helpers
+
+
+@pytest.mark.parametrize("capability", report.CAPABILITIES)
+def test_nothing_spills(capability: int) -> None:
+    """Every kernel for one generation or another, the heaviest for all; `make kernels` compiles all for all."""
+    at = report.CAPABILITIES.index(capability)
+    names = [name for i, name in enumerate(LAUNCHES) if i % len(report.CAPABILITIES) == at or name in HEAVIEST]
+    assert set(names) >= HEAVIEST
+    for name in names:
+        found = report.compiled(name, LAUNCHES[name], capability)
+        assert found.spilled == 0, found
+        assert 8 <= found.registers <= 128, found
+        assert found.shared <= 16 * 1024, found
+
+
+# the most registers, and what has spilled before
+HEAVIEST = {
+    "norm_backward all 90 fp32 gradient make",
+    "blur_up_adjoint 30 fp32 halve",
+    "blur_up_adjoint 256 fp16 halve",
+}
+
+
+def test_a_spill_is_seen() -> None:
+    launch = LAUNCHES["norm_backward all 90 fp32 gradient make"]
+    crowded = Launch(launch.kernel, launch.grid, 1, launch.arguments)  # 256 numbers a thread
+    assert report.compiled("crowded", crowded, 80).spilled > 0
+
+
+def test_the_report_prints_a_table_and_fails_on_spills(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "CAPABILITIES", (80,))
+    launch = LAUNCHES["norm_backward all 90 fp32 gradient make"]
+    monkeypatch.setattr(report, "launches", lambda: {"fine": launch})
+    assert report.main() == 0
+    assert "| fine (16) | " in capsys.readouterr().out
+    monkeypatch.setattr(report, "launches", lambda: {"crowded": Launch(launch.kernel, (1, 1), 1, launch.arguments)})
+    assert report.main() == 1
+    assert "spills" in capsys.readouterr().out
+
+
+def test_the_report_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hflow_rt.errors import BackendUnavailable
+
+    monkeypatch.setattr(report.dispatch, "INSTALLED", False)
+    with pytest.raises(BackendUnavailable, match=r"hflow-rt\[kernels\]"):
+        report.compiled("any", LAUNCHES[next(iter(LAUNCHES))], 80)
+    assert "triton" in sys.modules

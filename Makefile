@@ -60,7 +60,7 @@ $(FLUENT):
 
 # Every kernel on the chip itself.
 gpu-test:
-	$(PY) -m pytest tests/kernels -m gpu -rs
+	HFLOW_RT_KERNELS=triton $(PY) -m pytest tests/kernels -m gpu -rs
 
 # Ten minutes of a larger model on a GPU, from the last checkpoint if there is one.
 gpu-train: $(FLUENT)

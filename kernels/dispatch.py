@@ -2,8 +2,8 @@
 
 `HFLOW_RT_KERNELS` is the switch, read when this module is imported:
 
-auto        Triton for CUDA tensors where Triton is installed, plain torch for everything else (the default)
-reference   plain torch everywhere
+reference   plain torch everywhere: the default until the kernels have been tried on a GPU
+auto        Triton for CUDA tensors where Triton is installed, plain torch for everything else
 triton      Triton for CUDA tensors, and `BackendUnavailable` on a machine that cannot run it
 
 Under `TRITON_INTERPRET=1`, `triton` also takes CPU tensors, through Triton's interpreter: slow, for tests.
@@ -51,12 +51,12 @@ else:
         tl = SimpleNamespace(constexpr=int)  # what the signatures of kernels name; nothing runs their bodies
 
 SWITCH = "HFLOW_RT_KERNELS"
-CHOICES = ("auto", "reference", "triton")
+CHOICES = ("reference", "auto", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 
-_asked = os.environ.get(SWITCH) or "auto"
+_asked = os.environ.get(SWITCH) or "reference"
 
 
 def jit(function: Callable[..., None]) -> Any:
@@ -66,7 +66,7 @@ def jit(function: Callable[..., None]) -> Any:
 
 def takes(x: Tensor) -> bool:
     """Whether the Triton kernels take `x`. Raises `BackendUnavailable` where they were asked for and cannot run."""
-    if _asked == "auto" and not x.is_cuda:  # the path of every CPU call comes first
+    if _asked == "reference" or (_asked == "auto" and not x.is_cuda):  # what nearly every call takes comes first
         return False
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # graphs hold plain operators only
         return False
@@ -90,7 +90,7 @@ def live() -> str:
 def _missing() -> str | None:
     """What keeps the kernels from running here, if anything."""
     if _asked not in CHOICES:
-        raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for auto")
+        raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for reference")
     if _asked == "reference":
         return f"{SWITCH} is 'reference'"
     if not INSTALLED:

@@ -6,7 +6,6 @@ a run that is stopped and resumed is the run that was never stopped.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from hflow_rt.training.batches import Images, MicroBatches, Place, Shuffle
 from hflow_rt.training.config import RunConfig
 from hflow_rt.training.ema import averaged_copy, update_average
 from hflow_rt.training.finite import TERM, broken_values, diverged
+from hflow_rt.training.groups import trained_groups
 from hflow_rt.training.log import Log, Meter, Progress
 from hflow_rt.training.processes import Processes
 from hflow_rt.training.schedule import is_due, learning_rates
@@ -137,7 +137,7 @@ class _Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = averaged_copy(self.model)
 
-        groups = _trained_groups(config, self.model)
+        groups = trained_groups(config, self.model)
         self.parameters = [parameter for group in groups.values() for parameter in group]
         self.adam = torch.optim.Adam(
             [{"params": parameters, "name": name} for name, parameters in groups.items()],
@@ -435,33 +435,3 @@ def _values(found: LossTerms) -> tuple[list[str], Tensor]:
         named["bits_per_dim/train"] = found.bits_per_dim
     named |= {f"{TERM}{name}": value for name, value in found.terms.items()}
     return list(named), torch.stack([value.detach().float() for value in named.values()])
-
-
-def _trained_groups(config: RunConfig, model: LatentModel) -> dict[str, list[nn.Parameter]]:
-    """The model's parameter groups without what is frozen, which gets no gradient from here on.
-
-    Every setting by group must name one, and every pattern of frozen names must fit one. Raises `ConfigError`.
-    """
-    groups = model.parameter_groups()
-    training = config.training
-    for field in ("learning_rates", "decay_factors", "cut_images"):
-        for name in getattr(training, field):
-            if name not in groups:
-                known = ", ".join(groups)
-                raise ConfigError(
-                    f"training.{field}.{name} names no parameter group; family '{config.family}' has {known}"
-                )
-    missing = [name for name in groups if name not in training.learning_rates]
-    if missing:
-        raise ConfigError(f"training.learning_rates must name every parameter group; missing: {', '.join(missing)}")
-    parameters = dict(model.named_parameters())
-    for pattern in training.frozen:
-        fitting = fnmatch.filter(parameters, pattern)
-        if not fitting:
-            raise ConfigError(f"training.frozen: '{pattern}' fits no parameter, such as '{next(iter(parameters))}'")
-        for name in fitting:
-            parameters[name].requires_grad_(False)
-    trained = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
-    if not any(trained.values()):
-        raise ConfigError("training.frozen leaves nothing to train; freeze less")
-    return {name: group for name, group in trained.items() if group}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+CLASSES = ("hflow.network", "torch.nn.modules")
 MAGIC = 0x1950A86A20F9469CFC6C
 MARK, NONE, TRUE, FALSE = b"(", b"N", b"\x88", b"\x89"
 EMPTY_TUPLE, EMPTY_DICT, EMPTY_LIST = b")", b"}", b"]"
@@ -189,3 +190,9 @@ def published(state: Mapping[str, NDArray[Any]], settings: Mapping[str, Any] | N
     module = stream(network.module(tree, None), network.storages)
     text_of_settings = None if settings is None else json.dumps(settings).encode()
     return container(module, ADAM, text_of_settings, source=b"raise SystemExit('executed')\n")
+
+
+def small() -> bytes:
+    """A whole container in which nothing is wrong but the settings."""
+    state = {"blocks.0.weird.w": np.arange(6.0).reshape(2, 3), "interp_K": np.ones((1, 1, 4, 4))}
+    return published(state, {"MODEL_PARAMETERS": {}})

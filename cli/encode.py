@@ -109,4 +109,4 @@ def decode(
         print_json({"images": count, "output": where})
         return
     print(f"{count} images: {where}")
-    say_next(f"hflow-rt sample{named(model)} --std 0.7")
+    say_next(f"hflow-rt sample{named(model)}")

@@ -114,7 +114,7 @@ def export(
         for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
             print(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
         _print_report(report)
-        say_next("hflow-rt sample --std 0.7" if run is None else f"hflow-rt sample {folder} --std 0.7")
+        say_next("hflow-rt sample" if run is None else f"hflow-rt sample {folder}")
     _fail_on(report)
 
 
@@ -147,7 +147,7 @@ def check(
     else:
         print(f"{bundle.path} on {report['backend']}")
         _print_report(report)
-        say_next(f"hflow-rt sample{named(model)} --std 0.7")
+        say_next(f"hflow-rt sample{named(model)}")
     _fail_on(report)
 
 

@@ -53,7 +53,7 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
         print(f"    {counts}")
     for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
         print(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
-    say_next(f"hflow-rt sample{named(model)} --std 0.7")
+    say_next(f"hflow-rt sample{named(model)}")
 
 
 def _count(path: Path) -> int:

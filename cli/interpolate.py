@@ -87,7 +87,7 @@ def interpolate(
         return
     print(f"{len(shown)} frames ({mode} in {space}): {output}")
     say_next(
-        f"hflow-rt sample{named(model)} --std 0.7"
+        f"hflow-rt sample{named(model)}"
         if images
         else f"hflow-rt interpolate A.png B.png{named(model, '--model ')} -o walk.gif"
     )

@@ -150,7 +150,7 @@ def test_export(hflow: Command, run: Path) -> None:
     result = ok(hflow("export", "--engine", "onnx", "--direction", "inverse"))
     assert re.search(rf"{run}/bundle/inverse\.onnx: \d+ nodes, 0\.\d MB", result.out)
     assert re.search(r"inverse log_prob +\S+e-\d\d +\S+e-\d\d +\S+e-\d\d", result.out)
-    assert "verified: the engines are the model\nnext: hflow-rt sample --std 0.7" in result.out
+    assert "verified: the engines are the model\nnext: hflow-rt sample" in result.out
     assert "writing inverse.onnx" in result.err
     manifest = read_manifest(run / "bundle")
     assert manifest.verified
@@ -398,7 +398,7 @@ def test_check_passes(hflow: Command, run: Path, backend: str) -> None:
     assert f"{run}/bundle on {'onnxruntime CPU' if backend == 'onnx' else 'torch cpu'}" in result.out
     for line in ("forward image", "inverse log_prob", "inverse bits/dim", "image -> latents -> image, batch 3"):
         assert line in result.out
-    assert "verified: the engines are the model\nnext: hflow-rt sample --std 0.7\n" in result.out
+    assert "verified: the engines are the model\nnext: hflow-rt sample\n" in result.out
 
 
 def test_check_says_no_after_tampering_and_yes_after_repair(hflow: Command, run: Path, photo: Command) -> None:

@@ -116,13 +116,14 @@ _HFLOW_EMOJI: dict[str, Any] = {
             "encoder_channels": 40, "decoder_channels": 44, "condition_channels": 16, "skip_channels": 4,
         },
         {
-            "resolution": 8, "channels": 8, "noise": 0.05, "steps": 5, "split": "channels",
+            "resolution": 8, "channels": 8, "noise": 0.35, "steps": 8, "split": "channels",
             "coupling_channels": 64, "encoder_channels": 64, "decoder_channels": 96, "condition_channels": 32,
             "skip_channels": 16, "style": True, "norm": True,
         },
     ],
     "end": _SMALL_END | {
         "channels": [4, 60], "steps": [4, 6], "coupling_channels": [32, 80], "hidden_from_base": [0, 64],
+        "noise": [0.2, 0.2],
     },
     "style_channels": 64,
 }  # fmt: skip
@@ -155,12 +156,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": _HFLOW_EMOJI,
         "training": _PUBLISHED_TRAINING
         | {
-            "images": 80_000,
+            "images": 90_000,
             "batch_size": 16,
             "accumulate": 1,
             "ema_weight": 0.01,
             "ema_warmup_images": 2000,
-            "decay_start_images": 56_000,
+            "decay_start_images": 60_000,
             "decay_every_images": 1000,
             "cut_images": {},
             "decay_factors": {"encoders": 0.9, "decoders": 0.9, "flows": 0.9},
@@ -170,13 +171,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": _weighted(_HFLOW_EMOJI, [0, 0, 1]),
         "training": _PUBLISHED_TRAINING
         | {
-            "images": 700_000,
+            "images": 420_000,
             "batch_size": 32,
             "accumulate": 1,
             "ema_weight": 0.005,
             "ema_warmup_images": 2000,
-            "decay_start_images": 350_000,
-            "decay_every_images": 10_000,
+            "decay_start_images": 200_000,
+            "decay_every_images": 6_000,
             "cut_images": {},
             "decay_factors": {"encoders": 0.9, "decoders": 0.9, "flows": 0.9},
             "learning_rates": {"encoders": 0, "decoders": 0, "flows": 3e-3},

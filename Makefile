@@ -7,11 +7,20 @@ BIN := $(VENV)/bin
 
 # The images of the model that ships; `hflow_rt/assets/fluent.py` makes them from a public package.
 FLUENT ?= fluent64.zip
-# On a GPU machine without a virtualenv: make gpu-train PY=python3, and gpu-test likewise
 PY ?= $(BIN)/python
 HFLOW = $(PY) -m hflow_rt.cli
 
-.PHONY: install demo test lint types check bench kernels pretrained gpu-test gpu-train pictures clean
+# A GPU machine brings its own torch and triton and may have no network: make gpu-test PY=python3, and the other gpu-
+# targets likewise, with WHEELS="a.whl b.whl" for what else it lacks. The project is then installed into build/gpu.
+WHEELS ?=
+# seconds for gpu-report; PART=kernels, decode or training for a part of it, OPS=blur for some of the operators
+BUDGET ?= 3600
+PART ?=
+OPS ?=
+# the folders of a checkout are not the package, so the current folder must not be looked in
+ON_GPU = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/benchmarks:$(PYTHONPATH)
+
+.PHONY: install demo test lint types check bench kernels pretrained gpu-install gpu-test gpu-report gpu-train pictures clean
 
 install: $(VENV)/.installed
 
@@ -19,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,dev]"
+	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,kernels,dev]"
 	touch $@
 
 demo: install
@@ -43,9 +52,8 @@ check: lint types test
 bench: install
 	$(BIN)/pytest benchmarks --report cpu
 
-# What the Triton kernels compile to, for every GPU generation; needs no GPU. The tests of the kernels then run too.
+# What the Triton kernels compile to, for every GPU generation; needs no GPU.
 kernels: install
-	$(BIN)/pip install --quiet --editable ".[kernels]"
 	$(BIN)/python -m hflow_rt.kernels.report
 
 # The model that ships, made again: an hour for all of it and three quarters of one for its coarse flows, on a CPU core.
@@ -58,14 +66,23 @@ $(FLUENT):
 	npm pack @lobehub/fluent-emoji-3d@1.1.0
 	$(PY) -m hflow_rt.assets.fluent lobehub-fluent-emoji-3d-1.1.0.tgz $@
 
-# Every kernel on the chip itself.
-gpu-test:
-	HFLOW_RT_KERNELS=triton $(PY) -m pytest tests/kernels -m gpu -rs
+gpu-install:
+	rm -rf build
+	$(PY) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/gpu . $(WHEELS)
+
+# Every kernel on the chip itself: forward, inverse, backward against float64, models, CUDA graphs. Whatever warnings
+# other versions of torch and triton give are not what is tested here.
+gpu-test: gpu-install
+	$(ON_GPU) $(PY) -m pytest tests/kernels -m gpu -rs -W default
+
+# Bandwidth of every kernel, latency of decoding, a training step, into benchmarks/results.
+gpu-report: gpu-install
+	$(ON_GPU) $(PY) benchmarks/kernels.py $(PART:%=--part %) --ops '$(OPS)' --budget $(BUDGET)
 
 # Ten minutes of a larger model on a GPU, from the last checkpoint if there is one.
-gpu-train: $(FLUENT)
-	if [ -d runs/gpu/checkpoints ]; then $(HFLOW) train --resume runs/gpu --device cuda --minutes 10; \
-	else $(HFLOW) train --preset hflow-64 --data $(FLUENT) --out runs/gpu --device cuda --minutes 10; fi
+gpu-train: gpu-install $(FLUENT)
+	if [ -d runs/gpu/checkpoints ]; then $(ON_GPU) $(HFLOW) train --resume runs/gpu --device cuda --minutes 10; \
+	else $(ON_GPU) $(HFLOW) train --preset hflow-64 --data $(FLUENT) --out runs/gpu --device cuda --minutes 10; fi
 
 # Every picture in the docs, drawn by the model that ships.
 pictures: install

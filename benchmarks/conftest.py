@@ -7,22 +7,16 @@ A ratio compares medians of rounds that take turns in one process, so that a slo
 variants alike. Nothing here passes or fails by time.
 """
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from measuring import RESULTS, UNSTABLE, machine, spread, take_turns, trained_like
 
-RESULTS = Path(__file__).parent / "results"
 _ROWS: list[dict[str, Any]] = []
 
 
@@ -30,27 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="NAME", help="write benchmarks/results/NAME.json and .md")
 
 
-def take_turns(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call; the order rotates every round, after one round of warm-up."""
-    names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds + 1):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            started = time.perf_counter()
-            variants[name]()
-            if index > 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def record(title: str, seconds: dict[str, list[float]], **more: Any) -> None:
     """Keep a row a variant for the report; the first variant is the baseline of the ratios."""
     baseline = statistics.median(next(iter(seconds.values())))
     for name, values in seconds.items():
         median = statistics.median(values)
-        spread = statistics.stdev(values) / statistics.mean(values) if len(values) > 1 else 0.0
         row = {"what": title, "variant": name, "median_ms": median * 1e3, "min_ms": min(values) * 1e3}
-        _ROWS.append(row | {"ratio": baseline / median, "cov": spread, "rounds": len(values), **more})
+        _ROWS.append(row | {"ratio": baseline / median, "cov": spread(values), "rounds": len(values), **more})
 
 
 @pytest.fixture(name="take_turns")
@@ -61,26 +41,6 @@ def take_turns_fixture() -> Callable[..., dict[str, list[float]]]:
 @pytest.fixture(name="record")
 def record_fixture() -> Callable[..., None]:
     return record
-
-
-def trained_like(preset: str) -> Any:
-    """A model of `preset` with nothing at zero and its actnorms fitted to smooth images, seeded.
-
-    The heads that start at zero get little, so that the flow stays as well conditioned as a trained one: with
-    large random heads a few bits of rounding decide the image.
-    """
-    from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.family import family
-
-    torch.manual_seed(0)
-    model = build_model("hflow", family("hflow").presets[preset]["model"])
-    for parameter in model.parameters():
-        if parameter.detach().abs().max() == 0:
-            parameter.data = 1e-3 * torch.randn(parameter.shape)
-    small = torch.rand(8, 3, 4, 4)
-    pixels = torch.nn.functional.interpolate(small, size=model.resolution, mode="bilinear") * 255
-    model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
-    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -108,33 +68,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     return make
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    names = ("torch", "onnxruntime", "onnx", "numpy")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
     lines += ["| what | variant | median | ratio | CoV | more |", "|---|---|---:|---:|---:|---|"]
     known = {"what", "variant", "median_ms", "min_ms", "ratio", "cov", "rounds"}
     for row in rows:
         more = ", ".join(f"{key} {value}" for key, value in row.items() if key not in known)
-        unstable = " (unstable)" if row["cov"] > 0.025 else ""
+        unstable = " (unstable)" if row["cov"] > UNSTABLE else ""
         cells = f"{row['median_ms']:.1f} ms | {row['ratio']:.2f}x | {row['cov']:.1%}{unstable}"
         lines.append(f"| {row['what']} | {row['variant']} | {cells} | {more} |")
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ auto        Triton for CUDA tensors where Triton is installed, plain torch for e
 triton      Triton for CUDA tensors, and `BackendUnavailable` on a machine that cannot run it
 
 Under `TRITON_INTERPRET=1`, `triton` also takes CPU tensors, through Triton's interpreter: slow, for tests.
+`using` chooses for a stretch of a program instead, which is how the two are compared in one process.
 """
 
 import os
@@ -36,6 +37,7 @@ __all__ = [
     "takes",
     "tl",
     "triton",
+    "using",
 ]
 
 
@@ -62,6 +64,17 @@ _asked = os.environ.get(SWITCH) or "reference"
 def jit(function: Callable[..., None]) -> Any:
     """`triton.jit`; without Triton the function as it is, which nothing calls."""
     return triton.jit(function) if INSTALLED else function
+
+
+@contextmanager
+def using(choice: str) -> Iterator[None]:
+    """Inside, `choice` stands for what `HFLOW_RT_KERNELS` says, in all threads."""
+    global _asked
+    before, _asked = _asked, choice
+    try:
+        yield
+    finally:
+        _asked = before
 
 
 def takes(x: Tensor) -> bool:
@@ -102,7 +115,9 @@ def _missing() -> str | None:
 
 def device_kernel(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """What an operator runs on CPU tensors: the reference, or the kernel where Triton interprets it."""
-    return kernel if INTERPRETED and _asked == "triton" else reference
+    if not INTERPRETED:
+        return reference
+    return lambda *inputs: (kernel if _asked == "triton" else reference)(*inputs)
 
 
 def round_up(n: int) -> int:

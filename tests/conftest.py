@@ -50,19 +50,31 @@ def tiny_settings() -> dict[str, Any]:
     return json.loads(json.dumps(TINY))  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="session")
-def tiny_model() -> Any:
-    """Eval mode, initialised on images, with nothing left at zero."""
+def initialised(settings: dict[str, Any], heads: float) -> Any:
+    """A seeded model in eval mode, initialised on images, with nothing left at zero: what starts there gets `heads`."""
     torch = pytest.importorskip("torch")
     from hflow_rt.models.checkpoint import build_model
 
     torch.manual_seed(0)
-    model = build_model("hflow", TINY)
+    model = build_model("hflow", settings)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
-            parameter.data = 0.05 * torch.randn(parameter.shape)
-    model.initialize(torch.from_numpy(photographs(16, 16)), torch.Generator().manual_seed(0))
+            parameter.data = heads * torch.randn(parameter.shape)
+    model.initialize(torch.from_numpy(photographs(16, model.resolution)), torch.Generator().manual_seed(0))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    return initialised(TINY, 0.05)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Any:
+    """`hflow-demo` with small heads, as a trained one has: with large ones rounding decides the image."""
+    from hflow_rt.models.hflow.presets import PRESETS
+
+    return initialised(PRESETS["hflow-demo"]["model"], 1e-3)
 
 
 @pytest.fixture(scope="session")

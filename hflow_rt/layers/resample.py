@@ -7,10 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hflow_rt.kernels.blur import blur_down, blur_up
-from hflow_rt.kernels.instance_norm import EPSILON, instance_norm
+from hflow_rt.kernels.blur import blur_down, blur_down_moments, blur_up, blur_up_moments
+from hflow_rt.kernels.dispatch import takes
+from hflow_rt.kernels.instance_norm import EPSILON, instance_norm, instance_norm_act
 
-__all__ = ["Bilinear", "BlurDown", "BlurUp", "FoldedInstanceNorm", "InstanceNorm", "MeanDown", "norm_by_rows"]
+__all__ = [
+    "Bilinear",
+    "BlurDown",
+    "BlurUp",
+    "FoldedBlurDown",
+    "FoldedInstanceNorm",
+    "InstanceNorm",
+    "MeanDown",
+    "norm_by_rows",
+    "resample_norm",
+]
 
 
 class BlurDown(nn.Module):
@@ -28,7 +39,19 @@ class BlurDown(nn.Module):
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
         conv = nn.Conv2d(self.channels, self.channels, 4, 2, groups=self.channels, bias=False)
         conv.weight = nn.Parameter((taps[:, None] * taps).expand(self.channels, 1, 4, 4).contiguous())
-        return nn.Sequential(nn.ReflectionPad2d(1), conv)
+        return FoldedBlurDown(nn.ReflectionPad2d(1), conv)
+
+
+class FoldedBlurDown(nn.Sequential):
+    """`BlurDown` as padding and a convolution, where the kernels do not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to half the size."""
+        if takes(x):
+            return blur_down(x)
+        for stage in self:
+            x = stage(x)
+        return x
 
 
 class BlurUp(nn.Module):
@@ -58,28 +81,41 @@ class Bilinear(nn.Module):
 
 
 class InstanceNorm(nn.Module):
-    """Zero mean and unit unbiased variance over space per sample and channel; a single pixel passes unchanged."""
+    """Zero mean and unit unbiased variance over space per sample and channel, then style where there is one.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` to the same."""
-        return instance_norm(x) if x.shape[2] * x.shape[3] > 1 else x
+    A single pixel passes unchanged.
+    """
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, moments: Tensor | None = None
+    ) -> Tensor:
+        """`[B, C, H, W]` to the same. Style `[B, C, 1, 1]` comes in pairs; `moments` are for the kernels."""
+        if x.shape[2] * x.shape[3] > 1:
+            if takes(x):
+                if scale is None or shift is None:
+                    return instance_norm_act(x, moments=moments)
+                return instance_norm_act(x, scale.flatten(1), shift.flatten(1), moments=moments)
+            x = self.plain(x)
+        return x if scale is None or shift is None else x * scale + shift
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The norm where the kernels do not run."""
+        return instance_norm(x)
 
     def fold(self) -> nn.Module:
         """The same in terms of the biased variance that inference engines normalise with."""
         return FoldedInstanceNorm()
 
 
-class FoldedInstanceNorm(nn.Module):
+class FoldedInstanceNorm(InstanceNorm):
     """Instance norm through the engines' own operator, whose variance is biased.
 
     With n pixels, a factor of sqrt((n - 1) / n) and an epsilon of (n - 1) / n times ours make up for that exactly.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same."""
         pixels = x.shape[2] * x.shape[3]
-        if pixels == 1:
-            return x
         if pixels > LARGEST_PLAIN_SUM and torch.onnx.is_in_onnx_export():
             return norm_by_rows(x)
         ratio = (pixels - 1) / pixels
@@ -105,3 +141,27 @@ def norm_by_rows(x: Tensor) -> Tensor:
     centred = x - x.mean(3, keepdim=True).mean(2, keepdim=True)
     variance = (centred * centred).mean(3, keepdim=True).mean(2, keepdim=True) * (pixels / (pixels - 1))
     return centred / torch.sqrt(variance + EPSILON)
+
+
+def resample_norm(resample: nn.Module, norm: nn.Module, x: Tensor, *style: Tensor) -> Tensor:
+    """`norm(resample(x), *style)`. Where the kernels run, a blur tells the norm the moments of what it wrote."""
+    if isinstance(norm, nn.Identity) or not takes(x):
+        result: Tensor = norm(resample(x), *style)
+        return result
+    x, moments = _with_moments(resample, x)
+    result = norm(x, *style, moments=moments)
+    return result
+
+
+def _with_moments(resample: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`resample(x)`, and its moments if the last thing done to it was a blur."""
+    if isinstance(resample, BlurUp):
+        return blur_up_moments(x)
+    if isinstance(resample, BlurDown | FoldedBlurDown):
+        return blur_down_moments(x)
+    if isinstance(resample, nn.Sequential):
+        *before, last = resample
+        for stage in before:
+            x = stage(x)
+        return _with_moments(last, x)
+    return resample(x), None

@@ -43,6 +43,16 @@ def test_a_word_that_is_no_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 
 @NO_GPU
+def test_a_choice_holds_inside_and_no_longer() -> None:
+    before = dispatch.live()
+    with pytest.raises(BackendUnavailable), dispatch.using("triton"):
+        blur_down(X)
+    with dispatch.using("auto"), dispatch.using("reference"):
+        assert dispatch.live() == "off, plain torch runs: HFLOW_RT_KERNELS is 'reference'"
+    assert dispatch.live() == before
+
+
+@NO_GPU
 def test_what_is_live_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.live().startswith("off, plain torch runs: ")
     monkeypatch.setattr(dispatch, "_asked", "reference")

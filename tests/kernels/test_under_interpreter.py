@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'hflow-rt[kernels]' on Linux")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "HFLOW_RT_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
-from hflow_rt.layers.resample import Bilinear, BlurDown, BlurUp, InstanceNorm, MeanDown
+from hflow_rt.layers.resample import Bilinear, BlurDown, BlurUp, InstanceNorm, MeanDown, resample_norm
 from hflow_rt.models.hflow.config import HFlowConfig, LevelConfig, unet_widths
 from hflow_rt.models.hflow.flow import Theta
 
@@ -42,7 +42,7 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """`[B, c_in, S, S]` to the target `[B, target, S/2, S/2]` and the trunk, which may be the target."""
-        h = self.norm(self.shrink(self.conv1(x)))
+        h = resample_norm(self.shrink, self.norm, self.conv1(x))
         h = self.norm(self.conv2(h))
         target = None if self.target is None else self.norm(self.target(h))
         trunk = target if self.trunk is None else self.trunk(h)
@@ -114,7 +114,7 @@ class RefineUNet(nn.Module):
             h = shrink(self.down_b[i](self.down[i](self.norm(h))))
         h = self.bottom(h)
         for i, grow in enumerate(self.grow):
-            h = self.up_b[i](self.up[i](self.norm(grow(h))))
+            h = self.up_b[i](self.up[i](resample_norm(grow, self.norm, h)))
             h = (h + skips.pop()) / _HALF
         result: Tensor = self.end_b(self.end_a(h))
         return result
@@ -128,10 +128,10 @@ class Modulation(nn.Module):
         self.norm = InstanceNorm()
         self.affine = EqualizedLinear(style, 2 * width)
 
-    def forward(self, h: Tensor, style: Tensor) -> Tensor:
-        """`[B, C, H, W]` and `[B, S]` to `[B, C, H, W]`."""
+    def forward(self, h: Tensor, style: Tensor, moments: Tensor | None = None) -> Tensor:
+        """`[B, C, H, W]` and `[B, S]` to `[B, C, H, W]`; `moments` as an `InstanceNorm` takes them."""
         scale, shift = self.affine(style)[:, :, None, None].chunk(2, 1)
-        result: Tensor = self.norm(h) * scale + shift
+        result: Tensor = self.norm(h, scale, shift, moments)
         return result
 
 
@@ -172,8 +172,11 @@ class DecoderBlock(nn.Module):
     def forward(self, z: Tensor, style: Tensor) -> Tensor:
         """`[B, c_in, S, S]` to features `[B, D, 2S, 2S]`."""
         h = self.norm(self.conv1(z))
-        h = self.grow((self.conv2(h) + h) / _HALF)
-        h = self.norm(h) if self.style1 is None else self.style1(h, style)
+        h = (self.conv2(h) + h) / _HALF
+        if self.style1 is None:
+            h = resample_norm(self.grow, self.norm, h)
+        else:
+            h = resample_norm(self.grow, self.style1, h, style)
         h = (self.conv3(h) + h) / _HALF
         h = self.norm(h) if self.style2 is None else self.style2(h, style)
         result: Tensor = (self.conv4(h) + h) / _HALF

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
 from hflow_rt.layers.masks import Split
-from hflow_rt.layers.resample import Bilinear, BlurDown, BlurUp, InstanceNorm
+from hflow_rt.layers.resample import Bilinear, BlurDown, BlurUp, InstanceNorm, resample_norm
 from hflow_rt.models.hflow.config import LevelConfig, unet_widths
 
 __all__ = ["CouplingCNN", "CouplingMLP", "CouplingUNet", "coupling_net"]
@@ -64,11 +64,11 @@ class CouplingUNet(nn.Module):
         skips: list[Tensor] = []
         for i, shrink in enumerate(self.shrink):
             skips.append(h)
-            h = self.norm(shrink(h))
+            h = resample_norm(shrink, self.norm, h)
             h = self.down_merge[i](torch.cat([h, self.down_b[i](self.down[i](h))], 1))
         h = self.bottom(h)
         for i, grow in enumerate(self.grow):
-            h = self.norm(grow(h))
+            h = resample_norm(grow, self.norm, h)
             h = self.up_merge[i](torch.cat([h, self.up_b[i](self.up[i](h))], 1))
             h = (h + skips.pop()) / math.sqrt(2)
         h_scale, h_shift = self.conv3(h).chunk(2, 1)

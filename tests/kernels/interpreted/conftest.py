@@ -4,7 +4,7 @@ The interpreter must be chosen before triton is imported, so `tests/kernels/test
 in processes of its own; anywhere else it is skipped over unless there is a GPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Convolutions around them are float32 in earnest."""
+    if ON_GPU:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with dispatch.using("triton"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,27 +1,15 @@
-"""A whole model on the kernels: a training step, a decode, compiled code, and graphs that stay free of them."""
+"""`hflow-demo` on the kernels: a training step, decodes, compiled code, and graphs that stay free of kernels."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.kernels import blur, dispatch, moments
-from hflow_rt.kernels import instance_norm as instance_norm_file
+from hflow_rt.kernels import dispatch
 from hflow_rt.kernels.blur import blur_down, blur_up
 from hflow_rt.kernels.instance_norm import instance_norm, instance_norm_act
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    asked = dispatch._asked
-    dispatch._asked = "reference"
-    try:
-        yield
-    finally:
-        dispatch._asked = asked
 
 
 @pytest.fixture
@@ -33,50 +21,78 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(kernel)
         dispatch.launch(kernel, *rest, **arguments)
 
-    for module in (blur, instance_norm_file, moments):
-        monkeypatch.setattr(module, "launch", noted)
+    modules = [module for name, module in sys.modules.items() if name.startswith("hflow_rt.kernels.")]
+    for module in modules:
+        if module is not dispatch and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", noted)
     return found
 
 
-def test_a_training_step_equals_that_of_plain_torch(tiny_model: nn.Module, launched: list[Any], device: str) -> None:
-    model: Any = tiny_model.to(device)
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(device) - 0.5
+def names(launched: list[Any]) -> set[str]:
+    return {kernel.fn.__name__ for kernel in launched}
+
+
+def test_a_training_step_equals_that_of_plain_torch(demo_model: nn.Module, launched: list[Any], device: str) -> None:
+    """A gradient is as near the one in float64 as plain torch's. What rounding puts on the other side of a leaky
+    ReLU's kink moves either by a pixel's share, so the norm of what is off is looked at, and the typical error."""
+    model: Any = demo_model.to(device)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device) - 0.5
     noise = {
-        name: torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(device)
+        name: torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)).to(device)
         for name, shape in model.noise_shapes().items()
     }
 
-    def step() -> tuple[Tensor, list[Tensor]]:
-        model.zero_grad()
-        loss = model.loss(images, noise).loss
+    def step(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        model.to(dtype).zero_grad()
+        loss = model.loss(images.to(dtype), {name: value.to(dtype) for name, value in noise.items()}).loss
         loss.backward()
-        return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return loss.detach(), [p.grad.double() for p in model.parameters() if p.grad is not None]
 
-    with plain_torch():
-        expected, gradients = step()
+    found, mine = step(torch.float32)
+    assert len(launched) > 80
+    assert names(launched) >= {"_halve", "_double", "_normalise", "_gradient"}
+    launched.clear()
+    with dispatch.using("reference"):
+        plain, plains = step(torch.float32)
+        truth, right = step(torch.float64)
+        model.float().zero_grad()
     assert launched == []
-    found, mine = step()
-    model.zero_grad()
-    assert len(launched) > 20
-    assert len(mine) == len(gradients) > 100
-    assert abs(found - expected) < 1e-5
-    for a, b in zip(mine, gradients, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * max(1.0, float(b.abs().max()))
+    assert abs(found - truth) <= 2 * abs(plain - truth) + 1e-6 * truth
+    assert len(mine) == len(right) > 500
+    size = torch.stack([g.norm() for g in right]).norm()
+    errors = []
+    for a, b, g in zip(mine, plains, right, strict=True):
+        allowed = 2 * (b - g).norm() + 5e-3 * g.norm() + 1e-8 * size
+        assert (a - g).norm() <= allowed
+        if g.norm() > 1e-6 * size:
+            errors.append([float((x - g).norm() / g.norm()) for x in (a, b)])
+    assert len(errors) > 200
+    typical = torch.tensor(errors).median(0).values
+    assert typical[0] <= 2 * typical[1] + 1e-6
 
 
-def test_a_decode_equals_that_of_plain_torch(tiny_model: nn.Module, launched: list[Any], device: str) -> None:
-    model: Any = tiny_model.to(device)
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_decode_equals_that_of_plain_torch(
+    demo_model: nn.Module, launched: list[Any], device: str, folded: bool
+) -> None:
+    model: Any = demo_model.to(device)
+    model = model.folded() if folded else model
     latents = {
         name: 0.7 * torch.randn(1, *shape, generator=torch.Generator().manual_seed(2)).to(device)
         for name, shape in model.latent_shapes().items()
     }
     with torch.no_grad():
-        with plain_torch():
-            expected = model.decode(latents)
-        assert launched == []
         found = model.decode(latents)
-    assert len(launched) > 5
-    assert (found - expected).abs().max() < 1e-5
+        assert len(launched) > 30
+        assert names(launched) >= {"_halve", "_double", "_normalise"}
+        launched.clear()
+        with dispatch.using("reference"):
+            expected = model.decode(latents)
+            exact = model.double().decode({name: value.double() for name, value in latents.items()})
+            model.float()
+    assert launched == []
+    assert expected.std() > 0.01
+    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1e-6
 
 
 class Chain(nn.Module):
@@ -114,7 +130,7 @@ def test_types_without_kernels_take_plain_torch(launched: list[Any], device: str
 
 def test_asking_for_plain_torch_gives_it(launched: list[Any], device: str) -> None:
     x = torch.randn(1, 2, 4, 4, device=device)
-    with plain_torch():
+    with dispatch.using("reference"):
         Chain()(x)
     assert launched == []
     Chain()(x)

@@ -1,0 +1,216 @@
+"""What all benchmarks share: models to measure, fair timing, and a report that survives being cut short."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hflow_rt.files import atomic_file
+
+__all__ = [
+    "RESULTS",
+    "UNSTABLE",
+    "Report",
+    "machine",
+    "reason",
+    "spread",
+    "take_turns",
+    "time_limit",
+    "trained_like",
+]
+
+RESULTS = Path(__file__).parent / "results"
+UNSTABLE = 0.025  # a larger spread of the rounds is pointed out
+
+
+def trained_like(preset: str) -> Any:
+    """A model of `preset` with nothing at zero and its actnorms fitted to smooth images, seeded.
+
+    The heads that start at zero get little, so that the flow stays as well conditioned as a trained one: with
+    large random heads a few bits of rounding decide the image.
+    """
+    from hflow_rt.models.checkpoint import build_model
+    from hflow_rt.models.family import family
+
+    torch.manual_seed(0)
+    model = build_model("hflow", family("hflow").presets[preset]["model"])
+    for parameter in model.parameters():
+        if parameter.detach().abs().max() == 0:
+            parameter.data = 1e-3 * torch.randn(parameter.shape)
+    small = torch.rand(8, 3, 4, 4)
+    pixels = torch.nn.functional.interpolate(small, size=model.resolution, mode="bilinear") * 255
+    model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def take_turns(
+    variants: dict[str, Callable[[], Any]], rounds: int, fill: float = 0.0, cuda: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of a call; the order rotates every round, after one round of warm-up.
+
+    A sample is as many calls as fill `fill` seconds. With `cuda`, the device's own clock is read.
+    """
+    names = list(variants)
+    calls = dict.fromkeys(names, 1)
+    if fill:
+        for name, run in variants.items():
+            calls[name] = max(1, math.ceil(fill / min(_seconds(run, 1, cuda) for _ in range(2))))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds + 1):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            found = _seconds(variants[name], calls[name], cuda)
+            if index > 0:
+                seconds[name].append(found)
+    return seconds
+
+
+def _seconds(run: Callable[[], Any], calls: int, cuda: bool) -> float:
+    if not cuda:
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) / calls
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    stop.record()
+    stop.synchronize()
+    elapsed: float = start.elapsed_time(stop)
+    return elapsed / 1e3 / calls
+
+
+def spread(seconds: list[float]) -> float:
+    """Standard deviation over mean."""
+    return statistics.stdev(seconds) / statistics.mean(seconds) if len(seconds) > 1 else 0.0
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """`TimeoutError` after `seconds`, wherever Python is by then; one that is not positive is over at once."""
+    if seconds <= 0:
+        raise TimeoutError("no time left")
+
+    def over(*_: Any) -> None:
+        raise TimeoutError(f"gave up after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reason(error: BaseException) -> str:
+    """One line of what went wrong, fit for a table."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}".replace("|", "/")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "commit": _said("git", "describe", "--always", "--dirty"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        **{name: _version(name) for name in ("torch", "triton", "onnxruntime", "onnx", "numpy")},
+    }
+
+
+def _said(*command: str) -> str | None:
+    """The first line a command prints; nothing where it fails or is not there."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0].strip() if lines else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class Report:
+    """Rows by part, in `NAME.json` and `NAME.md`, written after each row.
+
+    A part that runs again takes the place of what it found before and leaves the other parts alone, so that one
+    report can be made in several goes. Without a path nothing is written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.part = path, ""
+        self.parts: dict[str, dict[str, Any]] = {}
+        if path is not None and path.with_suffix(".json").exists():
+            self.parts = json.loads(path.with_suffix(".json").read_text())["parts"]
+
+    def start(self, part: str, **settings: Any) -> None:
+        """Rows that follow belong to `part`."""
+        self.part = part
+        self.parts[part] = {"machine": machine() | settings, "rows": []}
+
+    def add(self, what: str, variant: str, **found: Any) -> None:
+        """A row: `ms`, `ratio` and `cov` of a measurement, and anything else by name; or a `note` of why not."""
+        row = {"what": what, "variant": variant, **found}
+        self.parts[self.part]["rows"].append(row)
+        print(_line(row), flush=True)
+        if self.path is None:
+            return
+        with atomic_file(self.path.with_suffix(".json")) as file:
+            file.write_text(json.dumps({"parts": self.parts}, indent=1) + "\n")
+        with atomic_file(self.path.with_suffix(".md")) as file:
+            file.write_text(self.markdown())
+
+    def compare(self, what: str, seconds: dict[str, list[float]], more: dict[str, dict[str, Any]]) -> None:
+        """A row a variant; the first is the baseline of the ratios. `more` is what else there is to say of each."""
+        baseline = statistics.median(next(iter(seconds.values())))
+        for name, values in seconds.items():
+            median = statistics.median(values)
+            timing = {"ms": median * 1e3, "min_ms": min(values) * 1e3, "rounds": len(values)}
+            self.add(what, name, **timing, ratio=baseline / median, cov=spread(values), **more.get(name, {}))
+
+    def markdown(self) -> str:
+        """Every part as a table under what it was measured on."""
+        lines = []
+        for part, found in self.parts.items():
+            about = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if value is not None)
+            lines += [f"## {part}", "", about, "", "| what | variant | median | ratio | CoV | more |"]
+            lines += ["|---|---|---:|---:|---:|---|", *map(_line, found["rows"]), ""]
+        return "\n".join(lines)
+
+
+_COLUMNS = {"what", "variant", "ms", "min_ms", "rounds", "ratio", "cov"}
+
+
+def _line(row: dict[str, Any]) -> str:
+    more = ", ".join(f"{key} {value}" if key != "note" else value for key, value in row.items() if key not in _COLUMNS)
+    if "ms" not in row:
+        return f"| {row['what']} | {row['variant']} | | | | {more} |"
+    unstable = " (unstable)" if row["cov"] > UNSTABLE else ""
+    digits = max(1, 3 - len(str(int(row["ms"]))))  # three that mean something
+    cells = f"{row['ms']:.{digits}f} ms | {row['ratio']:.2f}x | {row['cov']:.1%}{unstable}"
+    return f"| {row['what']} | {row['variant']} | {cells} | {more} |"

@@ -1,0 +1,95 @@
+"""What only a GPU can show: tensors past 2^31 numbers, models of full size, CUDA graphs. `make gpu-test` runs these.
+
+The tests of `interpreted/` run there too, on CUDA tensors.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hflow_rt.kernels import dispatch
+from hflow_rt.kernels.blur import blur_down, blur_up
+from hflow_rt.kernels.instance_norm import instance_norm_act
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not dispatch.INSTALLED or dispatch.INTERPRETED,
+        reason="needs a CUDA device and triton, not interpreted",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def large_model() -> Any:
+    """`hflow-128`, seeded, its heads small and its actnorms fitted to smooth images."""
+    from hflow_rt.models.checkpoint import build_model
+    from hflow_rt.models.hflow.presets import PRESETS
+
+    torch.manual_seed(0)
+    model: Any = build_model("hflow", PRESETS["hflow-128"]["model"])
+    for parameter in model.parameters():
+        if parameter.detach().abs().max() == 0:
+            parameter.data = 1e-3 * torch.randn(parameter.shape)
+    pixels = torch.nn.functional.interpolate(255 * torch.rand(8, 3, 4, 4), size=128, mode="bilinear")
+    model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
+    return model.eval().folded().cuda()
+
+
+def latents_for(model: Any, batch: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: 0.7 * torch.randn(batch, *shape, generator=generator).cuda()
+        for name, shape in model.latent_shapes().items()
+    }
+
+
+@pytest.mark.parametrize("f", [blur_down, blur_up, instance_norm_act])
+def test_tensors_past_2_31_numbers(f: Callable[[Tensor], Tensor]) -> None:
+    side = 128 if f is blur_up else 256
+    images = 2**31 // side**2 + 3
+    result = 4 if f is blur_up else 1
+    if torch.cuda.mem_get_info()[0] < 2 * (1 + result) * 2**32:
+        pytest.skip("needs more memory than is free")
+    x = torch.zeros(images, 1, side, side, dtype=torch.bfloat16, device="cuda")
+    x[-1].normal_(generator=torch.Generator("cuda").manual_seed(0))
+    with dispatch.using("triton"), torch.no_grad():
+        assert torch.equal(f(x)[-1], f(x[-1:])[0])
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_model_of_full_size(large_model: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    latents = latents_for(large_model, batch)
+    with torch.no_grad(), dispatch.using("triton"):
+        image = large_model.decode(latents)
+        assert torch.equal(image, large_model.decode(latents))
+        found = large_model.encode(image)
+    with torch.no_grad(), dispatch.using("reference"):
+        expected = large_model.decode(latents)
+        encoding = large_model.encode(image)
+    assert expected.std() > 0.01
+    assert (image - expected).abs().max() < 1e-3
+    for name, value in encoding.latents.items():
+        assert (found.latents[name] - value).abs().max() < 1e-2 * max(1.0, float(value.abs().max()))
+    assert (found.log_prob - encoding.log_prob).abs().max() < 1e-4 * encoding.log_prob.abs().max()
+
+
+def test_a_cuda_graph_decodes_the_same(large_model: Any) -> None:
+    latents = latents_for(large_model, 1)
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), dispatch.using("triton"), torch.cuda.stream(stream):
+        expected = large_model.decode(latents)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            image = large_model.decode(latents)
+        for value in latents.values():
+            value.mul_(0.5)
+        graph.replay()
+        halved = large_model.decode(latents)
+    torch.cuda.synchronize()
+    assert (image - halved).abs().max() < 1e-3
+    assert (expected - halved).abs().max() > 1e-2

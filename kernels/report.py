@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
-from hflow_rt.kernels import blur, dispatch, instance_norm
+from hflow_rt.kernels import blur, coupling_kernels, dispatch, instance_norm, mixing
+from hflow_rt.kernels.channels import SUMMED
 from hflow_rt.kernels.dispatch import Launch, recorded
 
 __all__ = ["CAPABILITIES", "Compiled", "compiled", "launches", "main"]
@@ -84,6 +85,54 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             yield f"norm {what} {side}", lambda x=x, options=options: instance_norm._norm_triton(x, *options)
             backward = (x, x, *style, moments, more is not None, more is not None)
             yield f"norm_backward {what} {side}", lambda a=backward: instance_norm._norm_backward_triton(*a)
+    yield from _coupling_calls(dtype)
+
+
+def _coupling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """The flow's steps; `dtype` is that of the nets, the flow itself is float32."""
+    half = dtype != torch.float32
+    # the levels of the image models; other forms where code is read best; one sample a program; sides nothing divides;
+    # the largest map a lane holds, whose gradient is torch's
+    clipped = [(3, 256, "board")]
+    if not half:
+        clipped += [(3, 256, "split"), (3, 256, "post"), (3, 256, "alone"), (4, 64, "board"), (8, 32, "post")]
+    calls = [(size, "clipped", inverse) for size in clipped for inverse in (False, True)]
+    if not half:
+        calls += [((8, 8, "split"), "clipped", True)]
+        calls += [((3, 256, "board"), form, True) for form in ("sigmoid", "exp_sigmoid", "additive")]
+        calls += [((3, 256, "split"), "sigmoid", False), ((5, 30, "board"), "clipped", True)]
+        calls += [((16, 64, "post"), form, inverse) for form, inverse in (("clipped", True), ("sigmoid", False))]
+    for (channels, side, what), form, inverse in calls:
+        x = torch.empty(2, channels, side, side, device="meta")
+        r, t = torch.empty(2, 2 * channels, side, side, dtype=dtype, device="meta").chunk(2, 1)
+        weight, bias = x.new_empty(channels, channels), x.new_empty(channels)
+        region = [0, channels, 2, 2, 1] if what in ("board", "post") else [channels // 2, channels, 0, 0, 0]
+        maps = (None, None, None) if what == "alone" else (weight, bias, weight)
+        outer = (x, x) if what == "post" else (None, None)
+        rest = (None if form == "additive" else r, t, *maps, *outer, region, inverse, form)
+        name = f"{what} {form} {'inverse' if inverse else 'forward'} {channels}x{side}"
+        yield f"coupling {name}", lambda x=x, rest=rest: coupling_kernels.couple(x, *rest)
+        if channels <= SUMMED:
+            g = (x, x[:, 0, 0, 0], x)
+            yield f"coupling_backward {name}", lambda g=g, rest=rest: coupling_kernels.couple_backward(*g, *rest)
+    if not half:
+        yield from _mixing_calls()
+
+
+def _mixing_calls() -> Iterator[tuple[str, Any]]:
+    """The first map of a level, and a map by itself."""
+    for channels, side, what in ((3, 256, "full"), (3, 256, "diagonal"), (8, 32, "full"), (16, 64, "full")):
+        x = torch.empty(2, channels, side, side, device="meta")
+        bias = x.new_empty(channels)
+        weight = bias if what == "diagonal" else x.new_empty(channels, channels)
+        for name, maps in (("pre", (bias, x, x)), ("alone", (None, None, None))):
+            rest = (weight, *maps, what == "diagonal")
+            yield f"mixing {what} {name} {channels}x{side}", lambda x=x, rest=rest: mixing._mixing_triton(x, *rest)
+            if channels <= SUMMED:
+                yield (
+                    f"mixing_backward {what} {name} {channels}x{side}",
+                    lambda x=x, rest=rest: mixing._mixing_backward_triton(x, x, *rest),
+                )
 
 
 def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], int]:

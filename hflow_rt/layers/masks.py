@@ -8,7 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["PERIODS", "Split", "seen_mask", "split_steps"]
+from hflow_rt.kernels.coupling import Region
+
+__all__ = ["PERIODS", "Split", "seen_mask", "split_steps", "transformed"]
 
 Split = Literal["channels", "spatial", "blocks", "lblocks", "hblocks", "vhalfs", "hhalfs"]
 
@@ -48,3 +50,15 @@ def seen_mask(split: Split, channels: int, resolution: int, step: int) -> Tensor
     if step % 2 == 0:
         seen = ~seen
     return seen.float().view(1, 1, resolution, resolution)
+
+
+def transformed(split: Split, channels: int, resolution: int, step: int) -> Region:
+    """Where `seen_mask` is 0, for kernels to tell by index."""
+    if split == "channels":
+        return Region(channels // 2, channels)
+    if split in ("vhalfs", "hhalfs"):
+        whole, half = resolution, max(1, resolution // 2)
+        height, width = (whole, half) if split == "vhalfs" else (half, whole)
+        return Region(0, channels, height, width, (step + 1) % 2)
+    cell = PERIODS[split] // 2
+    return Region(0, channels, cell, cell, (step + (split == "spatial")) % 2)

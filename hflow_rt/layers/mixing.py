@@ -8,18 +8,16 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from hflow_rt.kernels.mixing import mixing
 
 __all__ = ["FreeMixing", "UnitaryMixing", "mix"]
 
 
 def mix(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply the channels of `[B, C]` or `[B, C, H, W]` by `matrix` `[C, C]`, in the precision of `x` even under
-    autocast: a half-precision flow state cannot be inverted."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return mix(x, matrix)
-    return F.linear(x, matrix) if x.dim() == 2 else F.conv2d(x, matrix[:, :, None, None])
+    autocast."""
+    return mixing(x, matrix)
 
 
 class FreeMixing(nn.Module):
@@ -31,10 +29,16 @@ class FreeMixing(nn.Module):
         orthogonal: Tensor = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
         self.weight = nn.Parameter((orthogonal / scale).float())
 
+    @staticmethod
+    def pair(weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """A and its inverse in float64, of one weight `[C, C]` or of a stack `[..., C, C]`."""
+        matrix = weight.double() * scale
+        # looking whether it is singular would wait for the device; there the determinant tells
+        return matrix, torch.linalg.inv_ex(matrix, check_errors=not matrix.is_cuda)[0]
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A and its inverse in float64."""
-        matrix = self.weight.double() * self.scale
-        return matrix, torch.linalg.inv(matrix)
+        return self.pair(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Latent to data, `[B, C]` or `[B, C, H, W]`."""
@@ -58,11 +62,16 @@ class UnitaryMixing(nn.Module):
         self.scale = scale
         self.weight = nn.Parameter(torch.randn(channels, channels) / scale)
 
+    @staticmethod
+    def pair(weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """U and its transpose in float64, of one weight `[C, C]` or of a stack `[..., C, C]`."""
+        wide = weight.double()
+        matrix = torch.linalg.matrix_exp((wide - wide.mT) * scale)
+        return matrix, matrix.mT
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         """U and its transpose in float64."""
-        weight = self.weight.double()
-        matrix = torch.linalg.matrix_exp((weight - weight.mT) * self.scale)
-        return matrix, matrix.mT
+        return self.pair(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Latent to data, `[B, C]` or `[B, C, H, W]`."""

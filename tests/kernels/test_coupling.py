@@ -1,11 +1,24 @@
 """Affine coupling against its formula, its inverse, autograd's determinant and finite differences."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hflow_rt.kernels.coupling import LOG_SCALE_BOUND, SHIFT_BOUND, bound, coupling_forward, coupling_inverse
+from hflow_rt.kernels import coupling as coupling_file
+from hflow_rt.kernels.channels import Elementwise
+from hflow_rt.kernels.coupling import (
+    LOG_SCALE_BOUND,
+    SHIFT_BOUND,
+    Form,
+    Region,
+    bound,
+    coupling,
+    coupling_forward,
+    coupling_inverse,
+)
 
 SIZES = [(1, 2), (3, 7), (1, 3, 1, 1), (2, 4, 5, 3), (4, 6, 16, 16)]
 
@@ -87,3 +100,107 @@ def test_gradients(couple: object, size: tuple[int, ...]) -> None:
     assert shift.abs().max() < 4.99
     arguments = [values.requires_grad_() for values in (x, log_scale, shift)]
     assert torch.autograd.gradcheck(lambda *values: couple(*values, mask), arguments)  # type: ignore[operator]
+
+
+FORMS: list[Form] = ["clipped", "additive", "sigmoid", "exp_sigmoid"]
+REGIONS = [Region(0, 3), Region(1, 3), Region(0, 2), Region(0, 3, 1, 1, 0), Region(0, 3, 2, 3, 1)]
+
+
+def step(region: Region, form: Form, full: bool = True) -> list[Any]:
+    """x, log-scale, shift, weight, bias, the weight's inverse, and the outer map's two, in float64."""
+    rng = np.random.default_rng(len(form) + region.high)
+    normal = lambda *size: torch.from_numpy(rng.standard_normal(size))  # noqa: E731
+    size, net = (2, 3, 4, 5), (2, region.high - region.low, 4, 5)
+    weight = torch.linalg.qr(normal(3, 3))[0] * 1.5 if full else torch.exp(normal(3))
+    undo = torch.linalg.inv(weight) if full else 1 / weight
+    log_scale = None if form == "additive" else 0.8 * normal(*net)
+    return [normal(*size), log_scale, normal(*net), weight, normal(3), undo, normal(*size), 0.5 * normal(*size)]
+
+
+def terms(form: Form, r: float, t: float) -> tuple[float, float]:
+    """s and b, as the papers have them."""
+    if form == "clipped":
+        return max(-3.0, min(3.0, r)), max(-5.0, min(5.0, t))
+    sigmoid = 1 / (1 + np.exp(-(r + 2)))
+    return {"additive": 0.0, "sigmoid": -float(np.log(sigmoid)), "exp_sigmoid": -float(sigmoid)}[form], -t
+
+
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_boundary_is_its_formula(form: Form, region: Region) -> None:
+    x, log_scale, shift, weight, bias, _, outer_shift, outer_log_scale = step(region, form)
+    up, total = x.clone(), torch.zeros(2, dtype=torch.float64)
+    down = x.clone()
+    for b, c, i, j in np.ndindex(*x.shape):
+        board = region.cell_height == 0 or (i // region.cell_height + j // region.cell_width) % 2 == region.parity
+        if region.low <= c < region.high and board:
+            at = (b, c - region.low, i, j)
+            s, offset = terms(form, 0.0 if log_scale is None else float(log_scale[at]), float(shift[at]))
+            up[b, c, i, j] = x[b, c, i, j] * np.exp(s) + offset
+            down[b, c, i, j] = (x[b, c, i, j] - offset) * np.exp(-s)
+            total[b] += s
+    for inverse, moved in ((False, up), (True, down)):
+        mixed = torch.einsum("oi,bihw->bohw", weight, moved) + bias.view(-1, 1, 1)
+        last = torch.exp(-outer_log_scale) if inverse else torch.exp(outer_log_scale)
+        expected = (mixed - outer_shift) * last if inverse else mixed * last + outer_shift
+        post = Elementwise(outer_shift, outer_log_scale)
+        y, log_det = coupling(x, log_scale, shift, weight, bias, region, inverse=inverse, form=form, post=post)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(log_det, -total if inverse else total, rtol=1e-12, atol=1e-12)
+
+
+def test_the_clipped_step_is_the_clipped_coupling() -> None:
+    x, log_scale, shift, *_ = step(Region(0, 3), "clipped")
+    mask = Region(0, 3, 1, 1, 0).cells(x)
+    assert mask is not None
+    for inverse, couple in ((False, coupling_forward), (True, coupling_inverse)):
+        found = coupling(
+            x, log_scale, shift, None, None, Region(0, 3, 1, 1, 0), inverse=inverse, form="clipped"
+        )  # fmt: skip
+        for mine, other in zip(found, couple(x, log_scale, shift, mask.double()), strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_operator_and_its_gradient(form: Form, inverse: bool) -> None:
+    """The gradient is made from the result, so gradcheck also says that it is recomputed right."""
+    for region, full in ((Region(1, 3), True), (Region(0, 3, 2, 2, 1), False)):
+        tensors = [None if t is None else t.requires_grad_() for t in step(region, form, full)]
+        tensors[5] = None  # left to the gradient
+        given = [t for t in tensors if t is not None]
+
+        def run(*values: Tensor, tensors: list[Any] = tensors, region: Region = region) -> tuple[Tensor, Tensor]:
+            left = iter(values)
+            arguments = [None if t is None else next(left) for t in tensors]
+            y, log_det = coupling_file._coupling(*arguments, list(region), inverse, form)
+            return y, log_det
+
+        assert torch.autograd.gradcheck(run, given)
+
+
+def test_operators_keep_their_promises() -> None:
+    for form, region in (("clipped", Region(1, 3)), ("additive", Region(0, 3, 1, 1, 1))):
+        tensors = step(region, form)  # type: ignore[arg-type]
+        rest = (list(region), True, form)
+        torch.library.opcheck(coupling_file._coupling_backward, (tensors[0], tensors[0][:, 0, 0, 0], *tensors, *rest))
+        leaves = [None if t is None else t.requires_grad_(at != 5) for at, t in enumerate(tensors)]
+        torch.library.opcheck(coupling_file._coupling, (*leaves, *rest))
+        none: list[Any] = [None] * 5
+        torch.library.opcheck(coupling_file._coupling, (*leaves[:3], *none, *rest))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    x, log_scale, shift, *_ = step(Region(1, 3), "clipped")
+
+    def run(r: Tensor | None, t: Tensor, form: Form = "clipped") -> None:
+        coupling(x, r, t, None, None, Region(1, 3), inverse=False, form=form)
+
+    with pytest.raises(ValueError, match="a coupling of form 'additive' needs no log-scale"):
+        run(log_scale, shift, "additive")
+    with pytest.raises(ValueError, match="a coupling of form 'sigmoid' needs a log-scale"):
+        run(None, shift, "sigmoid")
+    with pytest.raises(ValueError, match=r"the shift must be \[2, 3, 4, 5\], or channels 1 to 3 of it, not \[2, 1,"):
+        run(log_scale, shift[:, :1])
+    with pytest.raises(ValueError, match=r"the log-scale must be \[2, 2, 4, 5\] as the shift, not \[2, 1, 4, 5\]"):
+        run(log_scale[:, :1], shift)

@@ -12,17 +12,20 @@ LAUNCHES = report.launches()
 
 
 def test_every_kernel_of_every_file_is_compiled() -> None:
-    from hflow_rt.kernels import blur, instance_norm, moments
+    from hflow_rt.kernels import blur, channels, coupling_kernels, instance_norm, mixing, moments
 
     kernels = {launch.kernel.fn.__name__ for launch in LAUNCHES.values()}
-    assert kernels == {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient"}
+    planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient"}
+    assert kernels == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}
     entry = {
         name
-        for module in (blur, instance_norm, moments)
+        for module in (blur, channels, coupling_kernels, instance_norm, mixing, moments)
         for name, value in vars(module).items()
         if type(value).__name__ == "JITFunction" and value.fn.__module__ == module.__name__
     }
     helpers = {"_plane", "_welford", "_emit", "_halved_row", "_doubled_row", "_pixels_at", "_style_at", "pooled"}
+    helpers |= {"_cells", "_coupled", "_entered", "_leave", "_net_slopes", "_net_terms", "_uncouple", "_unenter"}
+    helpers |= {"_unleave", "mapped", "outer", "pixels_at"}
     assert entry == kernels | helpers
 
 
@@ -44,6 +47,7 @@ HEAVIEST = {
     "norm_backward all 90 fp32 gradient make",
     "blur_up_adjoint 30 fp32 halve",
     "blur_up_adjoint 256 fp16 halve",
+    "coupling_backward post clipped inverse 8x32 fp32 couple_gradient",
 }
 
 
@@ -73,3 +77,21 @@ def test_the_report_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailable, match=r"hflow-rt\[kernels\]"):
         report.compiled("any", LAUNCHES[next(iter(LAUNCHES))], 80)
     assert "triton" in sys.modules
+
+
+def test_a_step_moves_only_what_it_must() -> None:
+    """Four numbers at once, no shared memory but for the one sum, and nothing that the net gave for a seen channel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for what, nets in (("board", 6), ("split", 4)):
+        launch = LAUNCHES[f"coupling {what} clipped inverse 3x256 fp32 couple"]
+        signature, constants, attributes, warps = report._specialised(launch)
+        source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        assert ptx.count("ld.global.v4") == 3 + nets
+        assert ptx.count("ld.global") == 3 + nets + 9 + 3  # weight and bias
+        assert ptx.count("st.global.v4") == 3
+        assert ptx.count("bar.sync") == 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hflow_rt.layers.masks import PERIODS, Split, seen_mask, split_steps
+from hflow_rt.layers.masks import PERIODS, Split, seen_mask, split_steps, transformed
 
 
 def plain(split: Split, row: int, column: int, side: int, step: int) -> float:
@@ -40,6 +40,16 @@ def test_channel_masks(channels: int, seen: int) -> None:
         assert mask.shape == (1, channels, 1, 1)
         assert mask.flatten().tolist() == [1.0] * seen + [0.0] * (channels - seen)
         assert seen_mask("channels", channels, 1, step).shape == (1, channels)
+
+
+@pytest.mark.parametrize("split", ["channels", *PERIODS])
+def test_what_is_not_seen_is_transformed(split: Split) -> None:
+    for step, side, channels in ((0, 16, 3), (1, 16, 5), (2, 32, 8)):
+        region = transformed(split, channels, side, step)
+        found = torch.zeros(1, channels, side, side)
+        cells = region.cells(found)
+        found[:, region.low : region.high] = 1 if cells is None else cells.float()
+        assert torch.equal(found, (1 - seen_mask(split, channels, side, step)).expand_as(found))
 
 
 def test_composite_splits() -> None:

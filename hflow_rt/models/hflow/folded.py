@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hflow_rt.kernels.coupling import coupling_forward, coupling_inverse
 from hflow_rt.layers.fold import fold_children
+from hflow_rt.models.hflow.boundaries import Boundary, boundaries
 from hflow_rt.models.hflow.flow import SEEN_GAIN, BetweenAffines, FlowChain, FlowResult, FlowStep
 
 __all__ = ["FoldedChain", "FoldedLevelFlow"]
@@ -22,21 +23,24 @@ __all__ = ["FoldedChain", "FoldedLevelFlow"]
 class ChannelMap(nn.Module):
     """`x -> W x + b` over the channels of `[B, C]` or `[B, C, H, W]`; a diagonal W is kept as a vector."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, spatial: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, spatial: bool) -> None:
         super().__init__()
         self.diagonal = weight.dim() == 1
         if self.diagonal and spatial:
-            weight, bias = weight.view(1, -1, 1, 1), None if bias is None else bias.view(1, -1, 1, 1)
+            weight, bias = weight.view(1, -1, 1, 1), bias.view(1, -1, 1, 1)
         elif spatial:
             weight = weight[:, :, None, None]
         self.weight = nn.Parameter(weight.clone())
-        self.bias = None if bias is None else nn.Parameter(bias.clone())
+        self.bias = nn.Parameter(bias.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.diagonal:
-            x = x * self.weight
-            return x if self.bias is None else x + self.bias
+            return x * self.weight + self.bias
         return F.linear(x, self.weight, self.bias) if x.dim() == 2 else F.conv2d(x, self.weight, self.bias)
+
+    def boundary(self) -> Boundary:
+        """The map as the kernels take it."""
+        return Boundary(self.weight.flatten() if self.diagonal else self.weight.flatten(1), self.bias.flatten())
 
 
 class FoldedCoupling(nn.Module):
@@ -47,6 +51,7 @@ class FoldedCoupling(nn.Module):
     def __init__(self, step: FlowStep, channels: int) -> None:
         super().__init__()
         self.split = step.split
+        self.region = step.region
         self.known = channels // 2 if step.split == "channels" else channels
         net: Any = copy.deepcopy(step.coupling)
         fold_children(net)
@@ -59,21 +64,25 @@ class FoldedCoupling(nn.Module):
         self.net = net
         self.register_buffer("seen", step.seen.clone())
 
+    def raw(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-scale and shift as the net gives them; for channel splits, of the transformed channels only."""
+        if self.split == "channels":
+            seen = x[:, : self.known]
+        else:
+            seen = x * self.seen
+            if self.split in ("vhalfs", "hhalfs"):
+                seen = seen.flip(3 if self.split == "vhalfs" else 2)
+        log_scale, shift = self.net(seen, condition)
+        return log_scale, shift
+
     def forward(self, x: Tensor, condition: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """`x` in either direction, with the log-determinant `[B]`."""
         couple = coupling_inverse if inverse else coupling_forward
-        log_scale: Tensor
-        shift: Tensor
-        if self.split == "channels":
-            known, rest = x[:, : self.known], x[:, self.known :]
-            log_scale, shift = self.net(known, condition)
-            rest, log_det = couple(rest, log_scale, shift, None)
-            return torch.cat([known, rest], 1), log_det
-        seen = x * self.seen
-        if self.split in ("vhalfs", "hhalfs"):
-            seen = seen.flip(3 if self.split == "vhalfs" else 2)
-        log_scale, shift = self.net(seen, condition)
-        return couple(x, log_scale, shift, 1 - self.seen)
+        log_scale, shift = self.raw(x, condition)
+        if self.split != "channels":
+            return couple(x, log_scale, shift, 1 - self.seen)
+        rest, log_det = couple(x[:, self.known :], log_scale, shift, None)
+        return torch.cat([x[:, : self.known], rest], 1), log_det
 
 
 class FoldedChain(nn.Module):
@@ -87,16 +96,10 @@ class FoldedChain(nn.Module):
         channels = steps[0].actnorm.shift.shape[0]
         spatial = steps[0].seen.dim() == 4
         self.couplings = nn.ModuleList(FoldedCoupling(step, channels) for step in steps)
-        self.before, self.after = nn.ModuleList(), nn.ModuleList()
-        scale, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-        for step in steps:
-            # `scale` and `shift` are the previous step's actnorm, latent to target
-            matrix, undone = step.mixing.matrices()
-            self.before.append(ChannelMap(undone * scale, undone @ shift, spatial))
-            self.after.append(ChannelMap(matrix / scale[:, None], -shift / scale, spatial))
-            scale, shift = step.actnorm.log_scale.exp(), step.actnorm.shift
-        self.last = ChannelMap(scale, shift, spatial)
-        self.first = ChannelMap(1 / scale, -shift / scale, spatial)
+        *before, last = (ChannelMap(weight, bias, spatial) for weight, bias, _ in boundaries(steps)[False])
+        first, *after = (ChannelMap(weight, bias, spatial) for weight, bias, _ in boundaries(steps)[True])
+        self.before, self.last = nn.ModuleList(before), last
+        self.first, self.after = first, nn.ModuleList(reversed(after))  # by step
         pixel = torch.zeros(1, channels, dtype=torch.float64)
         per_pixel = torch.stack([step.actnorm.log_det(pixel) + step.mixing.log_det(pixel) for step in steps]).sum()
         self.register_buffer("log_det_constant", per_pixel)
@@ -107,7 +110,7 @@ class FoldedChain(nn.Module):
         for before, coupling in zip(self.before, self.couplings, strict=True):
             x, log_det = coupling(before(x), condition, False)
             log_dets.append(log_det)
-        return self._result(self.last(x), log_dets, -1)
+        return self.result(self.last(x), log_dets, inverse=False)
 
     def inverse(self, x: Tensor, condition: Tensor | None) -> FlowResult:
         """Target to latent."""
@@ -117,13 +120,27 @@ class FoldedChain(nn.Module):
             x, log_det = coupling(x, condition, True)
             log_dets.insert(0, log_det)
             x = after(x)
-        return self._result(x, log_dets, 1)
+        return self.result(x, log_dets, inverse=True)
 
-    def _result(self, x: Tensor, log_dets: list[Tensor], sign: int) -> FlowResult:
-        constant = self.log_det_constant * (sign * math.prod(x.shape[2:]))
+    def result(self, x: Tensor, log_dets: list[Tensor], inverse: bool) -> FlowResult:
+        """`x` with the log-determinants of the couplings, by step, and the constant."""
+        constant = self.log_det_constant * ((1 if inverse else -1) * math.prod(x.shape[2:]))
         zero = torch.zeros((), dtype=x.dtype, device=x.device)
         return FlowResult(x, torch.stack(log_dets), constant, zero, zero)
 
+    def stages(self) -> list[FoldedCoupling]:
+        """Couplings by step."""
+        return [coupling for coupling in self.couplings if isinstance(coupling, FoldedCoupling)]
 
-class FoldedLevelFlow(BetweenAffines, FoldedChain):
+    def maps(self, inverse: bool) -> list[Boundary]:
+        """The channel maps around the couplings, in the order of running."""
+        maps = [self.first, *reversed(self.after)] if inverse else [*self.before, self.last]
+        return [channel_map.boundary() for channel_map in maps if isinstance(channel_map, ChannelMap)]
+
+    def whole(self) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+
+class FoldedLevelFlow(FoldedChain, BetweenAffines):
     """Both directions of a `LevelFlow`."""

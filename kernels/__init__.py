@@ -1,1 +1,1 @@
-"""Plain references of the operations that dominate memory traffic, one file each."""
+"""The operations that dominate memory traffic: plain references, and Triton kernels of them for CUDA tensors."""

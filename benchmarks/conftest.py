@@ -70,10 +70,11 @@ def trained_like(preset: str) -> Any:
     large random heads a few bits of rounding decide the image.
     """
     from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.family import family
+    from hflow_rt.training.config import load_config
 
     torch.manual_seed(0)
-    model = build_model("hflow", family("hflow").presets[preset]["model"])
+    settings = load_config(preset)
+    model = build_model(settings.family, settings.model)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = 1e-3 * torch.randn(parameter.shape)
@@ -88,6 +89,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     """`exported(preset, direction)` gives the model and its verified bundle, made once a session."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
+    from hflow_rt.training.config import load_config
 
     made: dict[tuple[str, str], tuple[Any, Path]] = {}
 
@@ -95,7 +97,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
         if (preset, direction) not in made:
             model = trained_like(preset)
             folder = tmp_path_factory.mktemp(preset)
-            save_model(folder / "model.safetensors", "hflow", model, model.state_dict(), {})
+            name = load_config(preset).family
+            save_model(folder / "model.safetensors", name, model, model.state_dict(), {})
             ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
             images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
             images[1] = images[1].transpose(0, 2, 1)

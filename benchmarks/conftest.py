@@ -48,6 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     """`exported(preset, direction)` gives the model and its verified bundle, made once a session."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
+    from hflow_rt.training.config import load_config
 
     made: dict[tuple[str, str], tuple[Any, Path]] = {}
 
@@ -55,7 +56,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
         if (preset, direction) not in made:
             model = trained_like(preset)
             folder = tmp_path_factory.mktemp(preset)
-            save_model(folder / "model.safetensors", "hflow", model, model.state_dict(), {})
+            name = load_config(preset).family
+            save_model(folder / "model.safetensors", name, model, model.state_dict(), {})
             ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
             images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
             images[1] = images[1].transpose(0, 2, 1)

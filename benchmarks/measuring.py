@@ -41,10 +41,11 @@ def trained_like(preset: str) -> Any:
     large random heads a few bits of rounding decide the image.
     """
     from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.family import family
+    from hflow_rt.training.config import load_config
 
     torch.manual_seed(0)
-    model = build_model("hflow", family("hflow").presets[preset]["model"])
+    settings = load_config(preset)
+    model = build_model(settings.family, settings.model)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = 1e-3 * torch.randn(parameter.shape)

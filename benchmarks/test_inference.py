@@ -13,8 +13,9 @@ import torch
 
 from hflow_rt.runtime import load
 
-PRESETS = ("hflow-demo", "hflow-128", "hflow-256")
-ROUNDS = {"hflow-demo": 30, "hflow-128": 12, "hflow-256": 7}
+PRESETS = ("hflow-demo", "hflow-128", "hflow-256", "glow-64")
+ROUNDS = {"hflow-demo": 30, "hflow-128": 12, "hflow-256": 7, "glow-64": 5}
+FORWARD_ONLY = ("hflow-256", "glow-64")  # whose proof would take most of the time
 
 
 def latents_of(session: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def parity_of(session: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_forward(benchmark: Any, preset: str, exported: Any, take_turns: Any, record: Any) -> None:
-    model, bundle = exported(preset, "both" if preset != "hflow-256" else "forward")
+    model, bundle = exported(preset, "forward" if preset in FORWARD_ONLY else "both")
     session = load(bundle, "onnx", "cpu")
     folded = model.folded()
     latents = latents_of(session)

@@ -59,8 +59,8 @@ def make(
         raise DataError(f"a direction's name must end in .safetensors; found '{output.name}'; rename it")
     session = open_session(model, backend, device, quiet=json)
     where = find_place(session, place)
-    sides = [read_pictures([source], session.resolution)[1] for source in (positive, negative)]
-    a, b = (encodings(session, encoded(session, pixels), where) for pixels in sides)
+    sides = [read_pictures([source], session.resolution) for source in (positive, negative)]
+    a, b = (encodings(session, encoded(session, pixels, names), where) for names, pixels in sides)
     direction = measure_direction(session, where, a, b, (str(positive), str(negative)))
     save_direction(output, direction)
     about = direction.about

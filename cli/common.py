@@ -23,6 +23,7 @@ __all__ = [
     "DeviceOption",
     "ImagesArgument",
     "JsonOption",
+    "LabelOption",
     "ModelArgument",
     "ModelOption",
     "PlaceOption",
@@ -41,6 +42,7 @@ __all__ = [
     "shipped_pictures",
     "starting_points",
     "status",
+    "told",
     "tracked",
     "write_pictures",
 ]
@@ -61,6 +63,14 @@ StdOption = Annotated[
     ),
 ]
 
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For a model of classes: the class of all these images; without it samples take each in turn, and "
+        "images the one their folder is named after.",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")]
 PlaceOption = Annotated[
     str | None,
@@ -184,12 +194,26 @@ def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[
     return chosen.names, chosen.pixels().astype(np.float32) / np.float32(255)
 
 
-def encoded(session: "Session", pixels: "NDArray[np.float32]", batch: int = 16) -> "dict[str, NDArray[np.float32]]":
-    """Latents of images `[N, 3, R, R]` in [0, 1], with progress."""
+def encoded(
+    session: "Session", pixels: "NDArray[np.float32]", names: Sequence[str], batch: int = 16
+) -> "dict[str, NDArray[np.float32]]":
+    """Latents of images `[N, 3, R, R]` in [0, 1], with progress; names: theirs, for `told`."""
     from hflow_rt.runtime.latents import concatenate
 
-    batches = [pixels[start : start + batch] for start in range(0, len(pixels), batch)]
-    return concatenate([session.inverse(part).latents for part in tracked(batches, len(pixels), len, "encoding")])
+    batches = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
+    size = lambda part: len(pixels[part])  # noqa: E731
+    parts = [
+        session.inverse(pixels[part], told(session, names[part])).latents
+        for part in tracked(batches, len(pixels), size, "encoding")
+    ]
+    return concatenate(parts)
+
+
+def told(session: "Session", names: Sequence[str], label: str | None = None) -> "dict[str, NDArray[np.float32]]":
+    """What the model is told of the images called `names`: `label`, or what their folders say. Raises `DataError`."""
+    from hflow_rt.conditions import by_folder, of_option
+
+    return by_folder(session.choices, names) if label is None else of_option(session.choices, label, len(names))
 
 
 def starting_points(
@@ -207,7 +231,7 @@ def starting_points(
     check_std(std, not images)
     if images:
         names, pixels = read_pictures(images, session.resolution, number)
-        return names, pixels, encoded(session, pixels)
+        return names, pixels, encoded(session, pixels, names)
     latents = concatenate(list(session.draw(range(number), std or session.std, seed)))
     return [f"sample {index}" for index in range(number)], session.forward(latents), latents
 

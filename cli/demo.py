@@ -53,6 +53,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     import numpy as np
 
     from hflow_rt.assets import demo_images
+    from hflow_rt.conditions import by_folder
     from hflow_rt.data.dataset import open_dataset
     from hflow_rt.runtime.latents import concatenate, interpolate, ping_pong
     from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
@@ -65,7 +66,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     held_out = images.split()[1]
     chosen = held_out[:: max(1, len(held_out) // _COLUMNS)][:_COLUMNS]
     pixels = images.pixels(chosen).astype(np.float32) / 255
-    latents = session.inverse(pixels).latents
+    latents = session.inverse(pixels, by_folder(session.choices, [images.names[index] for index in chosen])).latents
     detail = list(session.latent_shapes)[-1]
     coarse = latents | {detail: np.zeros_like(latents[detail])}
     rows = [

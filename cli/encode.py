@@ -10,12 +10,14 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     named,
     open_session,
     print_json,
     read_pictures,
     say_next,
+    told,
     tracked,
     write_pictures,
 )
@@ -31,6 +33,7 @@ def encode(
         "latents.safetensors"
     ),
     picture: Annotated[Path | None, typer.Option(help="Also write originals over their reconstructions.")] = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -48,8 +51,13 @@ def encode(
         check_picture_name(picture)
     session = open_session(model, backend, device, quiet=json)
     names, pixels = read_pictures(images, session.resolution)
-    batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
-    encoded = [session.inverse(batch) for batch in tracked(batches, len(pixels), len, "encoding")]
+    conditions = told(session, names, label)
+    starts = [slice(start, start + _BATCH) for start in range(0, len(pixels), _BATCH)]
+    size = lambda part: len(pixels[part])  # noqa: E731
+    encoded = [
+        session.inverse(pixels[part], {name: value[part] for name, value in conditions.items()})
+        for part in tracked(starts, len(pixels), size, "encoding")
+    ]
     latents = concatenate([part.latents for part in encoded])
     log_prob = np.concatenate([part.log_prob for part in encoded])
     bits = session.bits_per_dim(log_prob)
@@ -97,7 +105,7 @@ def decode(
 
     session = open_session(model, backend, device, quiet=json)
     values, about = load_latents(latents)
-    check_latents(values, session.latent_shapes, str(latents))
+    check_latents(values, session.input_shapes, str(latents))
     if about.get("model") not in (None, session.manifest.checkpoint["sha256"]):
         print(f"warning: {latents} was made by another training state of this kind of model", file=sys.stderr)
     count = len(next(iter(values.values())))

@@ -10,6 +10,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     StdOption,
     check_std,
@@ -18,6 +19,7 @@ from hflow_rt.cli.common import (
     print_json,
     read_pictures,
     say_next,
+    told,
     tracked,
 )
 
@@ -39,6 +41,7 @@ def interpolate(
     ] = "z",
     seed: Annotated[int, typer.Option(help="Without images: join samples 0 and 1 of this seed.")] = 0,
     std: StdOption = None,
+    label: LabelOption = None,
     fps: Annotated[float, typer.Option(help="Frames per second of an animation.")] = 12.0,
     loop: Annotated[bool, typer.Option(help="Animations go there and back without a stop.")] = True,
     backend: BackendOption = "onnx",
@@ -65,12 +68,12 @@ def interpolate(
     check_std(std, not images)
     session = open_session(model, backend, device, quiet=json)
     if images:
-        _, pixels = read_pictures(images, session.resolution)
+        names, pixels = read_pictures(images, session.resolution)
         if len(pixels) != 2:
             raise DataError(f"an interpolation joins two images, not {len(pixels)}")
-        latents = session.inverse(pixels).latents
+        latents = session.inverse(pixels, told(session, names, label)).latents
     else:
-        latents = next(session.draw([0, 1], std or session.std, seed))
+        latents = next(session.draw([0, 1], std or session.std, seed, option=label))
     latents = session.into_space(space, latents)
     ends = [{name: values[i : i + 1] for name, values in latents.items()} for i in (0, 1)]
     path = between(ends[0], ends[1], frames, mode, session.joined(space))

@@ -118,7 +118,7 @@ def _sources(
         if seeds:
             raise DataError(f"--{what}s and --{what}-images both say what the {what}s are; keep one of them")
         names, pixels = read_pictures(images, session.resolution)
-        return names, pixels, encoded(session, pixels)
+        return names, pixels, encoded(session, pixels, names)
     chosen = explore.parse_seeds(seeds or [default])
     latents = explore.latents_of_seeds(session, chosen, std or session.std)
     return [f"seed {seed}" for seed in chosen], session.forward(latents), latents

@@ -23,6 +23,7 @@ from hflow_rt.cli.common import (
     print_json,
     read_pictures,
     say_next,
+    told,
     tracked,
 )
 
@@ -81,13 +82,16 @@ def neighbours(
         queries = from_uint8(to_uint8(session.sample(samples, std or session.std, seed)))
         names = [f"sample {index}" for index in range(samples)]
     nearest = {
-        where.name: Nearest(encodings(session, encoded(session, queries), where), count),
+        where.name: Nearest(encodings(session, encoded(session, queries, names), where), count),
         "pixels": Nearest(queries, count),
     }
+    found, seen = searched.names, 0
     for pixels in tracked(_batches(searched), len(searched), len, "encoding"):
-        nearest[where.name].add(encodings(session, session.inverse(pixels).latents, where))
+        conditions = told(session, found[seen : seen + len(pixels)])
+        nearest[where.name].add(encodings(session, session.inverse(pixels, conditions).latents, where))
+        seen += len(pixels)
         nearest["pixels"].add(pixels)
-    rows, report, found = [], [], searched.names
+    rows, report = [], []
     for index, name in enumerate(names):
         first, caption = to_uint8(queries[index : index + 1]), f"{Path(name).name}\nquery"
         entry: dict[str, object] = {"image": name}

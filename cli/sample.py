@@ -10,6 +10,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelArgument,
     StdOption,
     named,
@@ -28,6 +29,7 @@ def sample(
     std: StdOption = None,
     seed: Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")] = 0,
     first: Annotated[int, typer.Option(help="Index of the first image: --first 7 -n 1 is image 7 of the seed.")] = 0,
+    label: LabelOption = None,
     output: Annotated[
         Path,
         typer.Option("-o", "--output", help="A grid (.png, .jpg, .webp), or a folder for one file each."),
@@ -54,7 +56,7 @@ def sample(
         check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
     stds = std or session.std
-    parts = session.draw(range(first, first + number), stds, seed, batch)
+    parts = session.draw(range(first, first + number), stds, seed, batch, label)
     drawn, images, kept = 0, [], []
     for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):
         pixels = to_uint8(session.forward(part))

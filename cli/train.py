@@ -161,6 +161,7 @@ def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:
     import numpy as np
     import torch
 
+    from hflow_rt.conditions import in_turn
     from hflow_rt.runs import SAMPLES
     from hflow_rt.runtime.noise import draw_latents
     from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
@@ -170,6 +171,7 @@ def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:
     for std in _STDS:
         stds = dict.fromkeys(model.latent_shapes(), std)
         latents = draw_latents(model.latent_shapes(), model.prior_std(), 0, range(_SAMPLES_A_ROW), stds)
+        latents |= in_turn(model.choices(), range(_SAMPLES_A_ROW))
         decoded = model.decode({name: torch.from_numpy(value).to(device) for name, value in latents.items()})
         rows.append((f"{std:g}", to_uint8(decoded.nan_to_num(0.0).float().cpu().numpy())))
     picture = labelled_rows(rows)

@@ -63,7 +63,7 @@ def zeroing(
         names, pixels, latents = starting_points(session, images, number, seed, std)
     else:
         names, pixels = shipped_pictures(session.resolution, number)
-        latents = encoded(session, pixels)
+        latents = encoded(session, pixels, names)
     steps = len(session.latent_shapes) + 1
     rows, changes = [], {}
     for zero, decoded in tracked(

@@ -81,6 +81,7 @@ def export_bundle(
                 for name, shape in model.latent_shapes().items()
             ),
             std=tuple(std),
+            choices=dict(model.choices()),
             spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
             graphs=graphs,
             opset=OPSET,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hflow_rt.conditions import in_turn
 from hflow_rt.errors import DataError
 from hflow_rt.models.family import GraphSpec, LatentModel
 from hflow_rt.runtime.noise import draw_latents
@@ -59,6 +60,7 @@ def run_parity(
             for std in STDS:
                 stds = dict.fromkeys(names, std)
                 latents = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(batch), stds)
+                latents |= in_turn(session.choices, range(batch))
                 exact, plain = _decode(reference, latents), _decode(single, latents)
                 outputs = {"image": compare(session.forward(latents), exact, plain, picture=True)}
                 report["graphs"]["forward"].append({"batch": batch, "std": std, "outputs": outputs})
@@ -67,9 +69,10 @@ def run_parity(
         report["graphs"]["inverse"] = []
         for chosen in _batches(images):
             batch = len(chosen)
-            exact_all, plain_all = _encode(reference, chosen), _encode(single, chosen)
-            encoded = session.inverse(chosen)
-            found = {**encoded.latents, "log_prob": encoded.log_prob}
+            told = in_turn(session.choices, range(batch))
+            exact_all, plain_all = _encode(reference, chosen, told), _encode(single, chosen, told)
+            encoded = session.inverse(chosen, told)
+            found = {**{name: encoded.latents[name] for name in names}, "log_prob": encoded.log_prob}
             outputs = {name: compare(found[name], exact_all[name], plain_all[name]) for name in found}
             dimensions = chosen[0].size * math.log(2)
             bits = float(np.abs(found["log_prob"] - exact_all["log_prob"]).max()) / dimensions
@@ -186,6 +189,7 @@ def _inner_graphs(specs: Mapping[str, GraphSpec], session: Session, seed: int) -
     for batch in BATCHES:
         stds = dict.fromkeys(session.latent_shapes, 1.0)
         values = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(batch), stds)
+        values |= in_turn(session.choices, range(batch))
         for name in report:
             spec = specs[name]
             tensors = [torch.from_numpy(values[tensor.name]) for tensor in spec.inputs]
@@ -208,9 +212,10 @@ def _round_trips(
 ) -> Iterator[dict[str, Any]]:
     for chosen in _batches(images):
         batch = len(chosen)
-        back = session.forward(session.inverse(chosen).latents)
-        own_latents = _encode(single, chosen)
-        own = float(np.abs(_decode(single, {name: own_latents[name] for name in names}) - chosen).max())
+        told = in_turn(session.choices, range(batch))
+        back = session.forward(session.inverse(chosen, told).latents)
+        own_latents = _encode(single, chosen, told)
+        own = float(np.abs(_decode(single, {name: own_latents[name] for name in names} | told) - chosen).max())
         error = np.abs(back.astype(np.float64) - chosen)
         differs = float((np.rint(back * 255.0) != np.rint(chosen * 255.0)).mean())
         yield {
@@ -225,7 +230,8 @@ def _round_trips(
     # informative only: a latent list may hold more numbers than an image, and then this is not the identity
     stds = dict.fromkeys(names, 0.7)
     latents = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(1), stds)
-    again = session.inverse(session.forward(latents)).latents
+    told = in_turn(session.choices, range(1))
+    again = session.inverse(session.forward(latents | told), told).latents
     yield {
         "path": "latents",
         "batch": 1,
@@ -254,8 +260,9 @@ def _decode(model: LatentModel, latents: Mapping[str, Array]) -> Array:
 
 
 @torch.no_grad()
-def _encode(model: LatentModel, images: Array) -> dict[str, Array]:
-    encoding = model.encode(torch.from_numpy(images).to(_dtype(model)))
+def _encode(model: LatentModel, images: Array, told: Mapping[str, Array]) -> dict[str, Array]:
+    given = {name: torch.from_numpy(value).to(_dtype(model)) for name, value in told.items()}
+    encoding = model.encode(torch.from_numpy(images).to(_dtype(model)), given)
     return {**{n: v.numpy() for n, v in encoding.latents.items()}, "log_prob": encoding.log_prob.numpy()}
 
 

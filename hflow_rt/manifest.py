@@ -76,6 +76,9 @@ class Manifest(_Entry):
     std: tuple[str, ...] = Field(
         default=STD, description="what samples are drawn at where nobody says, as --std is written"
     )
+    choices: dict[str, tuple[str, ...]] = Field(
+        default={}, description="what graphs are told beside image or latents: options by name, as one-hot vectors"
+    )
     spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
     graphs: dict[str, Graph]
     precision: Literal["fp32"] = "fp32"

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hflow_rt.conditions import Choices, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError
 from hflow_rt.manifest import Graph, Manifest
 from hflow_rt.runtime.bundle import Bundle, find_bundle
@@ -55,7 +56,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + bits)."""
+    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + bits).
+
+    Conditions that were given are among the latents, so that `forward` is told the same.
+    """
 
     latents: dict[str, Any]
     log_prob: Any
@@ -78,6 +82,16 @@ class Session:
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape without batch, coarse to fine."""
         return self.manifest.latent_shapes
+
+    @property
+    def choices(self) -> Choices:
+        """What the model is told beside image or latents: options by name, none for most models."""
+        return self.manifest.choices
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `forward` takes: the latents, and a one-hot vector for every choice."""
+        return self.latent_shapes | {name: (len(options),) for name, options in self.choices.items()}
 
     @property
     def std(self) -> list[str]:
@@ -105,7 +119,7 @@ class Session:
 
     def space_shapes(self, space: str) -> dict[str, tuple[int, ...]]:
         """Name to shape without batch of what `into_space` yields, coarse to fine. Raises `DataError`."""
-        shapes = self.latent_shapes
+        shapes = self.input_shapes
         if space == LATENT_SPACE:
             return shapes
         into = self._graph(self._space(space)[0])
@@ -123,15 +137,26 @@ class Session:
     def forward(self, latents: Mapping[str, Any]) -> Any:
         """Latents to images float32 `[B, 3, R, R]` in [0, 1]. Raises `DataError` for latents that do not fit."""
         arrays, restore = _to_numpy(latents)
-        check_latents(arrays, self.latent_shapes, "these latents")
+        check_latents(arrays, self.input_shapes, "these latents")
         return restore(self.run_graph("forward", arrays)["image"])
 
-    def inverse(self, images: Any) -> Encoded:
-        """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability."""
-        arrays, restore = _to_numpy({"image": images})
-        outputs = self.run_graph("inverse", {"image": self._images(arrays["image"])})
-        log_prob = outputs.pop("log_prob")
-        return Encoded({name: restore(outputs[name]) for name in self.latent_shapes}, restore(log_prob))
+    def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
+        """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability.
+
+        conditions: one-hot `[B, options]` for every choice of the model. Raises `DataError`.
+        """
+        arrays, restore = _to_numpy({"image": images, **(conditions or {})})
+        pixels = self._images(arrays.pop("image"))
+        told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
+        given = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
+        if given != told or len(given) != len(arrays):
+            wanted, found = (
+                ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
+                for shapes in (told, {name: array.shape for name, array in arrays.items()})
+            )
+            raise DataError(f"beside images this model is told {wanted}, one-hot float32, not {found}")
+        outputs = self.run_graph("inverse", {"image": pixels, **arrays}) | arrays
+        return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
 
     def sample(self, n: int, std: Stds = 1.0, seed: int = 0) -> Array:
         """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`."""
@@ -146,13 +171,20 @@ class Session:
         std: Stds = 1.0,
         seed: int = 0,
         batch: int = 16,
+        option: str | None = None,
     ) -> Iterator[dict[str, Array]]:
-        """Prior latents of the images `indices` of `seed`, at most `batch` at a time."""
+        """Prior latents of the images `indices` of `seed`, at most `batch` at a time.
+
+        Where the model has a choice, `option` makes it for all, else each option comes in turn.
+        """
         if batch < 1:
             raise DataError(f"the batch must be at least 1, not {batch}")
         stds = parse_std(std, self.latent_shapes)
         for start in range(0, len(indices), batch):
-            yield draw_latents(self.latent_shapes, self.manifest.prior_std, seed, indices[start : start + batch], stds)
+            part = indices[start : start + batch]
+            drawn = draw_latents(self.latent_shapes, self.manifest.prior_std, seed, part, stds)
+            told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
+            yield drawn | told
 
     def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
         """Latents with those that have another form in `space` replaced by it; `z` is the latents themselves.
@@ -160,7 +192,7 @@ class Session:
         Raises `DataError`.
         """
         shapes = self.space_shapes(space)
-        check_latents(latents, self.latent_shapes, "these latents")
+        check_latents(latents, self.input_shapes, "these latents")
         made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[0], latents)
         return {name: made[name] if name in made else latents[name] for name in shapes}
 
@@ -168,7 +200,7 @@ class Session:
         """The inverse of `into_space`."""
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
         made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[1], values)
-        return {name: made[name] if name in made else values[name] for name in self.latent_shapes}
+        return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
     def _space(self, space: str) -> tuple[str, str]:
         if space not in self.manifest.spaces:

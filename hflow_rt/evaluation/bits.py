@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from hflow_rt.errors import BundleError, ConfigError, DataError
 from hflow_rt.evaluation.session import Session
 from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.models.checkpoint import load_model
-from hflow_rt.models.family import BoundKind, LatentModel, NoiseScale
+from hflow_rt.models.family import BoundKind, Conditions, LatentModel, NoiseScale, conditions_by_folder
 
 __all__ = [
     "BitsReport",
@@ -127,12 +127,14 @@ def measure(
     shares: Shares | None = None,
     track: Track = silent,
     session: Session | None = None,
+    names: Sequence[str] | None = None,
 ) -> BitsReport:
     """Both bounds on uint8 images `[n, 3, R, R]`, latent by latent; of a selection one batch at a time is in memory.
 
     strict: a true upper bound, over `draws` draws an image. paper: what the family's authors published, with proper
     dequantisation.
 
+    names: of the images in their set, whose folders tell a model of classes theirs; a selection knows its own.
     session: computes them instead of `model`, by the graph `bound` of its bundle; `model`, which is the reference
     of that bundle, then only makes the draws, so that the two differ by rounding alone. Deterministic in (seed,
     draws, batch), however many processes share the work. Raises `DataError` for no images and `BundleError` for a
@@ -148,17 +150,24 @@ def measure(
             "this bundle has no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use --backend torch"
         )
 
-    def terms(bound: BoundKind, pixels: torch.Tensor, stream: torch.Generator) -> Parts:
+    if model.choices() and names is None:
+        names = images.names if isinstance(images, Selection) else []
+    if model.choices() and len(names or ()) != len(images):
+        raise DataError("a model of classes is measured on images in folders named after them; found none")
+
+    def terms(bound: BoundKind, pixels: torch.Tensor, stream: torch.Generator, told: Conditions) -> Parts:
         if session is None:
-            found = {"strict": model.strict_terms, "paper": model.paper_terms}[bound](pixels, stream)
+            found = {"strict": model.strict_terms, "paper": model.paper_terms}[bound](pixels, stream, told)
             return {name: values.cpu().double().numpy() for name, values in found.items()}  # some GPUs lack float64
-        inputs = {name: value.cpu().numpy() for name, value in model.bound_inputs(bound, pixels, stream).items()}
+        inputs = {name: value.cpu().numpy() for name, value in model.bound_inputs(bound, pixels, stream, told).items()}
         return {name: values.astype(np.float64) for name, values in session.run_graph("bound", inputs).items()}
 
     def work(bound: BoundKind, part: range) -> Parts:
         pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part))).to(device)
+        told = conditions_by_folder(model, [names[index] for index in part]) if names else {}
+        told = {name: value.to(device) for name, value in told.items()}
         streams = [generator(seed, _STREAMS[bound], draw, part.start) for draw in range(draws)]
-        found = [terms(bound, pixels, stream) for stream in (streams if bound == "strict" else streams[:1])]
+        found = [terms(bound, pixels, stream, told) for stream in (streams if bound == "strict" else streams[:1])]
         return {name: np.mean([values[name] for values in found], axis=0) for name in found[0]}
 
     bounds: dict[str, Bound | None] = {}
@@ -220,12 +229,18 @@ class Evaluation:
 
 
 def evaluate(
-    model: LatentModel, pixels: Pixels, images: int, seed: int = 0, draws: int = 1, batch: int = 32
+    model: LatentModel,
+    pixels: Pixels,
+    images: int,
+    seed: int = 0,
+    draws: int = 1,
+    batch: int = 32,
+    names: Sequence[str] | None = None,
 ) -> Evaluation:
     """The totals of `measure`; what cannot be computed is None, with the reason. Raises `DataError` as it does."""
     if len(pixels) == 0:
         return Evaluation(images, None, None, "there are no held-out images")
-    found = measure(model, pixels, seed, draws, batch)
+    found = measure(model, pixels, seed, draws, batch, names=names)
     strict = None if found.strict is None else found.strict.total
     paper = None if found.paper is None else found.paper.total.mean
     return Evaluation(images, strict, paper, found.reasons.get("strict"))

@@ -42,10 +42,11 @@ class StandIn:
 
 @dataclass(slots=True, eq=False)
 class Inert:
-    """An instance of a stand-in: the name of its class and the attributes the file gives it."""
+    """An instance of a stand-in: the name of its class, and the attributes and items the file gives it."""
 
     name: str
     state: dict[Any, Any] | None = None
+    items: dict[Any, Any] | None = None  # of a class that is a dict
 
 
 class Described:
@@ -148,9 +149,9 @@ class _Machine:
                 stack.append(name == "NEWTRUE")
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _of(stack[-1], dict)[_key(key)] = value
+                _items(stack[-1])[_key(key)] = value
             case "SETITEMS":
-                target = _of(self.unmark()[-1], dict)
+                target = _items(self.unmark()[-1])
                 for key, value in zip(stack[::2], stack[1::2], strict=True):
                     target[_key(key)] = value
             case "APPEND":
@@ -228,6 +229,15 @@ def _of(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"a {kind.__name__} is needed, a {type(value).__name__} is there")
     return value
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    """Where items of a dictionary go, or of an instance whose class is one."""
+    if type(value) is Inert:
+        value.items = {} if value.items is None else value.items
+        return value.items
+    found: dict[Any, Any] = _of(value, dict)
+    return found
 
 
 def _key(value: object) -> str | int:

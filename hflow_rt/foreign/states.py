@@ -77,11 +77,15 @@ def read_stream(source: Source, modules: Sequence[str] = (), load: bool = True) 
 
 
 def state_of(value: object, source: Source) -> dict[str, Tensor]:
-    """The tensors of a state dict or of an inert module, by dotted name. Raises `CheckpointError`."""
+    """The tensors of a state dict, of one under "state_dict" as training frameworks save it, or of an inert module.
+
+    By dotted name. Raises `CheckpointError`.
+    """
     if isinstance(value, Inert):
         found = dict(_module_tensors(value, source))
     elif isinstance(value, dict):
-        found = value
+        inner = value.get("state_dict")
+        found = inner if isinstance(inner, dict) else value
     else:
         raise source.broken("it holds neither a network nor its weights")
     if len(found) > _TENSORS:

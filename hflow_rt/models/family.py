@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from hflow_rt.conditions import Choices, by_folder
 from hflow_rt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "BoundKind",
+    "Conditions",
     "Encoding",
     "Family",
     "GraphSpec",
@@ -36,12 +38,15 @@ __all__ = [
     "NoiseScale",
     "Published",
     "TensorSpec",
+    "conditions_by_folder",
     "family",
     "loss_draws",
 ]
 
 # of bits per dimension: the true upper bound, and what the family's authors published
 BoundKind = Literal["strict", "paper"]
+# one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
+Conditions = Mapping[str, "Tensor"]
 
 
 class ModelConfig(BaseModel):
@@ -137,16 +142,26 @@ class LatentModel(_Module, ABC):
     def prior_std(self) -> dict[str, float]:
         """Standard deviation of each latent at temperature 1."""
 
+    def choices(self) -> Choices:
+        """What the model is told beside image or latents: options by name, none for most families.
+
+        Each is an input of every graph, a one-hot vector, and an entry of `conditions` and of the latents that
+        `decode` takes.
+        """
+        return {}
+
     @abstractmethod
     def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Latents to images `[B, 3, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Encoding:
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
         """Images `[B, 3, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
 
     @abstractmethod
-    def loss(self, images: Tensor, noise: Mapping[str, Tensor] | None = None) -> LossTerms:
+    def loss(
+        self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None
+    ) -> LossTerms:
         """Training loss for a batch made by `dequantize`.
 
         `noise` gives every standard normal draw by name (`noise_shapes`, each `[B, *shape]`); without it they
@@ -158,37 +173,48 @@ class LatentModel(_Module, ABC):
         """Names and shapes without batch of the standard normal draws of one loss, in the order they are used."""
 
     @abstractmethod
-    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def strict_bits_per_dim(
+        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> Tensor:
         """A true upper bound on bits per dimension, `[B]`, for uint8 images `[B, 3, R, R]`.
 
         One Monte Carlo draw of uniform dequantisation noise and of every posterior. Raises `ConfigError`
         where the configuration admits no such bound.
         """
 
-    def strict_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def strict_terms(
+        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
         """`strict_bits_per_dim` in parts `[B]` that sum to it, all in bits per dimension of the image.
 
         A part is called `LATENT.WHAT`, such as `z0.prior`; `image.bits` where a family tells no parts apart.
         """
-        return {"image.bits": self.strict_bits_per_dim(pixels, generator)}
+        return {"image.bits": self.strict_bits_per_dim(pixels, generator, conditions)}
 
-    def paper_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def paper_terms(
+        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
         """The published bound of each image by itself, in parts named and scaled as those of `strict_terms`."""
         import torch
 
         images, noise = loss_draws(self, pixels, generator)
         single: list[Tensor] = []
         for i in range(len(images)):
-            bits = self.loss(images[i : i + 1], {name: draw[i : i + 1] for name, draw in noise.items()}).bits_per_dim
+            one = slice(i, i + 1)
+            draws = {name: draw[one] for name, draw in noise.items()}
+            told = {name: choice[one] for name, choice in (conditions or {}).items()}
+            bits = self.loss(images[one], draws, told).bits_per_dim
             assert bits is not None  # in eval mode, which this is for
             single.append(bits)
         return {"image.bits": torch.stack(single)}
 
-    def bound_inputs(self, bound: BoundKind, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def bound_inputs(
+        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
         """Everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of the graph `bound`.
 
-        `image` in [0, 1], `uniform` noise in [0, 1) of the pixels and the family's own noises, each `[B, *shape]`;
-        whichever bound it is, one graph makes its parts of them. Draws are those of `strict_terms` and
+        `image` in [0, 1], `uniform` noise in [0, 1) of the pixels, the family's own noises and the conditions, each
+        `[B, *shape]`; whichever bound it is, one graph makes its parts of them. Draws are those of `strict_terms` and
         `paper_terms`. Raises `ConfigError` where there is no such bound. Families with that graph have it.
         """
         raise NotImplementedError
@@ -271,7 +297,10 @@ class Family:
 
 
 # name -> module that holds `FAMILY`; one line a family
-FAMILIES = {"hflow": "hflow_rt.models.hflow"}
+FAMILIES = {
+    "glow": "hflow_rt.models.glow",
+    "hflow": "hflow_rt.models.hflow",
+}
 
 
 def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -282,6 +311,13 @@ def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -
     shapes = model.noise_shapes()
     noise = {name: torch.randn(len(images), *shape, generator=generator) for name, shape in shapes.items()}
     return images, {name: draw.to(images.device) for name, draw in noise.items()}
+
+
+def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Conditions of images of a set by their names, see `by_folder`. Raises `DataError`."""
+    import torch
+
+    return {name: torch.from_numpy(rows) for name, rows in by_folder(model.choices(), names).items()}
 
 
 def family(name: str) -> Family:

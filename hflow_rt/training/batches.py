@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from hflow_rt.draws import generator
-from hflow_rt.models.family import LatentModel
+from hflow_rt.models.family import LatentModel, conditions_by_folder
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.processes import Processes
 
@@ -54,10 +54,11 @@ class Place:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one call of `loss`: images as `dequantize` made them, and the noise by name."""
+    """Input of one call of `loss`: images as `dequantize` made them, and noise and conditions by name."""
 
     images: Tensor
     noise: dict[str, Tensor]
+    conditions: dict[str, Tensor]
 
 
 class Shuffle:
@@ -124,7 +125,10 @@ class MicroBatches:
             else (Place(place.step + 1, place.images + self.step_images), 0)
         )
         self._ahead = following, self._thread.submit(self._make, *following)
-        return MicroBatch(self._move(batch.images), {name: self._move(value) for name, value in batch.noise.items()})
+        noise, conditions = (
+            {name: self._move(value) for name, value in values.items()} for values in (batch.noise, batch.conditions)
+        )
+        return MicroBatch(self._move(batch.images), noise, conditions)
 
     def close(self) -> None:
         """End the thread."""
@@ -136,15 +140,18 @@ class MicroBatches:
         size = config.batch_size
         draws = generator(config.seed, place.step, micro, self._processes.rank)
         start = place.images + (micro * self._processes.count + self._processes.rank) * size
-        pixels = torch.from_numpy(self._data.pixels(self._shuffle.take(start, size)))  # [B, 3, R, R]
+        chosen = self._shuffle.take(start, size)
+        pixels = torch.from_numpy(self._data.pixels(chosen))  # [B, 3, R, R]
         if config.flip:
             mirrored = torch.rand(size, generator=draws) < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         images = self._model.dequantize(pixels, draws, config.added_noise_std)
         noise = {name: torch.randn(size, *shape, generator=draws) for name, shape in self._model.noise_shapes().items()}
+        conditions = conditions_by_folder(self._model, [self._data.names[index] for index in chosen])
         if self._thread is not None:
             images, noise = images.pin_memory(), {name: value.pin_memory() for name, value in noise.items()}
-        return MicroBatch(images, noise)
+            conditions = {name: value.pin_memory() for name, value in conditions.items()}
+        return MicroBatch(images, noise, conditions)
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._processes.device, non_blocking=True)

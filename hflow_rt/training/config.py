@@ -28,6 +28,7 @@ __all__ = ["RunConfig", "TrainingConfig", "load_config", "preset_names"]
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Rate = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 _M = TypeVar("_M", bound=BaseModel)
 _Group = str  # of parameters, as the family names them
 
@@ -41,7 +42,10 @@ class TrainingConfig(BaseModel):
     accumulate: PositiveInt = 4  # micro-batches of one step
     images: PositiveInt = 60_000_000  # to see in all: 2000 epochs of 30,000
 
+    optimizer: Literal["adam", "adamax"] = "adam"
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)  # of the running moments of the gradient
     learning_rates: dict[_Group, _Rate]
+    warmup_images: NonNegativeInt = 0  # rates grow from 0 to theirs
     decay_start_images: NonNegativeInt = 300_000
     decay_every_images: PositiveInt = 60_000
     decay_factors: dict[_Group, _Rate] = {}  # from the start on, once every `decay_every_images`

@@ -8,14 +8,15 @@ __all__ = ["is_due", "learning_rates"]
 def learning_rates(config: TrainingConfig, images: int) -> dict[str, float]:
     """The rate of each parameter group for a step that starts after `images`.
 
-    A rate is multiplied by the group's factor at `decay_start_images + decay_every_images` and every
-    `decay_every_images` after that; from `cut_images` on it is 0.
+    Rates grow linearly over the first `warmup_images`. A rate is multiplied by the group's factor at
+    `decay_start_images + decay_every_images` and every `decay_every_images` after that; from `cut_images` on it is 0.
     """
+    warmth = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
     decays = max(0, (images - config.decay_start_images) // config.decay_every_images)
     return {
         group: 0.0
         if group in config.cut_images and images >= config.cut_images[group]
-        else rate * config.decay_factors.get(group, 1.0) ** decays
+        else warmth * rate * config.decay_factors.get(group, 1.0) ** decays
         for group, rate in config.learning_rates.items()
     }
 

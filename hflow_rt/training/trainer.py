@@ -139,16 +139,20 @@ class _Trainer:
 
         groups = trained_groups(config, self.model)
         self.parameters = [parameter for group in groups.values() for parameter in group]
-        self.adam = torch.optim.Adam(
-            [{"params": parameters, "name": name} for name, parameters in groups.items()],
-            fused=processes.device.type in ("cpu", "cuda"),
-        )
+        named = [{"params": parameters, "name": name} for name, parameters in groups.items()]
+        self.adam: torch.optim.Optimizer
+        if self.training.optimizer == "adamax":
+            self.adam = torch.optim.Adamax(named, betas=self.training.betas)
+        else:
+            fused = processes.device.type in ("cpu", "cuda")
+            self.adam = torch.optim.Adam(named, betas=self.training.betas, fused=fused)
         self.optimizer = processes.accelerator.prepare_optimizer(self.adam, device_placement=False)
 
         self.batches = MicroBatches(self.model, data, self.trained_on, self.training, processes)
         # Neighbours in the order of names look alike, so the evaluation takes every k-th.
         spread = np.linspace(0, max(len(held_out) - 1, 0), min(self.training.evaluate_images, len(held_out)))
-        self.held_out = data.pixels(held_out[spread.round().astype(np.int64)])
+        chosen = held_out[spread.round().astype(np.int64)]
+        self.held_out, self.held_out_names = data.pixels(chosen), [data.names[index] for index in chosen]
 
         self.place = Place()
         self.meter = Meter()
@@ -303,7 +307,7 @@ class _Trainer:
         for micro in range(settings.accumulate):
             batch = self.batches.get(self.place, micro)
             with accelerator.autocast():
-                found = self.model.loss(batch.images, batch.noise)
+                found = self.model.loss(batch.images, batch.noise, batch.conditions)
             accelerator.backward(found.loss / settings.accumulate)  # type: ignore[no-untyped-call]
             tags, values = _values(found)
             sums = values if sums is None else sums + values
@@ -356,6 +360,7 @@ class _Trainer:
                 self.training.seed,
                 self.training.evaluate_draws,
                 self.training.batch_size,
+                self.held_out_names,
             )
         else:
             self.last = Evaluation(self.place.images, None, None, "only the main process evaluates")

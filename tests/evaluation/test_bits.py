@@ -15,7 +15,8 @@ class UniformModel(torch.nn.Module):
     """Stands in for a family: 8 bits plus a uniform draw. Its loss insists on eval mode."""
 
     resolution = 4
-    strict_terms, paper_terms, noise_scales = (
+    choices, strict_terms, paper_terms, noise_scales = (
+        LatentModel.choices,
         LatentModel.strict_terms,
         LatentModel.paper_terms,
         LatentModel.noise_scales,
@@ -27,7 +28,9 @@ class UniformModel(torch.nn.Module):
         self.bounded = True
         self.value = 0.0
 
-    def strict_bits_per_dim(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def strict_bits_per_dim(
+        self, pixels: torch.Tensor, generator: torch.Generator, conditions: Any = None
+    ) -> torch.Tensor:
         assert not self.training
         if not self.bounded:
             raise ConfigError("no bound here")
@@ -44,7 +47,7 @@ class UniformModel(torch.nn.Module):
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"a": (2,)}
 
-    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor]) -> Any:
+    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor], conditions: Any = None) -> Any:
         assert not self.training
         assert noise["a"].shape == (len(images), 2)
 

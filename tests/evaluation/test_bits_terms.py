@@ -164,7 +164,8 @@ class Plain(torch.nn.Module):
     """A family that tells no parts apart."""
 
     resolution = 4
-    strict_terms, paper_terms, noise_scales = (
+    choices, strict_terms, paper_terms, noise_scales = (
+        LatentModel.choices,
         LatentModel.strict_terms,
         LatentModel.paper_terms,
         LatentModel.noise_scales,
@@ -183,10 +184,12 @@ class Plain(torch.nn.Module):
     def dequantize(self, pixels: torch.Tensor, generator: torch.Generator, noise_std: float = 0.0) -> torch.Tensor:
         return pixels.float()
 
-    def strict_bits_per_dim(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def strict_bits_per_dim(
+        self, pixels: torch.Tensor, generator: torch.Generator, conditions: Any = None
+    ) -> torch.Tensor:
         return pixels.float().mean((1, 2, 3))
 
-    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor]) -> Any:
+    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor], conditions: Any = None) -> Any:
         class Terms:
             bits_per_dim = images.mean() + 0 * noise["a"].mean()
 
@@ -209,7 +212,7 @@ def test_a_family_without_parts_has_one() -> None:
 class WithoutFloat64(Plain):
     """On a device that has no float64: what it gives can only be copied to the host."""
 
-    def strict_terms(self, pixels: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+    def strict_terms(self, pixels: torch.Tensor, generator: torch.Generator, conditions: Any = None) -> dict[str, Any]:
         found = Plain.strict_terms(self, pixels, generator)  # type: ignore[arg-type]
         return {name: SimpleNamespace(cpu=lambda values=values: values) for name, values in found.items()}
 

@@ -22,6 +22,14 @@ def test_rates_follow_the_images(images: int, encoders: float, flows: float) -> 
     assert rates == pytest.approx({"encoders": encoders, "decoders": 2e-3, "flows": flows})
 
 
+def test_rates_warm_up() -> None:
+    config = load_config("toy", overrides=["training.warmup_images=160"]).training
+    plain = load_config("toy").training
+    for images, share in ((0, 0.0), (40, 0.25), (120, 0.75), (160, 1.0), (1000, 1.0)):
+        expected = {name: share * rate for name, rate in learning_rates(plain, images).items()}
+        assert learning_rates(config, images) == pytest.approx(expected)
+
+
 def test_due_counts_every_multiple_once() -> None:
     passed = [after for after in range(6, 61, 6) if is_due(10, after - 6, after)]
     assert passed == [12, 24, 30, 42, 54, 60]  # the first step at or after 10, 20, 30, 40, 50, 60

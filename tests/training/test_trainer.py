@@ -51,6 +51,18 @@ def test_resume_is_exact(images: Any, tmp_path: Path) -> None:
     assert _equal(load_file(files[0]), load_file(files[1]))
 
 
+def test_adamax_resumes_exactly(images: Any, tmp_path: Path) -> None:
+    config = load_config("toy", overrides=["training.optimizer=adamax", "training.betas=[0.8, 0.99]"])
+    train(config, images, tmp_path / "whole", images=160)
+    train(config, images, tmp_path / "parts", images=80)
+    train(config, images, tmp_path / "parts", images=160, resume=True)
+    a, b = _state(tmp_path / "whole"), _state(tmp_path / "parts")
+    assert _equal(a, b)
+    assert {name.split("/")[1] for name in a if name.startswith("adam/")} == {"step", "exp_avg", "exp_inf"}
+    train(load_config("toy"), images, tmp_path / "adam", images=160)
+    assert not torch.equal(_state(tmp_path / "adam")["model/log_scale"], a["model/log_scale"])
+
+
 def test_accumulation_equals_a_large_batch(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches of 4 give the step of one batch of 8, at every place of an epoch.
 
@@ -184,10 +196,10 @@ def test_a_gradient_that_is_not_finite_names_its_parameters(
 
     loss = toy_family.ToyFlow.loss
 
-    def broken(self: Any, x: Tensor, noise: Any = None) -> Any:
+    def broken(self: Any, x: Tensor, *given: Any) -> Any:
         if self.training:
             self.mean.register_hook(lambda gradient: gradient * math.nan)
-        return loss(self, x, noise)
+        return loss(self, x, *given)
 
     monkeypatch.setattr(toy_family.ToyFlow, "loss", broken)
     with pytest.raises(TrainingError, match=r"step 0 .* the gradient of mean is not finite"):
@@ -304,11 +316,11 @@ def test_a_stop_inside_a_step_drops_the_half_step(images: Any, tmp_path: Path, m
 
     loss, calls, request = toy_family.ToyFlow.loss, [0], StopRequest()
 
-    def counted(self: Any, x: Tensor, noise: Any = None) -> Any:
+    def counted(self: Any, x: Tensor, *given: Any) -> Any:
         calls[0] += self.training
         if calls[0] == 7:  # the first micro-batch of the fourth step
             request.asked = True
-        return loss(self, x, noise)
+        return loss(self, x, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(toy_family.ToyFlow, "loss", counted)

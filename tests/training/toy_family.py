@@ -48,7 +48,7 @@ class ToyFlow(LatentModel):
         shift = self.decoder(latents["z1"] + self.mean)[:, :, None, None]
         return (latents["z0"] * self.log_scale.exp() + shift + 0.5).clamp(0, 1)
 
-    def encode(self, images: Tensor) -> Encoding:
+    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
         raise NotImplementedError
 
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -65,13 +65,13 @@ class ToyFlow(LatentModel):
         level0 = normal[0] + self.log_scale.sum() * SIDE * SIDE
         return {"level0": level0 / (PIXELS * math.log(2)), "level1": normal[1] / (PIXELS * math.log(2))}
 
-    def loss(self, images: Tensor, noise: Mapping[str, Tensor] | None = None) -> LossTerms:
+    def loss(self, images: Tensor, noise: Any = None, conditions: Any = None) -> LossTerms:
         assert noise is not None
         terms = self._bits(images, noise["z1.flow"])
         total = torch.stack(list(terms.values())).sum(0).mean()
         return LossTerms(total, total.detach() + 8, {k: v.mean().detach() for k, v in terms.items()})
 
-    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator, conditions: Any = None) -> Tensor:
         if not self.config.strict:
             raise ConfigError("no strict bits/dim: z1 has no posterior noise")
         noise = torch.randn(len(pixels), 2, generator=generator)

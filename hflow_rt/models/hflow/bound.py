@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.models.bins import public_levels, to_model
 from hflow_rt.models.family import BoundKind, LossTerms
 from hflow_rt.models.hflow.flow import FlowResult
-from hflow_rt.models.hflow.network import Encoded, HFlow, to_model
+from hflow_rt.models.hflow.network import Encoded, HFlow
 
 __all__ = [
     "BoundTerm",
@@ -200,9 +201,8 @@ def bound_inputs(model: HFlow, bound: BoundKind, pixels: Tensor, generator: torc
     missing = [name for name in model.latent_shapes() if name not in relative and name != "z0"]
     if bound == "strict" and missing:
         raise ConfigError(f"no strict bits/dim: {', '.join(missing)} has no posterior noise in this configuration")
-    bins = 1 << model.config.bits
     inputs = {
-        "image": (pixels // (256 // bins)).to(torch.float32) / (bins - 1),
+        "image": public_levels(pixels, model.config.bits),
         "uniform": torch.rand(pixels.shape, generator=generator),
     }
 

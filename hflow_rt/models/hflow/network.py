@@ -10,7 +10,8 @@ from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
-from hflow_rt.models.family import BoundKind, Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
+from hflow_rt.models.bins import dequantize, to_model, to_public
+from hflow_rt.models.family import BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.end import EndEncoder, EndFlow, EndOutput
@@ -205,7 +206,7 @@ class HFlow(LatentModel):
                 raise DataError(f"latent {name} must be [B, {', '.join(map(str, shape))}], not {found}")
         return to_public(self.generate(latents).image, self.config.bits)
 
-    def encode(self, images: Tensor) -> Encoding:
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
         """`log_prob` is the plug-in value of the bound at the noise-free targets, not a strict bound (spec 3.2)."""
         side = self.resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
@@ -220,7 +221,9 @@ class HFlow(LatentModel):
         found = terms(self, encoded, self.running_spreads())
         return torch.stack([term.log_likelihood for term in found.values()]).sum(0)
 
-    def loss(self, images: Tensor, noise: Mapping[str, Tensor] | None = None) -> LossTerms:
+    def loss(
+        self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None
+    ) -> LossTerms:
         from hflow_rt.models.hflow.bound import training_loss
 
         return training_loss(self, images, noise)
@@ -230,16 +233,24 @@ class HFlow(LatentModel):
 
         return noise_shapes(self)
 
-    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def strict_bits_per_dim(
+        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> Tensor:
         return torch.stack(list(self.strict_terms(pixels, generator).values())).sum(0)
 
-    def strict_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def strict_terms(
+        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
         return self.bound_terms(self.bound_inputs("strict", pixels, generator))
 
-    def paper_terms(self, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def paper_terms(
+        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
         return self.bound_terms(self.bound_inputs("paper", pixels, generator))
 
-    def bound_inputs(self, bound: BoundKind, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def bound_inputs(
+        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
         from hflow_rt.models.hflow.bound import bound_inputs
 
         return bound_inputs(self, bound, pixels, generator)
@@ -262,15 +273,7 @@ class HFlow(LatentModel):
             self.encode_targets(targets)
 
     def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        bins = 1 << self.config.bits
-        levels = (pixels // (256 // bins)).to(torch.float32)
-        if generator is None:
-            return (levels + 0.5) / bins - 0.5
-        uniform = torch.rand(pixels.shape, generator=generator).to(levels.device)
-        x = (levels + uniform) / bins - 0.5
-        if noise_std:
-            x = x + noise_std * torch.randn(pixels.shape, generator=generator).to(levels.device)
-        return x
+        return dequantize(pixels, self.config.bits, generator, noise_std)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {"encoders": [], "decoders": [], "flows": []}
@@ -325,15 +328,3 @@ class HFlow(LatentModel):
         """Move the running spreads towards those of a batch."""
         for name, value in spreads.items():
             getattr(self, f"spread_{name}").lerp_(value.to(getattr(self, f"spread_{name}").dtype), weight)
-
-
-def to_model(images: Tensor, bits: int) -> Tensor:
-    """Public [0, 1], where level k of n = 2^bits is k / (n - 1), to the centre of its bin in [-0.5, 0.5]."""
-    bins = 1 << bits
-    return images * ((bins - 1) / bins) + (0.5 / bins - 0.5)
-
-
-def to_public(x: Tensor, bits: int) -> Tensor:
-    """The inverse of `to_model`, clamped to [0, 1]."""
-    bins = 1 << bits
-    return ((x + (0.5 - 0.5 / bins)) * (bins / (bins - 1))).clamp(0, 1)

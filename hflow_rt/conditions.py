@@ -1,0 +1,54 @@
+"""What a model is told beside image or latents, such as a class: choices among named options, as one-hot vectors.
+
+`choices` maps the name of a condition to its options, e.g. `labels` to ("boot", "coat").
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.errors import DataError
+
+__all__ = ["Choices", "by_folder", "in_turn", "of_option"]
+
+Choices = Mapping[str, tuple[str, ...]]
+_OneHot = dict[str, NDArray[np.float32]]
+
+
+def by_folder(choices: Choices, names: Sequence[str]) -> _OneHot:
+    """One-hot `[len(names), options]` of images in a set, each by that of its folders that is called like an option.
+
+    Raises `DataError` for an image in no such folder.
+    """
+    return {key: _rows([_folder(key, options, name) for name in names], options) for key, options in choices.items()}
+
+
+def in_turn(choices: Choices, indices: Sequence[int]) -> _OneHot:
+    """One-hot `[len(indices), options]`: image i has option i modulo their number."""
+    return {key: _rows([index % len(options) for index in indices], options) for key, options in choices.items()}
+
+
+def of_option(choices: Choices, option: str, count: int) -> _OneHot:
+    """One-hot `[count, options]`, the same for all. Raises `DataError` for an unknown option, or one of several."""
+    if len(choices) != 1:
+        raise DataError(f"this model knows no classes; leave '{option}' out")
+    ((key, options),) = choices.items()
+    if option not in options:
+        raise DataError(f"unknown option '{option}' of {key}; known: {', '.join(options)}")
+    return {key: _rows([options.index(option)] * count, options)}
+
+
+def _folder(key: str, options: tuple[str, ...], name: str) -> int:
+    found = [folder for folder in PurePosixPath(name).parts[:-1] if folder in options]
+    if not found:
+        raise DataError(
+            f"images need a folder named after one of the {key} ({', '.join(options[:8])}"
+            f"{', ...' if len(options) > 8 else ''}); '{name}' is in none"
+        )
+    return options.index(found[-1])
+
+
+def _rows(chosen: Sequence[int], options: tuple[str, ...]) -> NDArray[np.float32]:
+    return np.eye(len(options), dtype=np.float32)[np.asarray(chosen, dtype=np.int64)]

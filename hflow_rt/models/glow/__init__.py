@@ -1,0 +1,25 @@
+"""Glow: a multi-scale flow with invertible 1x1 convolutions (Kingma & Dhariwal, NeurIPS 2018)."""
+
+from pathlib import Path
+from typing import Any
+
+from hflow_rt.models.family import Family, LatentModel, Published
+from hflow_rt.models.glow.config import GlowConfig
+from hflow_rt.models.glow.presets import PRESETS
+
+__all__ = ["FAMILY"]
+
+
+def _build(config: Any) -> LatentModel:
+    from hflow_rt.models.glow.network import Glow
+
+    return Glow(config)
+
+
+def _read_published(path: Path, settings: Path | None) -> Published:
+    from hflow_rt.models.glow.published import read_published
+
+    return read_published(path, settings)
+
+
+FAMILY = Family("glow", "Glow, multi-scale flow", GlowConfig, PRESETS, _build, _read_published)

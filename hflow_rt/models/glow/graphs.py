@@ -1,0 +1,68 @@
+"""What export writes for Glow: both directions and the bound; a model of classes takes `labels` as an input."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from hflow_rt.models.family import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from hflow_rt.models.glow.network import Glow
+
+__all__ = ["graphs"]
+
+
+class _Forward(nn.Module):
+    def __init__(self, model: "Glow", names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        return (self.model.decode(dict(zip(self.names, inputs, strict=True))),)
+
+
+class _Inverse(nn.Module):
+    def __init__(self, model: "Glow", names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        image, *conditions = inputs
+        encoding = self.model.encode(image, dict(zip(self.names, conditions, strict=True)))
+        return (*encoding.latents.values(), encoding.log_prob)
+
+
+class _Bound(nn.Module):
+    def __init__(self, model: "Glow", names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.bound_terms(dict(zip(self.names, inputs, strict=True))).values())
+
+
+def graphs(model: "Glow") -> dict[str, GraphSpec]:
+    """Folded graphs by name."""
+    folded = model.folded()
+    latents = tuple(TensorSpec(name, shape) for name, shape in model.latent_shapes().items())
+    conditions = tuple(TensorSpec(name, (len(options),), (0.0, 1.0)) for name, options in model.choices().items())
+    image = TensorSpec("image", (3, model.resolution, model.resolution), (0.0, 1.0))
+    drawn = (image, TensorSpec("uniform", image.shape, (0.0, 1.0)), *conditions)
+    terms = [f"{name}.{part}" for name in model.latent_shapes() for part in ("prior", "log_det")]
+    given = (*latents, *conditions)
+    specs = (
+        GraphSpec("forward", _Forward(folded, [spec.name for spec in given]), given, (image,)),
+        GraphSpec(
+            "inverse",
+            _Inverse(folded, [spec.name for spec in conditions]),
+            (image, *conditions),
+            (*latents, TensorSpec("log_prob", ())),
+        ),
+        GraphSpec(
+            "bound",
+            _Bound(folded, [spec.name for spec in drawn]),
+            drawn,
+            tuple(TensorSpec(name, ()) for name in (*terms, "z0.bins")),
+        ),
+    )
+    return {spec.name: spec for spec in specs}

@@ -1,0 +1,34 @@
+"""Choices as one-hot vectors: by folder, in turn, or one for all."""
+
+import numpy as np
+import pytest
+
+from hflow_rt.conditions import by_folder, in_turn, of_option
+from hflow_rt.errors import DataError
+
+CHOICES = {"labels": ("boot", "coat", "train")}
+
+
+def test_by_folder() -> None:
+    """The folder nearest to the image decides, at any depth; a file's own name does not."""
+    names = ["coat/1.png", "train/boot/x.png", "a/train/b/coat", "train/coat/boot"]
+    assert by_folder(CHOICES, names)["labels"].argmax(1).tolist() == [1, 0, 2, 1]
+    assert by_folder({}, names) == {}
+    for name in ("coat", "coats/1.png", "1.png"):
+        with pytest.raises(DataError, match=f"named after one of the labels .*'{name}' is in none"):
+            by_folder(CHOICES, ["boot/1.png", name])
+
+
+def test_in_turn() -> None:
+    rows = in_turn(CHOICES, [0, 4, 2])["labels"]
+    assert rows.dtype == np.float32
+    assert np.array_equal(rows, [[1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    assert in_turn({}, [0, 1]) == {}
+
+
+def test_of_option() -> None:
+    assert np.array_equal(of_option(CHOICES, "coat", 2)["labels"], [[0, 1, 0], [0, 1, 0]])
+    with pytest.raises(DataError, match="unknown option 'hat' of labels; known: boot, coat, train"):
+        of_option(CHOICES, "hat", 1)
+    with pytest.raises(DataError, match="knows no classes; leave 'coat' out"):
+        of_option({}, "coat", 1)

@@ -2,8 +2,8 @@
 
 `HFLOW_RT_KERNELS` is the switch, read when this module is imported:
 
-reference   plain torch everywhere: the default until the kernels have been tried on a GPU
-auto        Triton for CUDA tensors where Triton is installed, plain torch for everything else
+auto        Triton for CUDA tensors where Triton is installed, plain torch for everything else: the default
+reference   plain torch everywhere
 triton      Triton for CUDA tensors, and `BackendUnavailable` on a machine that cannot run it
 
 Under `TRITON_INTERPRET=1`, `triton` also takes CPU tensors, through Triton's interpreter: slow, for tests.
@@ -58,7 +58,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 
-_asked = os.environ.get(SWITCH) or "reference"
+_asked = os.environ.get(SWITCH) or "auto"
 
 
 def jit(function: Callable[..., None]) -> Any:
@@ -103,14 +103,12 @@ def live() -> str:
 def _missing() -> str | None:
     """What keeps the kernels from running here, if anything."""
     if _asked not in CHOICES:
-        raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for reference")
+        raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for auto")
     if _asked == "reference":
         return f"{SWITCH} is 'reference'"
-    if not INSTALLED:
-        return "needs triton: pip install 'hflow-rt[kernels]'"
-    if INTERPRETED and _asked == "triton":
-        return None
-    return None if torch.cuda.is_available() else "needs a CUDA device"
+    if not torch.cuda.is_available() and not (INTERPRETED and _asked == "triton"):
+        return "needs a CUDA device"
+    return None if INSTALLED else "needs triton: pip install 'hflow-rt[kernels]'"
 
 
 def device_kernel(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -68,6 +68,8 @@ def test_what_is_live_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_asked", "reference")
     assert dispatch.live() == "off, plain torch runs: HFLOW_RT_KERNELS is 'reference'"
     monkeypatch.setattr(dispatch, "_asked", "auto")
+    assert dispatch.live() == "off, plain torch runs: needs a CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "INSTALLED", False)
     assert dispatch.live() == "off, plain torch runs: needs triton: pip install 'hflow-rt[kernels]'"
 
@@ -93,7 +95,8 @@ print(live())
 def test_a_machine_without_triton_loses_nothing() -> None:
     run = subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "off, plain torch runs: HFLOW_RT_KERNELS is 'reference'\n"
+    missing = "needs triton: pip install 'hflow-rt[kernels]'" if torch.cuda.is_available() else "needs a CUDA device"
+    assert run.stdout == f"off, plain torch runs: {missing}\n"
 
 
 def test_moments_in_plain_torch() -> None:

@@ -58,9 +58,10 @@ $(FLUENT):
 	npm pack @lobehub/fluent-emoji-3d@1.1.0
 	$(PY) -m hflow_rt.assets.fluent lobehub-fluent-emoji-3d-1.1.0.tgz $@
 
-# Every kernel on the chip itself.
+# Every kernel on the chip itself, then the engines.
 gpu-test:
 	HFLOW_RT_KERNELS=triton $(PY) -m pytest tests/kernels -m gpu -rs
+	$(PY) -m pytest tests/export tests/runtime -m gpu -rs
 
 # Ten minutes of a larger model on a GPU, from the last checkpoint if there is one.
 gpu-train: $(FLUENT)

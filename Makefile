@@ -70,10 +70,10 @@ gpu-install:
 	rm -rf build
 	$(PY) -m pip install --quiet --no-index --no-deps --no-build-isolation --target build/gpu . $(WHEELS)
 
-# Every kernel on the chip itself: forward, inverse, backward against float64, models, CUDA graphs. Whatever warnings
-# other versions of torch and triton give are not what is tested here.
+# Every kernel on the chip itself: forward, inverse, backward against float64, models, CUDA graphs; then the engines.
+# Whatever warnings other versions of torch and triton give are not what is tested here.
 gpu-test: gpu-install
-	$(ON_GPU) $(PY) -m pytest tests/kernels -m gpu -rs -W default
+	$(ON_GPU) $(PY) -m pytest tests/kernels tests/export tests/runtime -m gpu -rs -W default
 
 # Bandwidth of every kernel, latency of decoding, a training step, into benchmarks/results.
 gpu-report: gpu-install

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LATENTS",
     "BackendOption",
+    "CudaGraphOption",
     "DeviceOption",
     "ImagesArgument",
     "JsonOption",
@@ -50,8 +51,11 @@ __all__ = [
 _MODEL_HELP = "A run or a bundle; without it the latest run under ./runs, else the model that ships."
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default=False)]
-BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx or torch.")]
+BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx, trt or torch.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto for the best that works.")]
+CudaGraphOption = Annotated[
+    bool, typer.Option("--no-cuda-graph", help="With trt: queue the work anew each time instead of replaying it.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 StdOption = Annotated[
     list[str] | None,
@@ -116,22 +120,25 @@ def locate_bundle(model: Path | None, quiet: bool = False) -> "Bundle":
     return find_bundle(locate(model, quiet))
 
 
-def open_session(model: Path | None, backend: str, device: str, quiet: bool = False) -> "Session":
+def open_session(
+    model: Path | None, backend: str, device: str, quiet: bool = False, cuda_graph: bool = True
+) -> "Session":
     """Open the model and say on stderr what was opened, and once if nobody has proved it yet."""
     from hflow_rt.runtime.session import check_backend, open_bundle
 
     check_backend(backend, device)
     bundle = locate_bundle(model, quiet)
-    session = open_bundle(bundle, backend, device)
+    session = open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
     if not quiet:
         manifest = bundle.manifest
         print(
             f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}",
             file=sys.stderr,
         )
-    if not bundle.manifest.verified:
+    if not session.verified:
+        what, how = ("bundle", "") if session.engines is None else ("engine", f" --backend {backend}")
         print(
-            f"warning: this bundle is unverified (parity failed or never ran); see 'hflow-rt check {bundle.path}'",
+            f"warning: this {what} is unverified (parity failed or never ran); see 'hflow-rt check {bundle.path}{how}'",
             file=sys.stderr,
         )
     return session

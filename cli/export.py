@@ -1,14 +1,16 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hflow_rt.cli.app import app
 from hflow_rt.cli.common import (
     BackendOption,
+    CudaGraphOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -21,7 +23,13 @@ from hflow_rt.cli.common import (
     status,
 )
 
-_ENGINES = ("onnx",)
+if TYPE_CHECKING:
+    from hflow_rt.manifest import Manifest
+
+__all__ = ["GraphOptions", "export_graphs", "fail_on", "print_report", "proof_pictures"]
+
+_ENGINES = ("onnx", "trt")
+_TRT = "TensorRT"  # heading in the help
 # Images for the proof: in float64, 256x256 takes seconds each.
 _IMAGES, _LARGE_IMAGES = 8, 3
 
@@ -30,6 +38,16 @@ class _Direction(StrEnum):
     forward = "forward"
     inverse = "inverse"
     both = "both"
+
+
+class _Flavor(StrEnum):
+    tensorrt = "tensorrt"
+    rtx = "rtx"
+
+
+class _Precision(StrEnum):
+    fp32 = "fp32"
+    mixed = "mixed"
 
 
 _ImagesOption = Annotated[
@@ -42,13 +60,27 @@ _ImagesOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class GraphOptions:
+    """What `export` was told about the graphs; None and False where it was told nothing."""
+
+    direction: Literal["forward", "inverse", "both"]
+    images: list[Path] | None
+    bound: bool
+    std: list[str] | None
+    half: bool
+    precision: Literal["fp32", "mixed"] | None
+
+
 @app.command()
 def export(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="RUN", help="A run or a model file; without it the latest run.", show_default=False),
+        typer.Argument(
+            metavar="RUN", help="A run, a bundle or a model file; without it the latest run.", show_default=False
+        ),
     ] = None,
-    engine: Annotated[str, typer.Option(help="What to build: onnx.")] = "onnx",
+    engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
     direction: Annotated[
         _Direction, typer.Option(help="forward is latents to image, inverse image to latents.")
     ] = _Direction.both,
@@ -69,33 +101,82 @@ def export(
     half: Annotated[
         bool, typer.Option("--half", help="Round the weights to half precision first; arithmetic stays float32.")
     ] = False,
+    precision: Annotated[
+        _Precision | None,
+        typer.Option(
+            help="Of the arithmetic: mixed computes the nets in float16, the flow in float32. As the bundle that is"
+            " there, else fp32.",
+            show_default=False,
+        ),
+    ] = None,
+    flavor: Annotated[
+        _Flavor | None,
+        typer.Option(
+            help="TensorRT, or TensorRT for RTX, which needs no GPU to build; else what is installed.",
+            show_default=False,
+            rich_help_panel=_TRT,
+        ),
+    ] = None,
+    capabilities: Annotated[
+        str | None,
+        typer.Option(
+            "--compute-capability",
+            metavar="8.6,8.9,12.0",
+            help="GPUs to build for; else the one here, or without one all since 8.0.",
+            show_default=False,
+            rich_help_panel=_TRT,
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Images per call, or one number for just that; 1:16:64.",
+            show_default=False,
+            rich_help_panel=_TRT,
+        ),
+    ] = None,
+    workspace: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="MIB",
+            help="Most temporary GPU memory a layer may take.",
+            show_default=False,
+            rich_help_panel=_TRT,
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
 
-    Example: hflow-rt export --engine onnx
+    Example: hflow-rt export --engine trt --compute-capability 8.9
     """
-    from hflow_rt.errors import BackendUnavailable
+    from hflow_rt.errors import BackendUnavailable, ConfigError
 
     if engine not in _ENGINES:
         raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
-    need_extra("train", "torch", "onnx", "onnxscript")
-    from hflow_rt.export.bundle import export_bundle
-    from hflow_rt.manifest import MODEL, STD
-    from hflow_rt.models.checkpoint import parse_config, read_metadata
-    from hflow_rt.models.family import family
+    graphs = GraphOptions(direction.value, images, bound, std, half, None if precision is None else precision.value)
+    if engine == "trt":
+        from hflow_rt.cli.engines import EngineOptions, build_engines
+
+        build_engines(
+            run,
+            output,
+            graphs,
+            EngineOptions(None if flavor is None else flavor.value, capabilities, batch, workspace),
+            json,
+        )
+        return
+    if flavor or capabilities or batch or workspace:
+        raise ConfigError("--flavor, --compute-capability, --batch and --workspace are for --engine trt; add it")
+    from hflow_rt.manifest import MODEL
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import BUNDLE
 
     source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
     folder = output or source.parent / BUNDLE
-    metadata = read_metadata(source)
-    config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
-    pictures = _pictures(images, config.resolution)
-    with status(quiet=json) as progress:
-        manifest = export_bundle(
-            source, folder, pictures, direction.value, progress, bound=bound, half=half, std=std or STD
-        )
+    manifest = export_graphs(source, folder, graphs, json)
     report = manifest.parity
     assert report is not None
     if json:
@@ -108,14 +189,8 @@ def export(
             }
         )
     else:
-        for graph in manifest.graphs.values():
-            size = manifest.files[graph.file].bytes / 1e6
-            print(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
-        for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
-            print(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
-        _print_report(report)
         say_next("hflow-rt sample" if run is None else f"hflow-rt sample {folder}")
-    _fail_on(report)
+    fail_on(report)
 
 
 @app.command()
@@ -124,6 +199,7 @@ def check(
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     images: _ImagesOption = None,
+    no_cuda_graph: CudaGraphOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compare every engine of a bundle with the torch reference in float64; exit 1 if one differs.
@@ -138,20 +214,54 @@ def check(
     from hflow_rt.export.bundle import check_bundle
 
     bundle = locate_bundle(model, quiet=json)
-    pictures = _pictures(images, bundle.manifest.resolution)
+    pictures = proof_pictures(images, bundle.manifest.resolution)
+    keep = bundle.path != pretrained()  # what was installed is not ours to write to
     with status(quiet=json) as progress:
-        # what was installed is not ours to write to
-        report = check_bundle(bundle, pictures, backend, device, progress, keep=bundle.path != pretrained())
+        report = check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=not no_cuda_graph)
     if json:
         print_json(report)
     else:
         print(f"{bundle.path} on {report['backend']}")
-        _print_report(report)
-        say_next(f"hflow-rt sample{named(model)}")
-    _fail_on(report)
+        print_report(report)
+        say_next(f"hflow-rt sample{named(model)}{' --backend trt' if backend == 'trt' else ''}")
+    fail_on(report)
 
 
-def _pictures(paths: list[Path] | None, resolution: int) -> Any:
+def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool) -> "Manifest":
+    """Write the graphs of the model file `source`, prove them, and say so unless quiet."""
+    need_extra("train", "torch", "onnx", "onnxscript")
+    from hflow_rt.export.bundle import export_bundle
+    from hflow_rt.manifest import STD
+    from hflow_rt.models.checkpoint import parse_config, read_metadata
+    from hflow_rt.models.family import family
+
+    metadata = read_metadata(source)
+    config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
+    pictures = proof_pictures(options.images, config.resolution)
+    with status(quiet=quiet) as progress:
+        manifest = export_bundle(
+            source,
+            folder,
+            pictures,
+            options.direction,
+            progress,
+            bound=options.bound,
+            half=options.half,
+            std=options.std or STD,
+            precision=options.precision or "fp32",
+        )
+    assert manifest.parity is not None
+    if not quiet:
+        for graph in manifest.graphs.values():
+            size = manifest.files[graph.file].bytes / 1e6
+            print(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
+        for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
+            print(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
+        print_report(manifest.parity)
+    return manifest
+
+
+def proof_pictures(paths: list[Path] | None, resolution: int) -> Any:
     """Images to prove engines on: the given ones, or bundled ones enlarged where the model is larger than they are."""
     import numpy as np
 
@@ -166,7 +276,9 @@ def _pictures(paths: list[Path] | None, resolution: int) -> Any:
     return np.ascontiguousarray(chosen.repeat(resolution // native, 2).repeat(resolution // native, 3))
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
+    """The parity report as a table."""
+    mixed = report.get("mixed")
     print("largest error against float64            engine    torch fp32    allowed")
     for graph, cases in report["graphs"].items():
         for name in cases[0]["outputs"]:
@@ -177,19 +289,23 @@ def _print_report(report: dict[str, Any]) -> None:
             print(
                 f"  {graph + ' ' + name:34s} {columns}"
                 + (f"   {worst['psnr_db']:.0f} dB" if "psnr_db" in worst else "")
+                + (f" of {mixed['image_psnr_db']:.0f}" if mixed and "psnr_db" in worst else "")
             )
         differences = [case["bits_per_dim_difference"] for case in cases if "bits_per_dim_difference" in case]
         if differences:
-            print(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}")
+            allowed = f" {'':13s} {mixed['bits_per_dim']:10.2e}" if mixed else ""
+            print(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}{allowed}")
     print(f"  ({report['images']} images)")
     for trip in report.get("round_trip", [])[:2]:
         if trip["path"] == "image":
             differs = f"max {trip['max']:.2e}, {trip['uint8_differs']:.2%} of 8-bit values differ"
-            print(f"  image -> latents -> image, batch {trip['batch']}: {differs}")
+            level = f", {trip['psnr_db']:.0f} dB of {mixed['round_trip_psnr_db']:.0f}" if mixed else ""
+            print(f"  image -> latents -> image, batch {trip['batch']}: {differs}{level}")
     print("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
 
 
-def _fail_on(report: dict[str, Any]) -> None:
+def fail_on(report: dict[str, Any]) -> None:
+    """Raise `ParityError` for a report that did not pass."""
     from hflow_rt.errors import ParityError
 
     if not report["passed"]:

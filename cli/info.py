@@ -1,14 +1,21 @@
 """`hflow-rt info` and `hflow-rt doctor`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from hflow_rt.cli.app import app
 from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, print_json, say_next
+from hflow_rt.cli.engines import describe_engines, describe_layers
 
 
 @app.command()
-def info(model: ModelArgument = None, json: JsonOption = False) -> None:
+def info(
+    model: ModelArgument = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List the layers of TensorRT engines.")] = False,
+    json: JsonOption = False,
+) -> None:
     """Describe a run, a bundle or a model file.
 
     Example: hflow-rt info runs/my-run
@@ -16,7 +23,7 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
     from hflow_rt.manifest import MANIFEST, MODEL, read_manifest
     from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runs import resolve_run
-    from hflow_rt.runtime.bundle import BUNDLE
+    from hflow_rt.runtime.bundle import BUNDLE, find_bundle
 
     path = locate(model, quiet=json)
     if not (path.is_file() or (path / MANIFEST).is_file()):
@@ -53,6 +60,8 @@ def info(model: ModelArgument = None, json: JsonOption = False) -> None:
         print(f"    {counts}")
     for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
         print(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
+    for line in (*describe_engines(manifest), *(describe_layers(find_bundle(bundle)) if layers else ())):
+        print(line)
     say_next(f"hflow-rt sample{named(model)}")
 
 
@@ -104,7 +113,7 @@ def doctor(json: JsonOption = False) -> None:
         ),
         "mp4 video": _missing("video", version, "av"),
         "triton kernels": _kernels(version("torch")),
-        "TensorRT engines": "not in this version",
+        "trt backend": _trt_backend(),
     }
     if json:
         print_json(facts | findings)
@@ -145,6 +154,28 @@ def _kernels(torch: str | None) -> str:
     except (ImportError, OSError) as error:  # of torch, which has a line of its own
         return f"BROKEN: {error}"
     return live()
+
+
+def _trt_backend() -> str:
+    """Which TensorRT is there and what for; its runtime, which takes a process without a GPU down, is not touched."""
+    from hflow_rt.errors import BackendUnavailable
+    from hflow_rt.runtime.cuda import find_gpus
+    from hflow_rt.runtime.plans import FLAVORS, installed, product
+
+    gpus = find_gpus()
+    machine = ", ".join(f"{gpu.name} (compute capability {gpu.capability})" for gpu in gpus)
+    found = installed()
+    if not found:
+        extras = " or ".join(f"'hflow-rt[{kind.extra}]' ({kind.title})" for kind in FLAVORS.values())
+        return f"missing: pip install {extras}; " + (machine or "no GPU here")
+    texts = []
+    for flavor in found:
+        try:
+            texts.append(product(flavor).title)
+        except BackendUnavailable as error:
+            texts.append(f"BROKEN: {error}")
+    able = "builds engines here, runs none: no GPU" if "rtx" in found else "no GPU here to build or run engines"
+    return f"{', '.join(texts)}; {machine or able}"
 
 
 def _torch_backend(version: str | None) -> str:

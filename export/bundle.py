@@ -15,7 +15,7 @@ from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.files import atomic_directory, atomic_file, sha256
 from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
-from hflow_rt.manifest import MANIFEST, MODEL, STD, BundledFile, Latent, Manifest
+from hflow_rt.manifest import MANIFEST, MODEL, STD, BundledFile, Latent, Manifest, Precision
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import Bundle
@@ -37,6 +37,7 @@ def export_bundle(
     bound: bool = False,
     half: bool = False,
     std: Sequence[str] = STD,
+    precision: Precision = "fp32",
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
@@ -44,8 +45,8 @@ def export_bundle(
     failure leaves the bundle in place, marked unverified in its manifest. bound: also write the graph that measures
     bits per dimension. half: first round the weights to half precision, in which `model.safetensors` then keeps
     them; it is this rounded model, computed in float32 as ever, that the bundle holds and that its engines are held
-    against. std: what samples will be drawn at where nobody says, in the form of `parse_std`. Raises
-    `CheckpointError`, `BundleError`, `DataError`.
+    against. std: what samples will be drawn at where nobody says, in the form of `parse_std`. precision: of the
+    arithmetic in the graphs. Raises `CheckpointError`, `BundleError`, `DataError`.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
@@ -54,6 +55,7 @@ def export_bundle(
     with atomic_directory(output) as folder:
         if half:
             model, metadata = _write_half(model, metadata, folder / MODEL)
+            metadata["exported_from"] = sha256(checkpoint)
         else:
             shutil.copyfile(checkpoint, folder / MODEL)
         weights = sha256(folder / MODEL)
@@ -71,7 +73,7 @@ def export_bundle(
         for name, spec in specs.items():
             progress(f"writing {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales if half else ())
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales if half else (), precision)
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],
@@ -84,6 +86,7 @@ def export_bundle(
             choices=dict(model.choices()),
             spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
             graphs=graphs,
+            precision=precision,
             opset=OPSET,
             tools={"hflow-rt": __version__, **_versions("torch", "onnx", "onnxscript", "onnxruntime")},
             checkpoint={
@@ -95,7 +98,8 @@ def export_bundle(
                 for path in sorted(folder.iterdir())
             },
         )
-        manifest = _checked(Bundle(folder, manifest), model, images, "onnx", "cpu", progress)
+        session = open_bundle(Bundle(folder, manifest), "onnx", "cpu")
+        manifest = _reported(manifest, run_parity(model, session, images, progress=progress))
         (folder / MANIFEST).write_text(manifest.dump())
     return manifest
 
@@ -108,31 +112,30 @@ def check_bundle(
     progress: Callable[[str], None] = lambda text: None,
     *,
     keep: bool = True,
+    cuda_graph: bool = True,
 ) -> dict[str, Any]:
     """Run the parity check on a finished bundle and return its report.
 
-    keep: write the report of the `onnx` backend, the one that ships graphs, into the manifest.
+    keep: write into the manifest the report of the `onnx` backend, on the graphs, or of `trt`, on the engines.
     """
     for name in bundle.manifest.files:
         bundle.file(name)
-    manifest = _checked(bundle, load_model(bundle.model), images, backend, device, progress)
-    assert manifest.parity is not None
-    if keep and backend == "onnx":
+    with open_bundle(bundle, backend, device, cuda_graph=cuda_graph) as session:
+        report = run_parity(load_model(bundle.model), session, images, progress=progress)
+        key = session.engines
+    if keep and (backend == "onnx" or key is not None):
         with atomic_file(bundle.path / MANIFEST) as temporary:
-            temporary.write_text(manifest.dump())
-    return manifest.parity
+            temporary.write_text(_reported(bundle.manifest, report, key).dump())
+    return report
 
 
-def _checked(
-    bundle: Bundle,
-    model: LatentModel,
-    images: NDArray[np.float32],
-    backend: str,
-    device: str,
-    progress: Callable[[str], None],
-) -> Manifest:
-    report = run_parity(model, open_bundle(bundle, backend, device), images, progress=progress)
-    return bundle.manifest.model_copy(update={"parity": report, "verified": report["passed"]})
+def _reported(manifest: Manifest, report: dict[str, Any], key: str | None = None) -> Manifest:
+    """The manifest with a parity report on its graphs, or on the TensorRT engines `key`."""
+    update: dict[str, Any] = {"parity": report, "verified": report["passed"]}
+    if key is None:
+        return manifest.model_copy(update=update)
+    engines = manifest.engines | {key: manifest.engines[key].model_copy(update=update)}
+    return manifest.model_copy(update={"engines": engines})
 
 
 def _write_half(model: LatentModel, metadata: dict[str, Any], path: Path) -> tuple[LatentModel, dict[str, Any]]:

@@ -16,14 +16,14 @@ from onnx.external_data_helper import set_external_data
 
 from hflow_rt.errors import HFlowError
 from hflow_rt.export.half import halve
-from hflow_rt.manifest import Graph, Tensor
+from hflow_rt.export.precision import mix
+from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
 from hflow_rt.models.family import GraphSpec, TensorSpec
 
-__all__ = ["MAX_BATCH", "MODULE", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
+__all__ = ["MAX_BATCH", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
 
 OPSET = 20  # 17 is silently invalid with this exporter; 22 and up only for bfloat16
 MAX_BATCH = 64
-MODULE = "module"  # key under which a node names the module it came from
 WEIGHTS = "weights.bin"
 # Smaller constants stay in the graph, where shape inference and graph viewers see them.
 _INLINE_BYTES = 1024
@@ -68,12 +68,17 @@ class SharedWeights:
 
 
 def export_graph(
-    spec: GraphSpec, path: Path, metadata: dict[str, str], weights: SharedWeights, scales: Collection[float] = ()
+    spec: GraphSpec,
+    path: Path,
+    metadata: dict[str, str],
+    weights: SharedWeights,
+    scales: Collection[float] = (),
+    precision: Precision = "fp32",
 ) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
 
-    scales: constants that are half-precision numbers times one of these are kept as such (see `halve`). Raises
-    `HFlowError` if the result is not valid.
+    scales: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
+    `mixed` computes the nets of `spec` in float16 (see `mix`). Raises `HFlowError` if the result is not valid.
     """
     module = spec.module.eval()
     examples = tuple(_example(tensor) for tensor in spec.inputs)
@@ -98,6 +103,8 @@ def export_graph(
     _strip(proto)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
+    if precision == "mixed" and not mix(proto, spec.nets, spec.heads):
+        raise HFlowError(f"graph '{spec.name}' has no nets to compute in half precision; export with --precision fp32")
     if scales:
         halve(proto, scales)
     onnx.checker.check_model(proto, full_check=True)

@@ -1,7 +1,7 @@
 """Is the engine the model? Every graph against the torch reference in float64, on the same inputs.
 
 The tolerance is measured, not chosen: an engine may be at most `FACTOR` times as far from float64 as torch's own
-float32 is on these inputs, plus one part in a million of the output's scale.
+float32 is on these inputs, plus one part in a million of the output's scale. Mixed precision has bounds of its own.
 """
 
 import copy
@@ -19,11 +19,14 @@ from hflow_rt.models.family import GraphSpec, LatentModel
 from hflow_rt.runtime.noise import draw_latents
 from hflow_rt.runtime.session import Session
 
-__all__ = ["FACTOR", "STDS", "compare", "failures", "run_parity"]
+__all__ = ["FACTOR", "MIXED", "STDS", "compare", "failures", "run_parity"]
 
 FACTOR = 4.0
 STDS = (0.5, 0.7, 1.0)
 BATCHES = (1, 3)
+# What float16 in the nets may cost; docs/tensorrt.md says what it does. of_scale: of the largest value of any output,
+# and near zero the absolute part counts.
+MIXED = {"image_psnr_db": 50.0, "round_trip_psnr_db": 60.0, "bits_per_dim": 0.005, "of_scale": 0.05, "absolute": 1e-3}
 # Where torch float32 itself is off by half an 8-bit step the weights are too ill-conditioned to prove anything.
 CONCLUSIVE = 0.5 / 255
 Array = NDArray[Any]
@@ -49,9 +52,10 @@ def run_parity(
         "backend": session.backend,
         "reference": "torch float64",
         "factor": FACTOR,
+        **({"mixed": MIXED} if session.precision == "mixed" else {}),
         "graphs": {},
     }
-    graphs = session.manifest.graphs
+    graphs = session.graphs
 
     if "forward" in graphs:
         progress("forward: latents to image")
@@ -124,19 +128,26 @@ def compare(found: Array, exact: Array, plain: Array, picture: bool = False) -> 
 
 def _set_bounds(report: Mapping[str, Any]) -> None:
     """Bound each output by what torch float32 does over all cases of its graph: one case may be exact by luck."""
+    mixed = report.get("mixed")
     for cases in report["graphs"].values():
         for name in cases[0]["outputs"]:
             entries = [case["outputs"][name] for case in cases]
             own = max(entry["torch_float32_max"] for entry in entries)
+            scale = max(entry["scale"] for entry in entries)
             for entry in entries:
-                entry["bound"] = FACTOR * own + 1e-6 * entry["scale"]
+                plain = FACTOR * own + 1e-6 * entry["scale"]
+                entry["bound"] = mixed["of_scale"] * scale + mixed["absolute"] if mixed else plain
 
 
 def failures(report: Mapping[str, Any]) -> list[str]:
     """One line for each output beyond its bound; comparing nothing is a failure, and so is NaN."""
     lines = []
+    mixed = report.get("mixed")
     for graph, cases in report["graphs"].items():
         for case in cases:
+            if mixed and not case.get("bits_per_dim_difference", 0) <= mixed["bits_per_dim"]:
+                found = f"{case['bits_per_dim_difference']:.3g} above {mixed['bits_per_dim']}"
+                lines.append(f"{graph} at batch {case['batch']}: bits/dim differ by {found}")
             for name, entry in case["outputs"].items():
                 where = f"{graph}.{name} at batch {case['batch']}" + (f", std {case['std']}" if "std" in case else "")
                 if entry["nan"]:
@@ -144,11 +155,18 @@ def failures(report: Mapping[str, Any]) -> list[str]:
                 elif name == "image" and entry["torch_float32_max"] > CONCLUSIVE:
                     own = entry["torch_float32_max"]
                     lines.append(f"{where}: not conclusive, torch float32 itself is off by {own:.3g}")
+                elif mixed and not entry.get("psnr_db", math.inf) >= mixed["image_psnr_db"]:
+                    lines.append(f"{where}: {entry['psnr_db']:.1f} dB below {mixed['image_psnr_db']}")
                 elif not entry["max"] <= entry["bound"]:
                     lines.append(f"{where}: error {entry['max']:.3g} above {entry['bound']:.3g}")
     for trip in report.get("round_trip", []):
-        if trip["path"] == "image" and not trip["max"] <= trip["bound"]:
-            where = f"image -> latents -> image at batch {trip['batch']}"
+        if trip["path"] != "image":
+            continue
+        where = f"image -> latents -> image at batch {trip['batch']}"
+        if mixed:
+            if not trip["psnr_db"] >= mixed["round_trip_psnr_db"]:
+                lines.append(f"{where}: {trip['psnr_db']:.1f} dB below {mixed['round_trip_psnr_db']}")
+        elif not trip["max"] <= trip["bound"]:
             lines.append(f"{where}: error {trip['max']:.3g} above {trip['bound']:.3g}")
     if not any(cases for cases in report["graphs"].values()):
         lines.append("nothing was compared: the bundle has neither direction")

@@ -10,20 +10,26 @@ from hflow_rt.errors import BundleError
 __all__ = [
     "MANIFEST",
     "MODEL",
+    "MODULE",
     "SCHEMA",
     "STD",
     "BundledFile",
+    "Engines",
     "Graph",
     "Latent",
     "Manifest",
+    "Plan",
+    "Precision",
     "Tensor",
     "read_manifest",
 ]
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+MODULE = "module"  # key under which a node of a graph names the module it came from
 SCHEMA = 1
 STD = ("0.7",)
+Precision = Literal["fp32", "mixed"]
 
 
 class _Entry(BaseModel):
@@ -65,6 +71,31 @@ class BundledFile(_Entry):
     bytes: int
 
 
+class Plan(_Entry):
+    """One graph as a TensorRT engine."""
+
+    file: str
+    layers: str = Field(description="file beside it that lists its layers as they were given to the builder")
+    onnx: str = Field(description="digest of the graph it was built from, and of its constants")
+    types: dict[str, int] = Field(description="how many layers yield each number type, most frequent first")
+    seconds: float = Field(description="how long building took")
+
+
+class Engines(_Entry):
+    """Plans that were built together, for one kind of machine."""
+
+    flavor: Literal["tensorrt", "rtx"]
+    version: str
+    gpu: str | None = Field(description="the GPU they were built on, or None if they were built ahead of time")
+    capabilities: tuple[str, ...] = Field(description="compute capabilities they run on")
+    batch: tuple[int, int, int] = Field(description="smallest, most likely and largest batch of one call")
+    workspace: int | None = Field(default=None, description="limit on temporary memory, MiB")
+    plans: dict[str, Plan]
+    timing_cache: str | None = None
+    parity: dict[str, Any] | None = None
+    verified: bool = False
+
+
 class Manifest(_Entry):
     """Everything the runtime needs to know."""
 
@@ -81,13 +112,14 @@ class Manifest(_Entry):
     )
     spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
     graphs: dict[str, Graph]
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
     opset: int
     tools: dict[str, str]
     checkpoint: dict[str, Any] = Field(description="sha256 of the weights and what training said of them")
     files: dict[str, BundledFile]
     parity: dict[str, Any] | None = None
     verified: bool = False
+    engines: dict[str, Engines] = Field(default={}, description="TensorRT engines by key, newest last")
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
@@ -98,6 +130,11 @@ class Manifest(_Entry):
             for file in (graph.file, graph.weights):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
+        for key, engines in self.engines.items():
+            for plan in engines.plans.values():
+                for file in (plan.file, plan.layers):
+                    if file not in self.files:
+                        raise ValueError(f"engine '{key}' is in {file}, which is not among the files")
         return self
 
     @property

@@ -19,22 +19,24 @@ class Bundle:
     path: Path
     manifest: Manifest
 
-    def file(self, name: str) -> Path:
-        """Path of a bundled file whose bytes are what the manifest says. Raises `BundleError`."""
+    def file(self, name: str, again: str = "'hflow-rt export'") -> Path:
+        """Path of a bundled file whose bytes are what the manifest says.
+
+        Raises `BundleError`, which says to run `again` what makes it.
+        """
         expected = self.manifest.files.get(name)
         path = self.path / name
         if expected is None or not path.is_file():
-            raise BundleError(f"{self.path} has no {name}; export again with 'hflow-rt export'")
+            raise BundleError(f"{self.path} has no {name}; export again with {again}")
         size = path.stat().st_size
         if size != expected.bytes:
             raise BundleError(
-                f"{path} must be {expected.bytes} bytes, not {size}: it was cut or replaced; export again"
+                f"{path} must be {expected.bytes} bytes, not {size}: it was cut or replaced; export again with {again}"
             )
         found = sha256(path)
         if found != expected.sha256:
-            raise BundleError(
-                f"{path} was changed after export (sha256 {found[:12]}…, not {expected.sha256[:12]}…); export again"
-            )
+            digests = f"sha256 {found[:12]}…, not {expected.sha256[:12]}…"
+            raise BundleError(f"{path} was changed after export ({digests}); export again with {again}")
         return path
 
     def graph(self, name: str) -> Path:

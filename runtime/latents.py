@@ -5,6 +5,7 @@ knows no backend; `lerp` and `mix` use nothing but arithmetic and so take torch 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -207,7 +208,7 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
 
 
 def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise one `DataError` unless `latents` are finite float32 arrays `[B, *shape]` of equal B >= 1.
+    """Raise one `DataError` unless `latents` are finite float32 arrays or tensors `[B, *shape]` of equal B >= 1.
 
     `what` says where they are from, e.g. a file's path.
     """
@@ -217,9 +218,9 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
     for name, values in known.items():
         if values.ndim == 0 or values.shape[1:] != tuple(shapes[name]):
             problems.append(f"{name} is {list(values.shape[1:])} there and {list(shapes[name])} in the model")
-        elif values.dtype != np.float32:
+        elif str(values.dtype) not in ("float32", "torch.float32"):
             problems.append(f"{name} is {values.dtype}, not float32")
-        elif not np.isfinite(values).all():
+        elif not (abs(values) < math.inf).all():
             problems.append(f"{name} holds NaN or infinite values")
     sizes = sorted({values.shape[0] for values in known.values() if values.ndim})
     if len(sizes) > 1:

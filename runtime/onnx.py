@@ -6,9 +6,9 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable, BundleError
+from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
 
 __all__ = ["OnnxEngine", "open_engine"]
@@ -28,12 +28,30 @@ class OnnxEngine:
     def backend(self) -> str:
         return f"onnxruntime {self._provider}"
 
-    def run(self, graph: str, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        session = self.session(graph)
-        names = [tensor.name for tensor in self._bundle.manifest.graphs[graph].inputs]
-        outputs = [tensor.name for tensor in self._bundle.manifest.graphs[graph].outputs]
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        return tuple(self._bundle.manifest.graphs)
+
+    @property
+    def verified(self) -> bool:
+        return self._bundle.manifest.verified
+
+    @property
+    def tensors(self) -> str | None:
+        return f"cuda:{_device_id()}" if self._provider == _PROVIDERS["cuda"] else None
+
+    def close(self) -> None:
+        with self._lock:
+            self._sessions.clear()
+
+    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        session, described = self.session(graph), self._bundle.manifest.graphs[graph]
+        if not isinstance(inputs[0], np.ndarray):
+            return _run_tensors(session, described, inputs)
+        names = [tensor.name for tensor in described.inputs]
+        outputs = [tensor.name for tensor in described.outputs]
         feeds = {name: np.ascontiguousarray(array) for name, array in zip(names, inputs, strict=True)}
-        results: list[NDArray[np.float32]] = session.run(outputs, feeds)
+        results: list[Any] = session.run(outputs, feeds)
         return results
 
     def session(self, graph: str) -> Any:
@@ -62,12 +80,37 @@ class OnnxEngine:
             return self._sessions[graph]
 
 
+def _run_tensors(session: Any, graph: Graph, inputs: Sequence[Any]) -> list[Any]:
+    """Run on torch tensors where they are: ONNX Runtime reads and writes their memory."""
+    import torch
+
+    device = inputs[0].device
+    place = {"device_type": device.type, "device_id": device.index or 0, "element_type": np.float32}
+    binding = session.io_binding()
+    whole = [tensor.contiguous() for tensor in inputs]
+    results = [torch.empty((len(inputs[0]), *tensor.shape), device=device) for tensor in graph.outputs]
+    for bind, described, tensors in (
+        (binding.bind_input, graph.inputs, whole),
+        (binding.bind_output, graph.outputs, results),
+    ):
+        for tensor, given in zip(described, tensors, strict=True):
+            bind(name=tensor.name, shape=tuple(given.shape), buffer_ptr=given.data_ptr(), **place)
+    if device.type == "cuda":  # ONNX Runtime has a stream of its own, and waits for that one by itself
+        torch.cuda.current_stream(device).synchronize()
+    session.run_with_iobinding(binding)
+    return results
+
+
+def _device_id() -> str:
+    return os.environ.get("LOCAL_RANK", "0")
+
+
 def _options(provider: str) -> dict[str, str]:
     if provider != _PROVIDERS["cuda"]:
         return {}
     # TF32 keeps 10 bits of the flow's state, which then cannot be inverted. Processes that were launched together
     # take a GPU each.
-    return {"use_tf32": "0", "device_id": os.environ.get("LOCAL_RANK", "0")}
+    return {"use_tf32": "0", "device_id": _device_id()}
 
 
 def open_engine(bundle: Bundle, device: str) -> OnnxEngine:

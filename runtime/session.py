@@ -1,7 +1,7 @@
 """One way to run a bundle, whatever computes it: `load(path, backend).forward / inverse / sample`."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.conditions import Choices, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError
-from hflow_rt.manifest import Graph, Manifest
+from hflow_rt.manifest import Graph, Manifest, Precision
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.latents import check_latents
 from hflow_rt.runtime.noise import draw_latents, parse_std
@@ -37,6 +37,7 @@ Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 # name -> (module with `open_engine`, what it is); also what the command line offers
 BACKENDS = {
     "onnx": ("hflow_rt.runtime.onnx", "ONNX Runtime on the exported graphs"),
+    "trt": ("hflow_rt.runtime.tensorrt", "TensorRT, or TensorRT for RTX, on the engines built for this GPU"),
     "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
 }
 DEVICES = ("auto", "cpu", "cuda")
@@ -50,8 +51,23 @@ class Engine(Protocol):
     def backend(self) -> str:
         """What really runs, e.g. `onnxruntime CPUExecutionProvider`."""
 
-    def run(self, graph: str, inputs: Sequence[Array]) -> list[Array]:
-        """Outputs of `graph`. Raises `BundleError` where the bundle lacks it."""
+    @property
+    def graphs(self) -> Collection[str]:
+        """What it can run."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether this very engine was proved to be the model, as far as the bundle knows."""
+
+    @property
+    def tensors(self) -> str | None:
+        """The device, such as `cuda:0`, whose torch tensors `run` takes and yields without a copy through the host."""
+
+    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        """Outputs of `graph`, of the kind of the inputs. Raises `BundleError` where the bundle lacks it."""
+
+    def close(self) -> None:
+        """Give back what it holds on a GPU. Once closed it does not run again."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,38 @@ class Session:
     def backend(self) -> str:
         """What actually runs."""
         return self._engine.backend
+
+    @property
+    def graphs(self) -> Collection[str]:
+        """The graphs that this backend can run."""
+        return self._engine.graphs
+
+    @property
+    def verified(self) -> bool:
+        """Whether what runs was proved to be the model: the bundle's graphs, or the TensorRT engines made of them."""
+        return self._engine.verified
+
+    @property
+    def precision(self) -> Precision:
+        """Of the arithmetic: as the graphs were written, but torch computes everything in float32."""
+        precision: Precision = getattr(self._engine, "precision", self.manifest.precision)
+        return precision
+
+    @property
+    def engines(self) -> str | None:
+        """The key of the TensorRT engines that run, see the manifest; None for another backend."""
+        key: str | None = getattr(self._engine, "key", None)
+        return key
+
+    def close(self) -> None:
+        """Give back memory of a GPU, which otherwise the end of the process does."""
+        self._engine.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
     @property
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -136,7 +184,7 @@ class Session:
 
     def forward(self, latents: Mapping[str, Any]) -> Any:
         """Latents to images float32 `[B, 3, R, R]` in [0, 1]. Raises `DataError` for latents that do not fit."""
-        arrays, restore = _to_numpy(latents)
+        arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
         return restore(self.run_graph("forward", arrays)["image"])
 
@@ -145,10 +193,11 @@ class Session:
 
         conditions: one-hot `[B, options]` for every choice of the model. Raises `DataError`.
         """
-        arrays, restore = _to_numpy({"image": images, **(conditions or {})})
+        arrays, restore = self._received({"image": images, **(conditions or {})})
         pixels = self._images(arrays.pop("image"))
         told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
-        given = {name: array.shape for name, array in arrays.items() if array.dtype == np.float32}
+        floats = ("float32", "torch.float32")
+        given = {name: tuple(array.shape) for name, array in arrays.items() if str(array.dtype) in floats}
         if given != told or len(given) != len(arrays):
             wanted, found = (
                 ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
@@ -217,7 +266,7 @@ class Session:
             raise BundleError(f"this bundle has no '{name}' engine (it has: {have}); export it with 'hflow-rt export'")
         return self.manifest.graphs[name]
 
-    def run_graph(self, name: str, values: Mapping[str, Array]) -> dict[str, Array]:
+    def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run one graph by name, unchecked, on any batch size: batches beyond its largest are split."""
         graph = self._graph(name)
         inputs = [values[tensor.name] for tensor in graph.inputs]
@@ -226,33 +275,45 @@ class Session:
             self._engine.run(name, [array[start : start + largest] for array in inputs])
             for start in range(0, len(inputs[0]), largest)
         ]
-        joined = [outputs[0] if len(outputs) == 1 else np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        joined = [outputs[0] if len(outputs) == 1 else _concatenate(outputs) for outputs in zip(*parts, strict=True)]
         return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
 
-    def _images(self, images: NDArray[Any]) -> Array:
+    def _received(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+        """The inputs as the engine takes them, and a function that gives results their kind and device."""
+        if {_library(array) for array in arrays.values()} == {"torch"}:
+            _check_tensors(arrays)
+            if {str(tensor.device) for tensor in arrays.values()} == {self._engine.tensors}:
+                return {name: tensor.detach() for name, tensor in arrays.items()}, lambda tensor: tensor
+        return _to_numpy(arrays)
+
+    def _images(self, images: Any) -> Any:
         side = self.resolution
-        if images.dtype == np.uint8:
-            check_pixels(images)
-            images = from_uint8(images)
+        if str(images.dtype) in ("uint8", "torch.uint8"):
+            if _library(images) == "torch":  # on a GPU
+                images = images.permute(0, 3, 1, 2).float() / 255 if images.ndim == 4 else images
+            else:
+                check_pixels(images)
+                images = from_uint8(images)
         if images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) < 1:
             wanted = f"float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3]"
             raise DataError(f"images must be {wanted}, not {list(images.shape)}")
-        if images.dtype != np.float32:
+        if str(images.dtype) not in ("float32", "torch.float32"):
             raise DataError(f"images must be float32 in [0, 1] or uint8, not {images.dtype}")
-        if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+        if not ((images >= 0) & (images <= 1)).all():  # NaN is neither
             raise DataError("images must lie in [0, 1]; found values outside, NaN or infinity")
         return images
 
 
-def load(path: Path | str, backend: str = "onnx", device: str = "auto") -> Session:
+def load(path: Path | str, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool = True) -> Session:
     """Open the bundle (or exported run) at `path`.
 
-    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works. Raises `BundleError` for a
-    missing or changed bundle and `BackendUnavailable` for a backend or device that is not there; there is no
+    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works. cuda_graph: whether `trt`
+    replays its work as one CUDA graph. Raises `BundleError` for a missing or changed bundle, `EngineMismatch` for
+    engines of another machine and `BackendUnavailable` for a backend or device that is not there; there is no
     fallback.
     """
     check_backend(backend, device)
-    return open_bundle(find_bundle(path), backend, device)
+    return open_bundle(find_bundle(path), backend, device, cuda_graph=cuda_graph)
 
 
 def check_backend(backend: str, device: str) -> None:
@@ -263,25 +324,42 @@ def check_backend(backend: str, device: str) -> None:
         raise BackendUnavailable(f"unknown device '{device}'; known: {', '.join(DEVICES)}")
 
 
-def open_bundle(bundle: Bundle, backend: str, device: str) -> Session:
+def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool = True) -> Session:
     """`load` for a bundle that was found already."""
     import importlib
 
+    if not cuda_graph and backend != "trt":
+        raise BackendUnavailable(f"only the trt backend has a CUDA graph to leave away, not {backend}")
     module = importlib.import_module(BACKENDS[backend][0])
-    return Session(bundle, module.open_engine(bundle, device))
+    return Session(bundle, module.open_engine(bundle, device, **({} if cuda_graph else {"cuda_graph": False})))
+
+
+def _library(array: Any) -> str:
+    return type(array).__module__.partition(".")[0]
+
+
+def _check_tensors(tensors: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if str(tensor.dtype) not in ("torch.float32", "torch.uint8"):  # numpy has no bfloat16
+            raise DataError(f"'{name}' must be float32 (pixels may be uint8), not {tensor.dtype}")
+
+
+def _concatenate(parts: Sequence[Any]) -> Any:
+    if _library(parts[0]) == "torch":
+        import torch
+
+        return torch.cat(list(parts))
+    return np.concatenate(parts)
 
 
 def _to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Numpy views of the inputs, and a function that gives results the kind and device of the first input."""
-    kinds = {type(array).__name__: type(array).__module__.partition(".")[0] for array in arrays.values()}
+    kinds = {type(array).__name__: _library(array) for array in arrays.values()}
     if all(isinstance(array, np.ndarray) for array in arrays.values()):
         return dict(arrays), lambda array: array
     if set(kinds.values()) != {"torch"}:
         raise DataError(f"arrays must be all numpy or all torch, not {' and '.join(sorted(kinds))}")
     import torch
 
-    for name, tensor in arrays.items():
-        if tensor.dtype not in (torch.float32, torch.uint8):  # numpy has no bfloat16
-            raise DataError(f"'{name}' must be float32 (pixels may be uint8), not {tensor.dtype}")
     device = next(iter(arrays.values())).device
     return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable
+from hflow_rt.manifest import Precision
 from hflow_rt.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -18,16 +19,33 @@ __all__ = ["TorchEngine", "open_engine"]
 
 
 class TorchEngine:
-    """Runs the same graphs that export writes, as torch modules."""
+    """Runs the same graphs that export writes, as torch modules, in float32."""
 
-    def __init__(self, graphs: "dict[str, GraphSpec]", device: "torch.device") -> None:
-        self._graphs, self._device = graphs, device
+    precision: Precision = "fp32"
+
+    def __init__(self, bundle: Bundle, graphs: "dict[str, GraphSpec]", device: "torch.device") -> None:
+        self._bundle, self._graphs, self._device = bundle, graphs, device
         for graph in graphs.values():
             graph.module.eval().to(device)
 
     @property
     def backend(self) -> str:
         return f"torch {self._device}"
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        return tuple(self._bundle.manifest.graphs)
+
+    @property
+    def verified(self) -> bool:
+        return self._bundle.manifest.verified
+
+    @property
+    def tensors(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        self._graphs.clear()
 
     def run(self, graph: str, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         import torch
@@ -56,4 +74,4 @@ def open_engine(bundle: Bundle, device: str) -> TorchEngine:
     if device == "cuda":
         # TF32 keeps 10 bits of the flow's state, which then cannot be inverted
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return TorchEngine(load_model(bundle.model).graphs(), torch.device(device))
+    return TorchEngine(bundle, load_model(bundle.model).graphs(), torch.device(device))

@@ -100,12 +100,18 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph to export: a module that takes the inputs in order and returns the outputs in order as a tuple."""
+    """One graph to export: a module that takes the inputs in order and returns the outputs in order as a tuple.
+
+    nets: modules that mixed precision computes in float16, as patterns of paths within `module` that end in a dot,
+    such as `*.decoder.*`. heads: those of them that stay in float32, for what they yield bounds the flow.
+    """
 
     name: str
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    nets: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
 
 if TYPE_CHECKING:

@@ -264,7 +264,7 @@ def test_export_does_not_replace_what_is_no_bundle(hflow: Command, run: Path, ph
 
 @pytest.mark.parametrize("command", ["sample", "check", "interpolate"])
 def test_unknown_backend_and_device(hflow: Command, run: Path, command: str) -> None:
-    refused(hflow(command, "--backend", "tensorflow"), "unknown backend 'tensorflow'; known: onnx, torch")
+    refused(hflow(command, "--backend", "tensorflow"), "unknown backend 'tensorflow'; known: onnx, trt, torch")
     refused(hflow(command, "--device", "tpu"), "unknown device 'tpu'; known: auto, cpu, cuda")
 
 

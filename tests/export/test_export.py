@@ -17,6 +17,7 @@ from hflow_rt.export import bundle as export_module
 from hflow_rt.export.bundle import check_bundle, export_bundle
 from hflow_rt.export.onnx import SharedWeights, export_graph
 from hflow_rt.export.parity import compare, failures, run_parity
+from hflow_rt.files import sha256
 from hflow_rt.manifest import read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
 from hflow_rt.models.family import GraphSpec, TensorSpec
@@ -153,6 +154,7 @@ def test_half_precision_weights(tiny_run: Path, tmp_path: Path) -> None:
     manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, half=True)
     assert manifest.verified
     assert manifest.checkpoint["weights"] == "float16"
+    assert manifest.checkpoint["exported_from"] == sha256(tiny_run / "model.safetensors")
     whole, rounded = (load_model(path / "model.safetensors") for path in (tiny_run, tmp_path / "b"))
     for name, value in whole.state_dict().items():
         assert torch.equal(rounded.state_dict()[name], value.half().float())
@@ -383,8 +385,6 @@ def test_a_family_without_a_bound(tiny_run: Path, tmp_path: Path, monkeypatch: p
 
 def _trust(bundle: Path, name: str) -> None:
     """Rewrite the manifest so that the file as it is now counts as exported."""
-    from hflow_rt.files import sha256
-
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"][name] = {"sha256": sha256(bundle / name), "bytes": (bundle / name).stat().st_size}
     (bundle / "manifest.json").write_text(json.dumps(manifest))

@@ -57,7 +57,7 @@ def test_a_changed_byte(bundle: Path, where: float) -> None:
     (bundle / "forward.onnx").write_bytes(data)
     message = refused(bundle)
     assert "forward.onnx was changed after export (sha256 " in message
-    assert message.endswith("export again")
+    assert message.endswith("export again with 'hflow-rt export'")
 
 
 def test_changed_constants_close_every_graph(bundle: Path) -> None:

@@ -1,5 +1,6 @@
 """What export writes for hflow: both directions, the bound, and the end flow alone, which maps the end vector."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from hflow_rt.models.hflow.network import HFlow
 
 __all__ = ["graphs"]
+
+# In float16 where precision is mixed: coupling nets and decoders, but not the layers that yield scales and shifts.
+# Encoders make the flow's targets, so they stay.
+_NETS = ("*.couplings.*.net.*", "*.decoder.*")
+_HEADS = ("*.net.scale_out.*", "*.net.shift_out.*", "*.decoder.*_shift.out.*", "*.decoder.*_log_scale.out.*")
 
 
 class _Forward(nn.Module):
@@ -82,4 +88,4 @@ def graphs(model: "HFlow") -> dict[str, GraphSpec]:
         GraphSpec("end_forward", _EndForward(folded), ends, parts),
         GraphSpec("end_inverse", _EndInverse(folded), parts, ends),
     )
-    return {spec.name: spec for spec in specs}
+    return {spec.name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS) for spec in specs}

@@ -1,0 +1,191 @@
+"""`hflow-rt export --engine trt`: TensorRT engines beside the graphs of a bundle, exported first if need be."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hflow_rt.cli.common import named, need_extra, print_json, say_next, status
+from hflow_rt.cli.export import GraphOptions, export_graphs, fail_on, print_report, proof_pictures
+
+if TYPE_CHECKING:
+    from hflow_rt.manifest import Manifest
+    from hflow_rt.runtime.bundle import Bundle
+
+__all__ = ["EngineOptions", "build_engines", "describe_engines", "describe_layers"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `export` was told about TensorRT, as it was typed; None where nothing."""
+
+    flavor: Literal["tensorrt", "rtx"] | None
+    capabilities: str | None
+    batch: str | None
+    workspace: int | None
+
+
+def build_engines(
+    run: Path | None, output: Path | None, graphs: GraphOptions, options: EngineOptions, quiet: bool
+) -> None:
+    """Add engines to the bundle of `run`, made or brought up to date first, and check them where there is a GPU."""
+    need_extra("rtx", "onnx")
+    from hflow_rt.export.tensorrt import GRAPHS, add_engines, parse_batch, parse_capabilities
+    from hflow_rt.runtime.bundle import find_bundle
+    from hflow_rt.runtime.cuda import chosen_gpu
+    from hflow_rt.runtime.plans import product
+
+    # everything that can be refused is refused before the graphs are exported, which takes a while
+    product(options.flavor, chosen_gpu())
+    batch = None if options.batch is None else parse_batch(options.batch)
+    capabilities = None if options.capabilities is None else parse_capabilities(options.capabilities)
+    folder = _bundle_folder(run, output, graphs, quiet)
+    wanted = GRAPHS if graphs.direction == "both" else (graphs.direction,)
+    with status(quiet=quiet) as progress:
+        bundle, key = add_engines(
+            find_bundle(folder),
+            options.flavor,
+            capabilities,
+            batch,
+            options.workspace,
+            wanted,
+            progress,
+            progress if sys.stderr.isatty() else lambda text: None,
+        )
+    report = None
+    if chosen_gpu() is not None:
+        from hflow_rt.export.bundle import check_bundle
+
+        need_extra("train", "torch")
+        pictures = proof_pictures(graphs.images, bundle.manifest.resolution)
+        with status(quiet=quiet) as progress:
+            report = check_bundle(bundle, pictures, "trt", "cuda", progress)
+        bundle = find_bundle(folder)
+    engines = bundle.manifest.engines[key]
+    if quiet:
+        print_json({"bundle": str(folder), "key": key, **engines.model_dump(mode="json")})
+    else:
+        for plan in engines.plans.values():
+            size = bundle.manifest.files[plan.file].bytes / 1e6
+            layers = ", ".join(f"{count} {kind}" for kind, count in plan.types.items())
+            print(f"{folder / plan.file}: {size:.1f} MB, layers {layers}, built in {plan.seconds:.1f} s")
+        where = named(run or output, "")
+        if report is not None:
+            print_report(report)
+        else:
+            print(f"unverified: no GPU here can run them; there, run 'hflow-rt check{where} --backend trt'")
+        say_next(f"hflow-rt sample{where} --backend trt", f"hflow-rt info{where}")
+    if report is not None:
+        fail_on(report)
+
+
+def describe_engines(manifest: "Manifest") -> list[str]:
+    """Lines about every set of engines that a manifest lists, for `info`."""
+    from hflow_rt.runtime.plans import FLAVORS
+
+    lines = []
+    for key, engines in manifest.engines.items():
+        verdict = "verified" if engines.verified else "UNVERIFIED" if engines.parity else "unverified: never run"
+        machine = f"compute capability {', '.join(engines.capabilities)}"
+        machine += f" ({engines.gpu})" if engines.gpu else ""
+        sizes = ":".join(map(str, engines.batch))
+        lines.append(f"  {FLAVORS[engines.flavor].title} {engines.version} for {machine}, batch {sizes}, {verdict}")
+        lines.append(f"    {key}")
+        for name, plan in engines.plans.items():
+            size = manifest.files[plan.file].bytes / 1e6
+            layers = ", ".join(f"{count} {kind}" for kind, count in plan.types.items())
+            lines.append(f"    {name}: {size:.1f} MB, layers {layers}, built in {plan.seconds:.1f} s")
+    return lines
+
+
+def describe_layers(bundle: "Bundle") -> list[str]:
+    """Lines about every layer of every plan, as it was given to the builder. Raises `BundleError`."""
+    import json
+
+    from hflow_rt.runtime.plans import build_command
+
+    lines = []
+    for key, engines in bundle.manifest.engines.items():
+        for name, plan in engines.plans.items():
+            lines.append(f"  layers of {name} in {key}:")
+            listed = bundle.file(plan.layers, build_command(bundle.path, engines)).read_text(encoding="utf-8")
+            for layer in map(json.loads, listed.splitlines()):
+                inputs, outputs = (", ".join(map(_tensor, layer[end])) for end in ("inputs", "outputs"))
+                lines.append(f"    {layer['type'].lower()} {layer['module'] or layer['name']}: {inputs} -> {outputs}")
+    return lines
+
+
+def _tensor(described: list[Any]) -> str:
+    """For example `half Bx8x16x16`."""
+    kind, sides = described
+    return f"{kind} {'x'.join('B' if side == -1 else str(side) for side in sides) or 'scalar'}"
+
+
+def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, quiet: bool) -> Path:
+    """The folder of a bundle with the graphs that are wanted: the one that is there if it holds them, else exported."""
+    from hflow_rt.assets import PRETRAINED, pretrained
+    from hflow_rt.errors import CheckpointError
+    from hflow_rt.files import atomic_directory
+    from hflow_rt.manifest import MANIFEST, MODEL
+    from hflow_rt.runs import ROOT, latest_run, resolve_run
+    from hflow_rt.runtime.bundle import BUNDLE
+
+    if run is None:
+        try:
+            run = latest_run()
+        except CheckpointError:
+            run = pretrained()
+            output = output or ROOT / PRETRAINED
+            if not quiet:
+                print(
+                    f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships, in {output}", file=sys.stderr
+                )
+    if (run / MANIFEST).is_file():
+        if output is None or output == run:
+            return _satisfying(run, run / MODEL, graphs, quiet)
+        with atomic_directory(output) as folder:
+            shutil.copytree(run, folder, dirs_exist_ok=True)
+        return _satisfying(output, output / MODEL, graphs, quiet)
+    source = run if run.is_file() else resolve_run(run) / MODEL
+    return _satisfying(output or source.parent / BUNDLE, source, graphs, quiet)
+
+
+def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -> Path:
+    """`folder`, exported from the model file `source` unless it is a bundle of just that already."""
+    from hflow_rt.manifest import MANIFEST
+    from hflow_rt.runtime.bundle import find_bundle
+
+    if (folder / MANIFEST).is_file():
+        from hflow_rt.files import sha256
+
+        checkpoint = find_bundle(folder).manifest.checkpoint
+        if sha256(source) in (checkpoint["sha256"], checkpoint.get("exported_from")):
+            lacking = _lacking(folder, graphs)
+            if not lacking:
+                return folder
+            reason = f"{folder} lacks {lacking}"
+        else:
+            reason = f"{folder} is of other weights than {source}"
+        if not quiet:
+            print(f"{reason}: exporting its graphs again", file=sys.stderr)
+    fail_on(export_graphs(source, folder, graphs, quiet).parity or {})
+    return folder
+
+
+def _lacking(folder: Path, graphs: GraphOptions) -> str:
+    """What the graphs of a bundle lack of what was asked for, in words; nothing if they will do."""
+    from hflow_rt.runtime.bundle import find_bundle
+
+    manifest = find_bundle(folder).manifest
+    needed = ["forward", "inverse"] if graphs.direction == "both" else [graphs.direction]
+    missing = [name for name in (*needed, *(["bound"] if graphs.bound else [])) if name not in manifest.graphs]
+    if missing:
+        return f"the graph {missing[0]}"
+    if graphs.precision is not None and graphs.precision != manifest.precision:
+        return f"{graphs.precision} arithmetic"
+    if graphs.half and "exported_from" not in manifest.checkpoint:
+        return "weights in half precision"
+    if graphs.std is not None and tuple(graphs.std) != manifest.std:
+        return f"std {' '.join(graphs.std)}"
+    return ""

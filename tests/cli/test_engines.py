@@ -1,0 +1,211 @@
+"""`export --engine trt` and what the other commands make of its engines, on a machine without a GPU."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hflow_rt.cli import engines as command
+from hflow_rt.export import tensorrt as builder
+from hflow_rt.files import sha256
+from hflow_rt.manifest import read_manifest
+from hflow_rt.runtime import cuda
+from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.cuda import find_gpus
+
+Command = Callable[..., Any]
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'hflow-rt[rtx]'")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests on a machine with a GPU see none either."""
+
+    def refuse() -> Any:
+        from hflow_rt.errors import BackendUnavailable
+
+        raise BackendUnavailable("no driver")
+
+    monkeypatch.setattr(cuda, "_driver", refuse)
+    assert find_gpus() == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Plans that are built at once, and hold nothing; the requests."""
+    requests = []
+
+    def run(request: Any, failure: str, detail: Any) -> dict[str, Any]:
+        requests.append(request)
+        request.plan.write_bytes(b"plan")
+        request.layers.write_text("")
+        return {"types": {"float": 12, "half": 3}, "seconds": 1.5}
+
+    monkeypatch.setattr(builder, "_run", run)
+    return requests
+
+
+def ok(result: Any) -> Any:
+    assert result.code == 0, result.err
+    return result
+
+
+def refused(result: Any, *texts: str) -> None:
+    assert result.code == 1
+    assert result.err.count("\n") <= 2
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    for text in texts:
+        assert text in last
+
+
+def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:
+    """What issue and README promise, for real: two plans, their description, one line without a GPU, ONNX beside."""
+    built = ok(hflow("export", "--engine", "trt", "--compute-capability", "8.9"))
+    lines = re.findall(rf"^{run}/bundle/trt/rtx-[\w.-]+/(\w+)\.plan: \d+\.\d MB, layers \d+ float", built.out, re.M)
+    assert lines == ["forward", "inverse"]
+    assert "unverified: no GPU here can run them; there, run 'hflow-rt check --backend trt'" in built.out
+    assert "next: hflow-rt sample --backend trt --std 0.7" in built.out
+    assert "exporting" not in built.err  # the graphs that are there will do
+
+    text = ok(hflow("info")).out
+    assert re.search(r"TensorRT for RTX [\d.]+ for compute capability 8\.9, batch 1:16:64, unverified: never run", text)
+    assert re.search(r"    forward: \d+\.\d MB, layers \d+ float, built in \d+\.\d s", text)
+    found = json.loads(ok(hflow("info", "--json")).out)["bundle"]["engines"]
+    assert [engines["verified"] for engines in found.values()] == [False]
+
+    text = ok(hflow("info", "--layers")).out
+    assert re.search(r"^  layers of inverse in rtx-[\w.-]+:$", text, re.MULTILINE)
+    first = r"^    convolution model\.levels\.0\.encoder\.\S+: float Bx3x16x16 -> float Bx6x16x16$"
+    assert re.search(first, text, re.MULTILINE)
+
+    for arguments in (("sample", "--std", 0.7), ("check",)):
+        refused(hflow(*arguments, "--backend", "trt"), "NVIDIA GPU and none was found", "or use --backend onnx")
+    refused(hflow("sample", "--backend", "trt", "--device", "cpu"), "run on a GPU only")
+    ok(hflow("sample", "--backend", "onnx", "--std", 0.7))
+    assert Path("samples.png").is_file()
+    ok(hflow("check"))
+    assert read_manifest(run / "bundle").verified
+
+
+def test_json(hflow: Command, run: Path, quick: list[Any]) -> None:
+    result = ok(hflow("export", run, "--engine", "trt", "--batch", "2", "--workspace", 256, "--json"))
+    found = json.loads(result.out)
+    assert result.err == ""
+    assert found["bundle"] == str(run / "bundle")
+    assert found["batch"] == [2, 2, 2]
+    assert found["verified"] is False
+    assert found["plans"]["forward"]["types"] == {"float": 12, "half": 3}
+    assert [request.workspace for request in quick] == [256, 256]
+
+
+def test_a_bundle_alone(hflow: Command, run: Path, quick: list[Any]) -> None:
+    """No run, no torch: a bundle that was copied to the machine with the GPU, by the command its refusals name."""
+    bundle = Path(shutil.copytree(run / "bundle", "copied"))
+    ok(
+        hflow(
+            "export",
+            bundle,
+            "--engine",
+            "trt",
+            "--flavor",
+            "rtx",
+            "--compute-capability",
+            "8.6",
+            "--direction",
+            "forward",
+        )
+    )
+    manifest = find_bundle(bundle).manifest
+    assert [list(engines.plans) for engines in manifest.engines.values()] == [["forward"]]
+    ok(hflow("export", bundle, "--engine", "trt", "-o", "elsewhere"))
+    assert len(find_bundle("elsewhere").manifest.engines) == 2
+    assert len(find_bundle(bundle).manifest.engines) == 1
+
+
+def test_the_model_that_ships(hflow: Command, run: Path, quick: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hflow_rt.assets import pretrained
+
+    before = {path.name for path in pretrained().iterdir()}
+    shutil.rmtree("runs")
+    result = ok(hflow("export", "--engine", "trt"))
+    assert "no run under ./runs: this is hflow-emoji, the model that ships, in runs/hflow-emoji" in result.err
+    assert find_bundle("runs/hflow-emoji").manifest.engines
+    assert {path.name for path in pretrained().iterdir()} == before
+    ok(hflow("export", "--engine", "trt"))  # now that is the latest run
+    assert quick[0].capabilities == ("8.0", "8.6", "8.9", "12.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--bound",), "lacks the graph bound"),
+        (("--precision", "mixed"), "lacks mixed arithmetic"),
+        (("--half",), "lacks weights in half precision"),
+        (("--std", "0.5"), "lacks std 0.5"),
+    ],
+)
+def test_graphs_that_will_not_do(
+    hflow: Command,
+    run: Path,
+    quick: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    reason: str,
+) -> None:
+    exported = []
+
+    def export(source: Path, folder: Path, options: Any, quiet: bool) -> Any:
+        exported.append((source, folder, options))
+        return read_manifest(folder)
+
+    monkeypatch.setattr(command, "export_graphs", export)
+    ok(hflow("export", "--engine", "trt"))
+    assert not exported
+    assert (
+        f"{run}/bundle {reason}: exporting its graphs again" in ok(hflow("export", "--engine", "trt", *arguments)).err
+    )
+    assert exported[0][:2] == (run / "model.safetensors", run / "bundle")
+
+
+def test_graphs_of_other_weights(hflow: Command, run: Path, quick: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes() + b" ")
+    monkeypatch.setattr(command, "export_graphs", lambda source, folder, *rest: read_manifest(folder))
+    result = ok(hflow("export", "--engine", "trt"))
+    assert f"{run}/bundle is of other weights than {run}/model.safetensors: exporting its graphs again" in result.err
+
+
+def test_graphs_of_rounded_weights(hflow: Command, run: Path, quick: list[Any]) -> None:
+    """Their weights are others than the run's, but the manifest knows what they were rounded from."""
+    described = json.loads((run / "bundle" / "manifest.json").read_text())
+    described["checkpoint"] |= {"sha256": "0" * 64, "exported_from": sha256(run / "model.safetensors")}
+    (run / "bundle" / "manifest.json").write_text(json.dumps(described))
+    for arguments in ((), ("--half",)):
+        assert "exporting" not in ok(hflow("export", "--engine", "trt", *arguments)).err
+    assert len(quick) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (("--engine", "trt", "--batch", "8:4:2"), ["--batch MIN:OPT:MAX must rise from 1, not '8:4:2'"]),
+        (("--engine", "trt", "--compute-capability", "ada"), ["must be numbers such as 8.6,8.9,12.0, not 'ada'"]),
+        (("--engine", "trt", "--compute-capability", "9.0"), ["not for 9.0", "use TensorRT ('hflow-rt[trt]') there"]),
+        (("--engine", "trt", "--flavor", "tensorrt"), ["TensorRT is missing", "pip install 'hflow-rt[trt]'"]),
+        (("--batch", "4"), ["are for --engine trt; add it"]),
+        (("--engine", "openvino"), ["builds no 'openvino' engines; known: onnx, trt"]),
+    ],
+)
+def test_what_cannot_be_built(hflow: Command, run: Path, arguments: tuple[str, ...], texts: list[str]) -> None:
+    refused(hflow("export", *arguments), *texts)
+    assert not (run / "bundle" / "trt").exists()
+
+
+def test_doctor(hflow: Command) -> None:
+    text = ok(hflow("doctor")).out
+    assert re.search(r"trt backend: TensorRT for RTX [\d.]+; builds engines here, runs none: no GPU", text)

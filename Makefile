@@ -28,14 +28,15 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,kernels,dev]"
+	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,kernels,rtx,dev]"
 	touch $@
 
 demo: install
 	$(BIN)/hflow-rt demo
 
+# One worker a core, each with one thread; a file stays on one worker.
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark -n logical --maxprocesses 8 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

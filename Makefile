@@ -57,11 +57,11 @@ bench: install
 kernels: install
 	$(BIN)/python -m hflow_rt.kernels.report
 
-# The model that ships, made again: an hour for all of it and three quarters of one for its coarse flows, on a CPU core.
+# The model that ships, made again: an hour for all of it and half of one for its coarse flows, on a CPU core.
 pretrained: install $(FLUENT)
 	$(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/hflow-emoji-joint
 	$(HFLOW) train --preset hflow-emoji-coarse --from runs/hflow-emoji-joint --data $(FLUENT) --out runs/hflow-emoji
-	$(HFLOW) export runs/hflow-emoji --half --bound --std 0.9 --std z1=0.5 --std z0=0.4 --out hflow_rt/assets/hflow-emoji
+	$(HFLOW) export runs/hflow-emoji --half --bound --std 1 --std z2=0.8 --std z1=0.5 --std z0=0.4 --out hflow_rt/assets/hflow-emoji
 
 $(FLUENT):
 	npm pack @lobehub/fluent-emoji-3d@1.1.0

@@ -79,7 +79,7 @@ def _rewrite(graph: onnx.GraphProto, chosen: set[int], floats: set[str], halves:
     def other(name: str, half: bool) -> str:
         """The tensor `name` in the precision it is not made in: a constant anew, anything else by a cast."""
         if name not in made:
-            made[name] = f"{name}.{'half' if half else 'single'}"
+            made[name] = f"{name}.{'float16' if half else 'float32'}"
             if name in constants:
                 graph.initializer.append(_half_constant(constants[name], made[name]))
             else:

@@ -183,18 +183,20 @@ def test_statistics_stay() -> None:
 
 
 def test_what_stays_can_be_kept_in_half_the_bytes() -> None:
-    """Half-precision weights of a layer outside the nets, after `mix` took those inside."""
+    """Half-precision weights of layers outside the nets, after `mix` took those inside; `a` is of both."""
     weight = np.random.default_rng(2).standard_normal((16, 4, 3, 3)).astype(np.float16).astype(np.float32)
     nodes = [
         node("Conv", ["x", "a"], "inner", "m.net.one", pads=[1, 1, 1, 1]),
-        node("Conv", ["inner", "b"], "y", "m.state", pads=[1, 1, 1, 1]),
+        node("Conv", ["x", "a"], "outer", "m.state", pads=[1, 1, 1, 1]),
+        node("Add", ["inner", "outer"], "both", "m.state"),
+        node("Conv", ["both", "b"], "y", "m.state", pads=[1, 1, 1, 1]),
     ]
     proto = graph(nodes, {"a": weight, "b": weight.transpose(1, 0, 2, 3).copy()})
     assert mix(proto, ["*.net.*"]) == 1
-    assert halve(proto, [1.0]) == 1
+    assert halve(proto, [1.0]) == 2
     onnx.checker.check_model(proto, full_check=True)
     kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
-    assert kinds["a.half"] == kinds["b.half"] == TensorProto.FLOAT16
+    assert kinds["a.half"] == kinds["a.float16"] == kinds["b.half"] == TensorProto.FLOAT16
     assert types(proto)["y"] == TensorProto.FLOAT
 
 

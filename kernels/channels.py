@@ -19,6 +19,7 @@ __all__ = [
     "channel_map",
     "check_maps",
     "element_map",
+    "fits",
     "flat",
     "gathered",
     "held",
@@ -56,6 +57,9 @@ def channel_map(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
         with torch.autocast(x.device.type, enabled=False):
             return channel_map(x, weight, bias)
     if weight.dim() == 2:
+        if x.is_cuda and x.dim() == 4:  # a convolution would round to TF32 there unless it is switched off
+            y: Tensor = torch.matmul(weight, x.flatten(2)).view(x.shape)
+            return y if bias is None else y + bias.view(-1, 1, 1)
         return F.linear(x, weight, bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], bias)
     sides = [1] * (x.dim() - 2)
     x = x * weight.view(-1, *sides)
@@ -109,6 +113,11 @@ def check_maps(x: Tensor, weight: Tensor | None, bias: Tensor | None, elementwis
             raise ValueError(f"maps of elements must be {list(x.shape)}, not {list(values.shape)}")
 
 
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take such a state: float32 `[B, C, H, W]`, of no more pixels than a grid has programs for."""
+    return x.dim() == 4 and x.dtype == torch.float32 and x.shape[2] * x.shape[3] <= 65535 * 64
+
+
 def in_registers(x: Tensor, weight: Tensor | None) -> bool:
     """Whether the kernels apply this channel map themselves, and its gradient where there may be one."""
     few = SUMMED if torch.is_grad_enabled() else SMALL
@@ -124,10 +133,14 @@ def flat(x: None) -> None: ...
 
 
 def flat(x: Tensor | None) -> Tensor | None:
-    """`x` `[B, C, H, W]` with its pixels one step apart: itself but for crops and transposed planes, which are rare."""
-    if x is None or 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3):
+    """`x` `[B, C, H, W]` with its pixels one step apart: itself but for crops and transposed planes, which are rare.
+
+    And channels within 2^31 of each other, as the kernels count them.
+    """
+    if x is None:
         return x
-    return x.contiguous()
+    even = 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3)
+    return x if even and x.shape[1] * x.stride(1) < 2**31 else x.contiguous()
 
 
 def steps(x: Tensor | None, prefix: str) -> dict[str, int]:

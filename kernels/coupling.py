@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hflow_rt.kernels.channels import Elementwise, channel_map, check_maps, element_map, in_registers, room
+from hflow_rt.kernels.channels import Elementwise, channel_map, check_maps, element_map, fits, in_registers, room
 from hflow_rt.kernels.coupling_forms import (
     LOG_SCALE_BOUND,
     SHIFT_BOUND,
@@ -60,7 +60,7 @@ def coupling(
     computes. The log-determinant is the coupling's only.
     """
     _check(x, log_scale, shift, weight, bias, region, form, post)
-    if not takes(x) or x.dtype != torch.float32:
+    if not takes(x) or not fits(x):
         return coupling_reference(x, log_scale, shift, weight, bias, region, inverse=inverse, form=form, post=post)
     if not in_registers(x, weight):
         y, log_det = _coupling(x, log_scale, shift, None, None, None, None, None, list(region), inverse, form)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hflow_rt.errors import BackendUnavailable, ConfigError
 
@@ -83,6 +84,8 @@ def takes(x: Tensor) -> bool:
         return False
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():  # graphs hold plain operators only
         return False
+    if forward_ad._current_level >= 0:  # which the operators have no rule for
+        return False
     missing = _missing()
     if missing and _asked == "triton":
         raise BackendUnavailable(f"{SWITCH}=triton {missing}; set {SWITCH}=auto, or unset it")
@@ -108,7 +111,28 @@ def _missing() -> str | None:
         return f"{SWITCH} is 'reference'"
     if not torch.cuda.is_available() and not (INTERPRETED and _asked == "triton"):
         return "needs a CUDA device"
-    return None if INSTALLED else "needs triton: pip install 'hflow-rt[kernels]'"
+    if not INSTALLED:
+        return "needs triton: pip install 'hflow-rt[kernels]'"
+    if _asked == "auto" and torch.version.hip:
+        return "was not tried on ROCm"
+    return None if INTERPRETED else _launch_failure()
+
+
+_probed: bool = False
+_failure: str | None = None
+
+
+def _launch_failure() -> str | None:
+    """What Triton says where it cannot build its launcher; asked once, and never while torch.compile looks on."""
+    global _probed, _failure
+    if not _probed and not torch.compiler.is_compiling():
+        _probed = True
+        try:
+            getattr(triton.runtime.driver.active, "utils", None)
+        except Exception as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            _failure = f"needs a triton that can launch, with a C compiler and Python's headers ({why[0]})"
+    return _failure
 
 
 def device_kernel(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

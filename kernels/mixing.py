@@ -15,6 +15,7 @@ from hflow_rt.kernels.channels import (
     channel_map,
     check_maps,
     element_map,
+    fits,
     flat,
     gathered,
     held,
@@ -45,7 +46,7 @@ def mixing(
     latent to image, or where `inverse` image to latent. The result has the type of `x`.
     """
     check_maps(x, weight, bias, pre)
-    if takes(x) and x.dim() == 4 and x.dtype == torch.float32 and in_registers(x, weight):
+    if takes(x) and fits(x) and in_registers(x, weight):
         shift, log_scale = (None, None) if pre is None else pre
         y: Tensor = _mixing(x, weight, bias, shift, log_scale, inverse)
         return y

@@ -74,6 +74,27 @@ def test_what_is_live_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.live() == "off, plain torch runs: needs triton: pip install 'hflow-rt[kernels]'"
 
 
+@NO_GPU
+def test_a_triton_that_cannot_launch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton: pip install 'hflow-rt[kernels]' on Linux")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_probed", False)
+    monkeypatch.setattr(dispatch, "_failure", None)
+    with dispatch.using("auto"):
+        assert dispatch.live().startswith("off, plain torch runs: needs a triton that can launch, with a C compiler")
+    with dispatch.using("triton"), pytest.raises(BackendUnavailable, match="needs a triton that can launch"):
+        blur_down(X)
+
+
+def test_forward_mode_takes_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    with dispatch.using("triton"):
+        assert dispatch.takes(X)
+        with torch.autograd.forward_ad.dual_level():
+            assert not dispatch.takes(X)
+
+
 WITHOUT = """
 import sys
 sys.modules["triton"] = None

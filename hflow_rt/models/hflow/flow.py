@@ -224,11 +224,12 @@ class BetweenAffines:
 
     def _fused(self, x: Tensor, theta: Theta, condition: Tensor, inverse: bool) -> FlowResult:
         way = -1 if inverse else 1
+        theta = theta.to(x.dtype)
         couplings = self.stages()[::way]
         ends = (Elementwise(*theta[2:]), Elementwise(*theta[:2]))[::way]
         nets, regions = [step.raw for step in couplings], [step.region for step in couplings]
         value, log_dets = run_fused(x, condition, nets, regions, self.maps(inverse), inverse, *ends)
-        theta_log_det = way * theta.to(x.dtype).log_det()
+        theta_log_det = way * theta.log_det()
         return dataclasses.replace(self.result(value, log_dets[::way], inverse), theta=theta_log_det)
 
 

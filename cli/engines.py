@@ -70,7 +70,7 @@ def build_engines(
             size = bundle.manifest.files[plan.file].bytes / 1e6
             layers = ", ".join(f"{count} {kind}" for kind, count in plan.types.items())
             print(f"{folder / plan.file}: {size:.1f} MB, layers {layers}, built in {plan.seconds:.1f} s")
-        where = named(run or output, "")
+        where = named(output or run, "")
         if report is not None:
             print_report(report)
         else:
@@ -125,7 +125,7 @@ def _tensor(described: list[Any]) -> str:
 def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, quiet: bool) -> Path:
     """The folder of a bundle with the graphs that are wanted: the one that is there if it holds them, else exported."""
     from hflow_rt.assets import PRETRAINED, pretrained
-    from hflow_rt.errors import CheckpointError
+    from hflow_rt.errors import BundleError, CheckpointError
     from hflow_rt.files import atomic_directory
     from hflow_rt.manifest import MANIFEST, MODEL
     from hflow_rt.runs import ROOT, latest_run, resolve_run
@@ -135,15 +135,17 @@ def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, 
         try:
             run = latest_run()
         except CheckpointError:
-            run = pretrained()
             output = output or ROOT / PRETRAINED
+            run = output if (output / MANIFEST).is_file() else pretrained()
             if not quiet:
                 print(
                     f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships, in {output}", file=sys.stderr
                 )
     if (run / MANIFEST).is_file():
-        if output is None or output == run:
+        if output is None or output.resolve() == run.resolve():
             return _satisfying(run, run / MODEL, graphs, quiet)
+        if output.exists():
+            raise BundleError(f"{output} exists already, and a copy of {run} would replace it; choose another --out")
         with atomic_directory(output) as folder:
             shutil.copytree(run, folder, dirs_exist_ok=True)
         return _satisfying(output, output / MODEL, graphs, quiet)

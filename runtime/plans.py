@@ -142,7 +142,8 @@ def choose_engines(bundle: Bundle, found: Product, gpu: Gpu) -> str:
     refusals = {key: _refusals(manifest, engines, found, gpu) for key, engines in manifest.engines.items()}
     fitting = [key for key, reasons in refusals.items() if not reasons]
     if fitting:
-        return fitting[-1]
+        # the newest of those that hold most
+        return max(reversed(fitting), key=lambda key: len(manifest.engines[key].plans))
     key = min(reversed(list(refusals)), key=lambda key: len(refusals[key]))
     engines = manifest.engines[key]
     command = build_command(bundle.path, engines if engines.flavor == found.flavor else None, gpu.capability)

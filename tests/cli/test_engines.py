@@ -209,3 +209,13 @@ def test_what_cannot_be_built(hflow: Command, run: Path, arguments: tuple[str, .
 def test_doctor(hflow: Command) -> None:
     text = ok(hflow("doctor")).out
     assert re.search(r"trt backend: TensorRT for RTX [\d.]+; builds engines here, runs none: no GPU", text)
+
+
+def test_a_copy_replaces_nothing(hflow: Command, run: Path, quick: list[Any], tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    arguments = ("export", str(run / "bundle"), "--engine", "trt", "--compute-capability", "8.9", "-o", str(precious))
+    refused(hflow(*arguments), "exists already", "choose another --out")
+    assert (precious / "thesis.txt").read_text() == "mine"
+    assert not quick

@@ -104,8 +104,8 @@ def export(
     precision: Annotated[
         _Precision | None,
         typer.Option(
-            help="Of the arithmetic: mixed computes the nets in float16, the flow in float32. As the bundle that is"
-            " there, else fp32.",
+            help="Of the arithmetic: mixed computes the nets in float16, the flow in float32. Without it --engine "
+            "trt takes that of the bundle that is there, and onnx fp32.",
             show_default=False,
         ),
     ] = None,

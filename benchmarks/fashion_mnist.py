@@ -87,8 +87,11 @@ def measure(preset: str, data: Path, work: Path, minutes: float, limit: int | No
     from hflow_rt.training.config import load_config
     from hflow_rt.training.trainer import train
 
-    # the test images are for the end; while training, a few of them tell that it goes well
-    config = load_config(preset, overrides=["training.images=100000000", "training.evaluate_images=64"])
+    # Rates as the preset starts with, and no decay, for its images are those of another dataset; an average over about
+    # 500 steps instead. The test images are for the end; while training, a few of them tell that it goes well.
+    never = 1_000_000_000
+    changes = {"images": never, "decay_every_images": never, "ema_weight": 0.002, "evaluate_images": 64}
+    config = load_config(preset, overrides=[f"training.{name}={value}" for name, value in changes.items()])
     run = work / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     result = train(config, open_dataset(data, 32), run, minutes=minutes, device=device)
     model = open_reference(run / "model.safetensors", "cuda" if device == "cuda" else "cpu")

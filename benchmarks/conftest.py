@@ -1,10 +1,10 @@
 """Shared by the benchmarks: models to measure, fair timing, and a report of ratios.
 
     pytest benchmarks                    everything, a table at the end
-    pytest benchmarks --report NAME      also benchmarks/results/NAME.json and NAME.md
+    pytest benchmarks --report NAME      also benchmarks/results/NAME.json and .md, and NAME-PRESET.json, .md and .png
 
-A ratio compares medians of rounds that take turns in one process, so that a slow spell of the machine hits all
-variants alike. Nothing here passes or fails by time.
+A ratio compares medians of rounds that take turns, so that a slow spell of the machine hits all variants alike.
+Nothing here passes or fails by time.
 """
 
 import json
@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from measuring import RESULTS, UNSTABLE, machine, spread, take_turns, trained_like
 
+from hflow_rt.runtime.bench.report import markdown, write_report
+
 _ROWS: list[dict[str, Any]] = []
+_TABLES: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +44,20 @@ def take_turns_fixture() -> Callable[..., dict[str, list[float]]]:
 @pytest.fixture(name="record")
 def record_fixture() -> Callable[..., None]:
     return record
+
+
+@pytest.fixture
+def publish(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
+    """Show the latency report of a preset, and keep it where the run has a name."""
+
+    def write(preset: str, report: dict[str, Any]) -> None:
+        _TABLES.append(markdown(report))
+        name = request.config.getoption("--report")
+        if name:
+            RESULTS.mkdir(exist_ok=True)
+            write_report(report, RESULTS / f"{name}-{preset}")
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +87,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
     return make
 
 
-def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
     lines += ["| what | variant | median | ratio | CoV | more |", "|---|---|---:|---:|---:|---|"]
     known = {"what", "variant", "median_ms", "min_ms", "ratio", "cov", "rounds"}
@@ -83,12 +100,14 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for text in _TABLES:
+        terminalreporter.write_line("\n" + text)
     if not _ROWS:
         return
     about = machine()
-    terminalreporter.write_line("\n" + markdown(_ROWS, about))
+    terminalreporter.write_line("\n" + table(_ROWS, about))
     name = config.getoption("--report")
     if name:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, "rows": _ROWS}, indent=1) + "\n")
-        (RESULTS / f"{name}.md").write_text(markdown(_ROWS, about))
+        (RESULTS / f"{name}.md").write_text(table(_ROWS, about))

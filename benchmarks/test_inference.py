@@ -1,75 +1,43 @@
-"""Latency of both directions: the plain model that recomputes everything, the folded one, ONNX Runtime."""
+"""Latency of both directions on every backend, and of the command from start to file."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from hflow_rt.runtime import load
+from hflow_rt.runtime.bench.measure import measure
+from hflow_rt.runtime.bench.variants import DIRECTIONS, REFERENCE, VARIANTS
+from hflow_rt.runtime.bundle import find_bundle
 
-PRESETS = ("hflow-demo", "hflow-128", "hflow-256", "glow-64")
-ROUNDS = {"hflow-demo": 30, "hflow-128": 12, "hflow-256": 7, "glow-64": 5}
-FORWARD_ONLY = ("hflow-256", "glow-64")  # whose proof would take most of the time
-
-
-def latents_of(session: Any) -> dict[str, Any]:
-    return next(session.draw([0], 0.7, seed=0))
-
-
-def parity_of(session: Any) -> dict[str, str]:
-    """The bundle's own proof: image error against float64 and the round trip through both engines."""
-    report = session.manifest.parity
-    image = max(case["outputs"]["image"]["max"] for case in report["graphs"]["forward"])
-    found = {"engine_error": f"{image:.1e}"}
-    for trip in report.get("round_trip", [])[:1]:
-        found |= {"round_trip": f"{trip['max']:.1e}", "uint8_differs": f"{trip['uint8_differs']:.2%}"}
-    return found
+# preset -> batch sizes and rounds; hflow-256 in full takes an hour of proofs, so it has its forward engine alone
+CASES: dict[str, tuple[tuple[int, ...], int]] = {
+    "hflow-demo": ((1, 16), 20),
+    "hflow-128": ((1, 16), 7),
+    "hflow-256": ((1, 16), 5),
+    "glow-64": ((1, 16), 5),
+}
+FORWARD_ONLY = ("hflow-256", "glow-64")
+ON_CPU = [name for name, variant in VARIANTS.items() if variant.device == "cpu" and name != REFERENCE]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_forward(benchmark: Any, preset: str, exported: Any, take_turns: Any, record: Any) -> None:
-    model, bundle = exported(preset, "forward" if preset in FORWARD_ONLY else "both")
-    session = load(bundle, "onnx", "cpu")
-    folded = model.folded()
-    latents = latents_of(session)
-    tensors = {name: torch.from_numpy(value) for name, value in latents.items()}
-    variants: dict[str, Callable[[], Any]] = {
-        "torch eager, unfolded": lambda: model.decode(tensors),
-        "torch eager, folded": lambda: folded.decode(tensors),
-        "ONNX Runtime": lambda: session.forward(latents),
-    }
-    with torch.inference_mode():
-        images = [np.asarray(run()) for run in variants.values()]
-        for image in images[1:]:
-            assert np.abs(image - images[0]).max() < 1e-3
-        record(f"{preset} forward, batch 1", take_turns(variants, ROUNDS[preset]), **parity_of(session))
-    benchmark.pedantic(variants["ONNX Runtime"], rounds=5, iterations=1)
-
-
-@pytest.mark.parametrize("preset", PRESETS[:2])
-def test_inverse(benchmark: Any, preset: str, exported: Any, take_turns: Any, record: Any) -> None:
-    model, bundle = exported(preset, "both")
-    session = load(bundle, "onnx", "cpu")
-    folded = model.folded()
-    image = session.forward(latents_of(session))
-    tensor = torch.from_numpy(image)
-    variants: dict[str, Callable[[], Any]] = {
-        "torch eager, unfolded": lambda: model.encode(tensor),
-        "torch eager, folded": lambda: folded.encode(tensor),
-        "ONNX Runtime": lambda: session.inverse(image),
-    }
-    with torch.inference_mode():
-        found = [run().latents["z0"] for run in variants.values()]
-        for latent in found[1:]:
-            assert np.abs(np.asarray(latent) - np.asarray(found[0])).max() < 1e-2
-        record(f"{preset} inverse, batch 1", take_turns(variants, ROUNDS[preset]))
-    benchmark.pedantic(variants["ONNX Runtime"], rounds=5, iterations=1)
+@pytest.mark.parametrize("preset", CASES)
+def test_latency(benchmark: Any, preset: str, exported: Any, publish: Any) -> None:
+    """Every variant of `hflow-rt bench` on a CPU, in rounds that take turns."""
+    _, folder = exported(preset, "forward" if preset in FORWARD_ONLY else "both")
+    bundle = find_bundle(folder)
+    batches, rounds = CASES[preset]
+    directions = [name for name in DIRECTIONS if name in bundle.manifest.graphs]
+    report = measure(bundle, ON_CPU, directions, batches, rounds)
+    for row in report["rows"]:
+        assert row.get("error", 0.0) < 1e-2, row  # the same model, or the figures compare nothing
+    publish(preset, report)
+    session = load(folder, "onnx", "cpu")
+    latents = next(session.draw([0], session.std, seed=0))
+    benchmark.pedantic(lambda: session.forward(latents), rounds=5, iterations=1)
 
 
 MEASURED = """

@@ -19,6 +19,7 @@ COMMANDS = (
     "encode",
     "interpolate",
     "evaluate",
+    "bench",
     "info",
     "walk",
     "seeds",

@@ -50,6 +50,7 @@ def sample(
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import concatenate, save_latents
+    from hflow_rt.runtime.overlap import Behind, ahead
     from hflow_rt.runtime.pictures import check_picture_name, to_uint8
 
     if number < 1:
@@ -58,17 +59,18 @@ def sample(
         check_picture_name(output)
     session = open_session(model, backend, device, json, not no_cuda_graph)
     stds = std or session.std
-    parts = session.draw(range(first, first + number), stds, seed, batch, label)
+    parts = ahead(session.draw(range(first, first + number), stds, seed, batch, label))
     drawn, images, kept = 0, [], []
-    for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):
-        pixels = to_uint8(session.forward(part))
-        if output.suffix:
-            images.append(pixels)
-        else:
-            write_pictures(output, pixels, first + drawn)
-        if latents is not None:
-            kept.append(part)
-        drawn += len(pixels)
+    with Behind() as behind:
+        for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):
+            pixels = to_uint8(session.forward(part))
+            if output.suffix:
+                images.append(pixels)
+            else:
+                behind.do(write_pictures, output, pixels, first + drawn)
+            if latents is not None:
+                kept.append(part)
+            drawn += len(pixels)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
     if latents is not None:
         about = {

@@ -111,6 +111,11 @@ class Session:
         return precision
 
     @property
+    def tensors(self) -> str | None:
+        """The device, such as `cuda:0`, whose torch tensors go in and out without a copy through the host."""
+        return self._engine.tensors
+
+    @property
     def engines(self) -> str | None:
         """The key of the TensorRT engines that run, see the manifest; None for another backend."""
         key: str | None = getattr(self._engine, "key", None)

@@ -1,0 +1,118 @@
+"""`hflow-rt bench`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, print_json, say_next, status
+
+
+@app.command()
+def bench(
+    model: ModelArgument = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="Images of a call; repeatable.")] = None,
+    direction: Annotated[str, typer.Option(help="forward, inverse or both.")] = "both",
+    variants: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="NAME", help="Only those with NAME in their name; repeatable."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often every variant takes its turn.")] = 10,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="NAME of NAME.json, .md and .png; without it latency, in the bundle (here for the model that ships).",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.json B.json", help="Measure nothing; set two reports side by side."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure latency and error of the model on every backend, in rounds that take turns.
+
+    Example: hflow-rt bench --batch 1 --batch 16
+    """
+    from hflow_rt.errors import BackendUnavailable, ConfigError
+    from hflow_rt.runtime.bench.measure import measure
+    from hflow_rt.runtime.bench.report import markdown, write_report
+    from hflow_rt.runtime.bench.variants import DIRECTIONS
+
+    if compare is not None:
+        _show_comparison(*compare, json)
+        return
+    if rounds < 1 or min(batches or [1]) < 1:
+        raise ConfigError("--rounds and --batch must be at least 1")
+    if direction not in (*DIRECTIONS, "both"):
+        raise ConfigError(f"unknown direction '{direction}'; known: {', '.join((*DIRECTIONS, 'both'))}")
+    bundle = locate_bundle(model, json)
+    directions = [name for name in DIRECTIONS if direction in (name, "both") and name in bundle.manifest.graphs]
+    if not directions:
+        raise ConfigError(f"{bundle.path} has no {direction} graph; export it with 'hflow-rt export'")
+    names = _chosen(variants)
+    target = output if output is not None else _place(bundle.path)
+    with status(json) as progress:
+        report = measure(bundle, names, directions, batches or [1], rounds, progress)
+    written = [f"{target}.{kind}" for kind in ("json", "md", "png")]
+    try:
+        write_report(report, target)
+    except BackendUnavailable as error:
+        print(error, file=sys.stderr)
+        written.pop()
+    if json:
+        print_json(report | {"output": written})
+        return
+    print(markdown(report))
+    print(f"written: {', '.join(written)}")
+    say_next(f"hflow-rt bench --compare {written[0]} LATER.json")
+
+
+def _chosen(wanted: list[str] | None) -> list[str]:
+    """Names of variants; without a wish all."""
+    from hflow_rt.errors import ConfigError
+    from hflow_rt.runtime.bench.variants import REFERENCE, VARIANTS
+
+    names = [name for name in VARIANTS if name != REFERENCE]
+    if not wanted:
+        return names
+    for wish in wanted:
+        if not any(wish in name for name in names):
+            raise ConfigError(f"no variant has '{wish}' in its name; known: {'; '.join(names)}")
+    # a whole name means that one alone, though others may contain it
+    return [name for name in names if any(wish == name or (wish not in names and wish in name) for wish in wanted)]
+
+
+def _place(bundle: Path) -> Path:
+    from hflow_rt.assets import pretrained
+
+    return Path("latency") if bundle == pretrained() else bundle / "latency"
+
+
+def _show_comparison(before: Path, after: Path, json: bool) -> None:
+    from hflow_rt.errors import DataError
+    from hflow_rt.runtime.bench.report import compare, read_report
+
+    reports = [read_report(path) for path in (before, after)]
+    rows = compare(*reports)
+    if not rows:
+        raise DataError(f"{before} and {after} have no variant, direction and batch size in common")
+    if json:
+        print_json({"rows": rows})
+        return
+    keys = sorted({key for report in reports for key in report["machine"]})
+    for key in keys:
+        values: list[Any] = [report["machine"].get(key) for report in reports]
+        if values[0] != values[1]:
+            print(f"{key} differs: {values[0]} and {values[1]}")
+    for row in rows:
+        verdict = "" if row["changed"] else "  (within the spread)"
+        print(
+            f"{row['direction']}, batch {row['batch']:>3}  {row['variant']:<38} "
+            f"{row['before_ms']:9.3f} -> {row['after_ms']:9.3f} ms  {row['times_as_fast']:.2f}x{verdict}"
+        )

@@ -1,0 +1,36 @@
+"""What is fed to a model that is measured: other numbers in every round, the same in every process."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.conditions import in_turn
+from hflow_rt.manifest import Manifest
+from hflow_rt.runtime.noise import draw_latents, parse_std
+
+__all__ = ["inputs_of"]
+
+
+def inputs_of(manifest: Manifest, graph: str, batch: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Inputs of `forward` or `inverse` by name: latents at the std of the bundle, or 8-bit pictures in [0, 1]."""
+    told = in_turn(manifest.choices, range(batch))
+    if graph == "forward":
+        stds = parse_std(list(manifest.std), manifest.latent_shapes)
+        return draw_latents(manifest.latent_shapes, manifest.prior_std, seed, range(batch), stds) | told
+    return {"image": _pictures(manifest.resolution, batch, seed)} | told
+
+
+def _pictures(side: int, number: int, seed: int) -> NDArray[np.float32]:
+    """Emoji that ship, at any size; seed: where to start among them."""
+    import zipfile
+
+    from PIL import Image
+
+    from hflow_rt.assets import demo_images
+
+    with zipfile.ZipFile(demo_images()) as archive:
+        names = sorted(name for name in archive.namelist() if name.startswith("test/"))
+        chosen = [names[(seed * 17 + index) % len(names)] for index in range(number)]
+        pictures = [Image.open(archive.open(name)).convert("RGB").resize((side, side)) for name in chosen]
+    return np.stack([np.asarray(picture, np.float32) for picture in pictures]).transpose(
+        0, 3, 1, 2
+    ).copy() / np.float32(255)

@@ -10,7 +10,7 @@ import pytest
 
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bench.measure import measure
-from hflow_rt.runtime.bench.variants import DIRECTIONS, REFERENCE, VARIANTS
+from hflow_rt.runtime.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.runtime.bundle import find_bundle
 
 # preset -> batch sizes and rounds; hflow-256 in full takes an hour of proofs, so it has its forward engine alone
@@ -21,7 +21,7 @@ CASES: dict[str, tuple[tuple[int, ...], int]] = {
     "glow-64": ((1, 16), 5),
 }
 FORWARD_ONLY = ("hflow-256", "glow-64")
-ON_CPU = [name for name, variant in VARIANTS.items() if variant.device == "cpu" and name != REFERENCE]
+ON_CPU = [name for name, variant in VARIANTS.items() if variant.device == "cpu"]
 
 
 @pytest.mark.parametrize("preset", CASES)

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hflow_rt.errors import BackendUnavailable
+from hflow_rt.runtime.bench.floor import Work, count, floor_seconds
 from hflow_rt.runtime.bench.machine import machine
-from hflow_rt.runtime.bench.variants import REFERENCE, VARIANTS, files_of
+from hflow_rt.runtime.bench.variants import REFERENCE, ROOF_OPERATIONS, ROOFS, VARIANTS, files_of, opened
 from hflow_rt.runtime.bundle import Bundle
 
 __all__ = ["UNSTABLE", "measure", "statistics_of", "warnings_of"]
@@ -43,7 +44,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **VARIANTS[name].environment},
+            env={**os.environ, **opened(name).environment},
         )
         try:
             self.about = self._answer()
@@ -97,14 +98,17 @@ def measure(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     manifest = bundle.manifest
     rows: list[Row] = []
-    with _workers(bundle, variants, rows, progress) as workers:
+    floors: list[Row] = []
+    with _workers(bundle, variants, rows, progress) as workers, _roofs(bundle, workers) as roofs:
         if not workers:
             reasons = "; ".join(f"{row['variant']}: {row['reason']}" for row in rows)
             raise BackendUnavailable(f"nothing here can run {bundle.path} ({reasons})")
         for direction in directions:
             for batch in batches:
                 progress(f"{direction}, batch {batch}")
-                rows += _case(bundle, workers, direction, batch, rounds)
+                found, reached = _case(bundle, workers, roofs, direction, batch, rounds)
+                rows += found
+                floors += _floors(bundle, found, reached, direction, batch)
     return {
         "format": 1,
         "model": {
@@ -117,6 +121,7 @@ def measure(
         "machine": machine(),
         "settings": {"rounds": rounds, "load_before": round(load, 2)},
         "warnings": [f"other work used {load:.1f} cores in the minute before"] if load > _BUSY else [],
+        "floors": floors,
         "rows": rows,
     }
 
@@ -140,8 +145,27 @@ def _workers(
             worker.close()
 
 
-def _case(bundle: Bundle, workers: dict[str, Worker], direction: str, batch: int, rounds: int) -> list[Row]:
-    """Rows of one direction and batch size. Whoever fails leaves its reason and takes no further part."""
+@contextmanager
+def _roofs(bundle: Bundle, workers: dict[str, Worker]) -> Iterator[dict[str, Worker]]:
+    """By device that computes: what shows how much the device can do, where torch is there to show it."""
+    roofs: dict[str, Worker] = {}
+    try:
+        for device in sorted({VARIANTS[name].device for name in workers}):
+            with suppress(Gone):
+                roofs[device] = Worker(ROOFS[device], bundle.path)
+        yield roofs
+    finally:
+        for roof in roofs.values():
+            roof.close()
+
+
+def _case(
+    bundle: Bundle, workers: dict[str, Worker], roofs: dict[str, Worker], direction: str, batch: int, rounds: int
+) -> tuple[list[Row], Row]:
+    """Rows of one direction and batch size, and the operations a second that the roof of each device reached.
+
+    Whoever fails leaves its reason and takes no further part.
+    """
     case = {"graph": direction, "batch": batch}
     rows: dict[str, Row] = {name: {"variant": name, "direction": direction, "batch": batch} for name in workers}
     calls: dict[str, int] = {}
@@ -173,9 +197,12 @@ def _case(bundle: Bundle, workers: dict[str, Worker], direction: str, batch: int
             row |= worker.ask("overheads", **case)
         row["warnings"] = warnings_of(row)
 
+    reached: dict[str, list[float]] = {device: [] for device in roofs}
     for name in list(workers):
         attempt(name, warm)
     for index in range(rounds):
+        for device, roof in roofs.items():
+            reached[device] += roof.ask("time", **case, seed=0, calls=5)["seconds"][1:]
         names = list(workers)
         first = index % max(1, len(names))
         for name in names[first:] + names[:first]:
@@ -183,7 +210,37 @@ def _case(bundle: Bundle, workers: dict[str, Worker], direction: str, batch: int
     for name in list(workers):
         attempt(name, close)
     _errors(bundle, workers, rows, case)
-    return list(rows.values())
+    best = {device: ROOF_OPERATIONS[device] / statistics.median(seconds) for device, seconds in reached.items()}
+    for device, roof in roofs.items():
+        best[f"{device} bytes"] = roof.ask("bandwidth")["bytes_per_second"]
+    return list(rows.values()), best
+
+
+def _floors(bundle: Bundle, rows: list[Row], reached: Row, direction: str, batch: int) -> list[Row]:
+    """What the case takes at least on each device; adds to each row what it reached."""
+    try:
+        work = sum(count(bundle, direction).values(), Work())
+    except BackendUnavailable:
+        return []  # without onnx nothing is counted, and the columns stay empty
+    for row in rows:
+        if "p50_ms" in row:
+            row["gflops"] = work.operations * batch / row["p50_ms"] / 1e6
+            if row["device"] in reached:
+                row["of_roof"] = row["gflops"] * 1e9 / reached[row["device"]]
+    return [
+        {
+            "direction": direction,
+            "batch": batch,
+            "device": device,
+            "gflop": work.operations * batch / 1e9,
+            "roof_gflops": reached[device] / 1e9,
+            "megabytes": (work.weight_bytes + batch * work.activation_bytes) / 1e6,
+            "roof_gb_per_s": reached[f"{device} bytes"] / 1e9,
+            "floor_ms": 1e3 * floor_seconds(work, batch, reached[device], reached[f"{device} bytes"]),
+        }
+        for device in ROOFS
+        if device in reached
+    ]
 
 
 def _until_stable(run: Callable[[int], list[float]]) -> int:

@@ -12,8 +12,8 @@ __all__ = ["chart", "compare", "markdown", "ratios", "read_report", "write_repor
 
 Row = dict[str, Any]
 _HEADINGS = (
-    "variant", "p50 ms", "ratio", "p90", "p95", "p99", "CoV", "images/s", "first call ms", "load s", "host MiB",
-    "device MiB", "files MiB", "error", "",
+    "variant", "p50 ms", "ratio", "p90", "p95", "p99", "CoV", "images/s", "GFLOP/s", "of roof", "first call ms",
+    "load s", "host MiB", "device MiB", "files MiB", "error", "",
 )  # fmt: skip
 
 
@@ -37,7 +37,11 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     for (direction, batch), rows in cases(report).items():
         speed = ratios(rows)
-        lines += ["", f"## {direction}, batch {batch}", "", _table_row(_HEADINGS)]
+        lines += ["", f"## {direction}, batch {batch}", ""]
+        lines += [
+            _floor(found) for found in report["floors"] if (found["direction"], found["batch"]) == (direction, batch)
+        ]
+        lines += ["", _table_row(_HEADINGS)] if lines[-1] else [_table_row(_HEADINGS)]
         lines += ["|---|" + "---:|" * (len(_HEADINGS) - 2) + "---|"]
         lines += [_line(row, speed) for row in rows]
     missing = [row for row in report["rows"] if "direction" not in row]
@@ -66,6 +70,8 @@ def _line(row: Row, speed: dict[str, float]) -> str:
         *(_digits(row[f"p{q}_ms"]) for q in (90, 95, 99)),
         "" if row["cov"] is None else f"{row['cov']:.1%}",
         _digits(row["images_per_second"]),
+        _digits(row.get("gflops")),
+        f"{row['of_roof']:.0%}" if "of_roof" in row else "",
         _digits(row["first_call_ms"]),
         _digits(row["load_s"]),
         *(_digits(row.get(name)) for name in ("host_mib", "device_mib", "file_mib")),
@@ -73,6 +79,14 @@ def _line(row: Row, speed: dict[str, float]) -> str:
         ", ".join(row["warnings"]),
     )
     return _table_row(cells)
+
+
+def _floor(found: Row) -> str:
+    work = f"{_digits(found['gflop'])} GFLOP at the {_digits(found['roof_gflops'])} GFLOP/s of one large convolution"
+    traffic = f"{_digits(found['megabytes'])} MB at the {_digits(found['roof_gb_per_s'])} GB/s of a copy"
+    return (
+        f"Floor on {found['device']}: {_digits(found['floor_ms'])} ms, the larger of {work} (the roof) and {traffic}."
+    )
 
 
 def _table_row(cells: Sequence[str]) -> str:

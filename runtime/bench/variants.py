@@ -4,9 +4,12 @@ The first is the model as it was trained, which recomputes gains, exponentials a
 opens in a process of its own, so that its memory, threads and allocator are its own too.
 """
 
+import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +19,30 @@ from hflow_rt.errors import BackendUnavailable
 from hflow_rt.manifest import MODEL, Manifest
 from hflow_rt.runtime.bundle import Bundle
 
-__all__ = ["BASELINE", "DIRECTIONS", "REFERENCE", "VARIANTS", "Running", "Variant", "files_of"]
+__all__ = [
+    "BASELINE",
+    "DIRECTIONS",
+    "REFERENCE",
+    "ROOFS",
+    "ROOF_OPERATIONS",
+    "VARIANTS",
+    "Running",
+    "Variant",
+    "files_of",
+    "opened",
+]
 
 Array = NDArray[Any]
 DIRECTIONS = ("forward", "inverse")
 BASELINE = "torch eager, unfolded"
 REFERENCE = "torch float64"  # what errors are taken against; never timed
+# by device: a convolution large enough to show what the device can do, whatever it is called with
+ROOFS = {"cpu": "one large convolution", "cuda": "one large convolution, CUDA"}
+_ROOF_SHAPE = {"cpu": (1, 256, 64, 64), "cuda": (32, 256, 64, 64)}
+ROOF_OPERATIONS = {
+    device: 2.0 * batch * channels * channels * 9 * height * width
+    for device, (batch, channels, height, width) in _ROOF_SHAPE.items()
+}
 
 
 class Running(Protocol):
@@ -182,6 +203,48 @@ class _Engine:
         return [value.cpu().numpy() if hasattr(value, "cpu") else value for value in outputs.values()]
 
 
+class _Roof:
+    """A float32 convolution and a copy, for what the machine reaches."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        import torch
+
+        torch.backends.cudnn.allow_tf32 = False
+        self.backend, self.manifest, self._torch, self._device = f"torch {device}", bundle.manifest, torch, device
+        channels = _ROOF_SHAPE[device][1]
+        self._convolution = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device)
+        self._input = torch.randn(_ROOF_SHAPE[device], device=device)
+
+    def place(self, arrays: Mapping[str, Array]) -> Any:
+        return self._input
+
+    def launch(self, graph: str, inputs: Any) -> Any:
+        with self._torch.inference_mode():
+            return self._convolution(inputs)
+
+    def call(self, graph: str, inputs: Any) -> Any:
+        outputs = self.launch(graph, inputs)
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+        return outputs
+
+    def host(self, outputs: Any) -> list[Array]:
+        return [outputs.cpu().numpy()]
+
+    def bandwidth(self) -> float:
+        """Bytes read and written a second by a copy too large for any cache."""
+        source = self._torch.ones(2**26, device=self._device)
+        target = self._torch.empty_like(source)
+        best = math.inf
+        for _ in range(5):
+            started = time.perf_counter()
+            target.copy_(source)
+            if self._device == "cuda":
+                self._torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return 2 * source.nbytes / best
+
+
 def _torch(**options: Any) -> Callable[[Bundle], Running]:
     return lambda bundle: _Torch(bundle, **options)
 
@@ -215,8 +278,17 @@ VARIANTS: dict[str, Variant] = {
     "onnx, CUDA": Variant(_engine("onnx", "cuda"), "cuda", "graphs"),
     "trt": Variant(_engine("trt", "cuda"), "cuda", "plans"),
     "trt, no CUDA graph": Variant(_engine("trt", "cuda", cuda_graph=False), "cuda", "plans"),
-    REFERENCE: Variant(_torch(double=True, folded=False), "cpu"),
 }
+# what figures are read against
+_MEASURES = {
+    REFERENCE: Variant(_torch(double=True, folded=False), "cpu"),
+    **{name: Variant(partial(_Roof, device=device), device) for device, name in ROOFS.items()},
+}
+
+
+def opened(name: str) -> Variant:
+    """The variant, or what stands behind the others, called `name`."""
+    return VARIANTS.get(name) or _MEASURES[name]
 
 
 def files_of(variant: Variant, bundle: Path, manifest: Manifest, graph: str) -> int:

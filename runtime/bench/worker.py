@@ -13,7 +13,7 @@ from typing import Any
 
 from hflow_rt.errors import HFlowError
 from hflow_rt.runtime.bench.inputs import inputs_of
-from hflow_rt.runtime.bench.variants import VARIANTS, Running
+from hflow_rt.runtime.bench.variants import Running, opened
 from hflow_rt.runtime.bundle import find_bundle
 
 __all__ = ["main"]
@@ -30,7 +30,7 @@ def main() -> None:
     try:
         bundle = find_bundle(Path(sys.argv[1]))
         started = time.perf_counter()
-        running = VARIANTS[sys.argv[2]].open(bundle)
+        running = opened(sys.argv[2]).open(bundle)
         answer(backend=running.backend, load_s=time.perf_counter() - started)
         for line in sys.stdin:
             request = json.loads(line)
@@ -98,12 +98,17 @@ def _outputs(running: Running, graph: str, batch: int, path: str) -> dict[str, A
     return {}
 
 
+def _bandwidth(running: Running) -> dict[str, Any]:
+    return {"bytes_per_second": running.bandwidth()}  # type: ignore[attr-defined]  # only a roof is asked
+
+
 _REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "first": _first,
     "time": _time,
     "overheads": _overheads,
     "peak": _peak,
     "outputs": _outputs,
+    "bandwidth": _bandwidth,
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.runtime.bench import measure as measuring
+from hflow_rt.runtime.bench.floor import Work, count, floor_seconds
 from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bench.measure import measure, statistics_of, warnings_of
 from hflow_rt.runtime.bench.report import chart, compare, markdown, ratios, read_report
@@ -32,6 +33,7 @@ def report(*rows: dict[str, Any]) -> dict[str, Any]:
         "machine": {"cpu": "one", "cores": 2},
         "settings": {"rounds": 3, "load_before": 0.1},
         "warnings": [],
+        "floors": [],
         "rows": list(rows),
     }
 
@@ -140,6 +142,7 @@ def test_every_variant_leaves_figures_or_a_reason(tiny_run: Path) -> None:
             assert "GPU" in r["reason"]
             continue
         assert 0 < r["min_ms"] <= r["p50_ms"] <= r["p90_ms"] <= r["p99_ms"]
+        assert 0 < r["of_roof"] < 2  # a busy machine gives the roof less than a variant
         assert r["error"] < 1e-3  # a float32 backend against float64; exact only by accident
         assert r["host_mib"] > 10
         assert r["file_mib"] > 0
@@ -147,7 +150,13 @@ def test_every_variant_leaves_figures_or_a_reason(tiny_run: Path) -> None:
         assert r["backend"].startswith("torch" if "torch" in r["variant"] else "onnxruntime CPU")
     assert any(r.get("error", 0) > 0 for r in found["rows"])
     assert found["machine"]["cores"] >= 1
+    assert [(f["direction"], f["batch"]) for f in found["floors"]] == [
+        (direction, batch) for direction in ("forward", "inverse") for batch in (1, 2)
+    ]
+    assert all(f["floor_ms"] > 0 for f in found["floors"])
+    assert found["floors"][1]["gflop"] == pytest.approx(2 * found["floors"][0]["gflop"])
     assert markdown(found).count("| onnx |") == 4
+    assert markdown(found).count("Floor on cpu: ") == 4
 
 
 def test_a_variant_that_dies_leaves_its_reason_and_the_others_go_on(
@@ -171,6 +180,28 @@ def test_a_variant_that_dies_leaves_its_reason_and_the_others_go_on(
 def test_where_nothing_runs_every_reason_is_named(tiny_run: Path) -> None:
     with pytest.raises(BackendUnavailable, match=r"trt: .*GPU"):
         measure(find_bundle(tiny_run), ["trt"], ["forward"], [1], rounds=1)
+
+
+def test_operations_are_those_that_torch_counts(tiny_run: Path, tiny_model: Any) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    bundle = find_bundle(tiny_run)
+    latents = {name: torch.from_numpy(a) for name, a in inputs_of(bundle.manifest, "forward", 1, 0).items()}
+    folded = tiny_model.folded()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        folded.decode(latents)
+    parts = count(bundle, "forward")
+    assert {"levels.0", "levels.1", "end_flow"} <= parts.keys()
+    # the graph blurs by convolutions, where torch adds shifted copies
+    assert sum(work.operations for work in parts.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert sum(work.weight_bytes for work in parts.values()) < bundle.model.stat().st_size
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_traffic() -> None:
+    work = Work(operations=4e9, weight_bytes=1e6, activation_bytes=1e6)
+    assert floor_seconds(work, 2, 1e9, 1e9) == 8.0
+    assert floor_seconds(work, 2, 1e15, 1e3) == 3e3
 
 
 def test_every_variant_is_described() -> None:

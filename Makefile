@@ -13,10 +13,12 @@ HFLOW = $(PY) -m hflow_rt.cli
 # A GPU machine brings its own torch and triton and may have no network: make gpu-test PY=python3, and the other gpu-
 # targets likewise, with WHEELS="a.whl b.whl" for what else it lacks. The project is then installed into build/gpu.
 WHEELS ?=
-# seconds for gpu-report; PART=kernels, decode or training for a part of it, OPS=blur for some of the operators
+# seconds for gpu-report; PART=kernels, decode, training or latency for a part of it, OPS=blur for some of the
+# operators, LATENCY='--presets hflow-128 --precision mixed' for some of benchmarks/latency.py
 BUDGET ?= 3600
 PART ?=
 OPS ?=
+LATENCY ?=
 # the folders of a checkout are not the package, so the current folder must not be looked in
 ON_GPU = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/benchmarks:$(PYTHONPATH)
 
@@ -85,7 +87,12 @@ gpu-test: gpu-install
 
 # Bandwidth of every kernel, latency of decoding, a training step, into benchmarks/results.
 gpu-report: gpu-install
+ifneq ($(PART),latency)
 	$(ON_GPU) $(PY) benchmarks/kernels.py $(PART:%=--part %) --ops '$(OPS)' --budget $(BUDGET)
+endif
+ifneq ($(filter latency,$(or $(PART),latency)),)
+	$(ON_GPU) $(PY) benchmarks/latency.py --device cuda --budget $(BUDGET) $(LATENCY)
+endif
 
 # Ten minutes of a larger model on a GPU, from the last checkpoint if there is one.
 gpu-train: gpu-install $(FLUENT)

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from measuring import RESULTS, UNSTABLE, machine, spread, take_turns, trained_like
+from measuring import RESULTS, UNSTABLE, exported_like, machine, spread, take_turns
 
 from hflow_rt.runtime.bench.report import markdown, write_report
 
@@ -63,25 +62,11 @@ def publish(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], N
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, Path]]:
     """`exported(preset, direction)` gives the model and its verified bundle, made once a session."""
-    from hflow_rt.export.bundle import export_bundle
-    from hflow_rt.models.checkpoint import save_model
-    from hflow_rt.training.config import load_config
-
     made: dict[tuple[str, str], tuple[Any, Path]] = {}
 
-    def make(preset: str, direction: Any = "both") -> tuple[Any, Path]:
+    def make(preset: str, direction: str = "both") -> tuple[Any, Path]:
         if (preset, direction) not in made:
-            model = trained_like(preset)
-            folder = tmp_path_factory.mktemp(preset)
-            name = load_config(preset).family
-            save_model(folder / "model.safetensors", name, model, model.state_dict(), {})
-            ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
-            images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
-            images[1] = images[1].transpose(0, 2, 1)
-            images = np.rint(images * 255) / np.float32(255)  # 8-bit values, as real images have
-            manifest = export_bundle(folder / "model.safetensors", folder / "bundle", images, direction)
-            assert manifest.verified, manifest.parity
-            made[preset, direction] = model, folder / "bundle"
+            made[preset, direction] = exported_like(preset, tmp_path_factory.mktemp(preset), direction)
         return made[preset, direction]
 
     return make

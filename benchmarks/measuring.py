@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hflow_rt.files import atomic_file
@@ -22,6 +23,7 @@ __all__ = [
     "RESULTS",
     "UNSTABLE",
     "Report",
+    "exported_like",
     "machine",
     "reason",
     "spread",
@@ -53,6 +55,23 @@ def trained_like(preset: str) -> Any:
     pixels = torch.nn.functional.interpolate(small, size=model.resolution, mode="bilinear") * 255
     model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
     return model.eval()
+
+
+def exported_like(preset: str, folder: Path, direction: Any = "both", precision: Any = "fp32") -> tuple[Any, Path]:
+    """`trained_like(preset)` and its verified bundle, `folder`/bundle."""
+    from hflow_rt.export.bundle import export_bundle
+    from hflow_rt.models.checkpoint import save_model
+    from hflow_rt.training.config import load_config
+
+    model, weights = trained_like(preset), folder / "model.safetensors"
+    save_model(weights, load_config(preset).family, model, model.state_dict(), {})
+    ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
+    images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
+    images[1] = images[1].transpose(0, 2, 1)
+    images = np.rint(images * 255) / np.float32(255)  # 8-bit values, as real images have
+    manifest = export_bundle(weights, folder / "bundle", images, direction, precision=precision)
+    assert manifest.verified, manifest.parity
+    return model, folder / "bundle"
 
 
 def take_turns(

@@ -89,27 +89,18 @@ def measure(
     batches: Sequence[int],
     rounds: int,
     progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """The report: what it was measured on, and a row for every variant, direction and batch size.
 
-    A row has figures (see `statistics_of`) or the reason why there are none. Raises `BackendUnavailable` if no
-    variant runs.
+    A row has figures (see `statistics_of`) or the reason why there are none. keep: called with the report so far
+    after every case. Raises `BackendUnavailable` if no variant runs.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     manifest = bundle.manifest
     rows: list[Row] = []
     floors: list[Row] = []
-    with _workers(bundle, variants, rows, progress) as workers, _roofs(bundle, workers) as roofs:
-        if not workers:
-            reasons = "; ".join(f"{row['variant']}: {row['reason']}" for row in rows)
-            raise BackendUnavailable(f"nothing here can run {bundle.path} ({reasons})")
-        for direction in directions:
-            for batch in batches:
-                progress(f"{direction}, batch {batch}")
-                found, reached = _case(bundle, workers, roofs, direction, batch, rounds)
-                rows += found
-                floors += _floors(bundle, found, reached, direction, batch)
-    return {
+    report = {
         "format": 1,
         "model": {
             "family": manifest.family,
@@ -124,6 +115,18 @@ def measure(
         "floors": floors,
         "rows": rows,
     }
+    with _workers(bundle, variants, rows, progress) as workers, _roofs(bundle, workers) as roofs:
+        if not workers:
+            reasons = "; ".join(f"{row['variant']}: {row['reason']}" for row in rows)
+            raise BackendUnavailable(f"nothing here can run {bundle.path} ({reasons})")
+        for direction in directions:
+            for batch in batches:
+                progress(f"{direction}, batch {batch}")
+                found, reached = _case(bundle, workers, roofs, direction, batch, rounds)
+                rows += found
+                floors += _floors(bundle, found, reached, direction, batch)
+                keep(report)
+    return report
 
 
 @contextmanager

@@ -52,9 +52,20 @@ _MODEL_HELP = "A run or a bundle; without it the latest run under ./runs, else t
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default=False)]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx, trt or torch.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto for the best that works.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, or auto for the best that works; with onnx also tensorrt or rtx, where it has them.",
+    ),
+]
 CudaGraphOption = Annotated[
-    bool, typer.Option("--no-cuda-graph", help="With trt: queue the work anew each time instead of replaying it.")
+    bool | None,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="Replay the work on a GPU instead of queueing it anew each time; trt does, onnx does not.",
+        show_default=False,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 StdOption = Annotated[
@@ -121,7 +132,7 @@ def locate_bundle(model: Path | None, quiet: bool = False) -> "Bundle":
 
 
 def open_session(
-    model: Path | None, backend: str, device: str, quiet: bool = False, cuda_graph: bool = True
+    model: Path | None, backend: str, device: str, quiet: bool = False, cuda_graph: bool | None = None
 ) -> "Session":
     """Open the model and say on stderr what was opened, and once if nobody has proved it yet."""
     from hflow_rt.runtime.session import check_backend, open_bundle

@@ -10,10 +10,10 @@ from hflow_rt.cli.common import named, need_extra, print_json, say_next, status
 from hflow_rt.cli.export import GraphOptions, export_graphs, fail_on, print_report, proof_pictures
 
 if TYPE_CHECKING:
-    from hflow_rt.manifest import Manifest
+    from hflow_rt.manifest import Manifest, Plan
     from hflow_rt.runtime.bundle import Bundle
 
-__all__ = ["EngineOptions", "build_engines", "describe_engines", "describe_layers"]
+__all__ = ["EngineOptions", "build_engines", "describe_engines", "describe_layers", "update_engines"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class EngineOptions:
     capabilities: str | None
     batch: str | None
     workspace: int | None
+    refit: bool
 
 
 def build_engines(
@@ -31,15 +32,13 @@ def build_engines(
 ) -> None:
     """Add engines to the bundle of `run`, made or brought up to date first, and check them where there is a GPU."""
     need_extra("rtx", "onnx")
-    from hflow_rt.export.tensorrt import GRAPHS, add_engines, parse_batch, parse_capabilities
+    from hflow_rt.export.tensorrt import GRAPHS, add_engines, parse_batch, parse_capabilities, target
     from hflow_rt.runtime.bundle import find_bundle
-    from hflow_rt.runtime.cuda import chosen_gpu
-    from hflow_rt.runtime.plans import product
 
     # everything that can be refused is refused before the graphs are exported, which takes a while
-    product(options.flavor, chosen_gpu())
     batch = None if options.batch is None else parse_batch(options.batch)
     capabilities = None if options.capabilities is None else parse_capabilities(options.capabilities)
+    target(options.flavor, capabilities, options.refit)
     folder = _bundle_folder(run, output, graphs, quiet)
     wanted = GRAPHS if graphs.direction == "both" else (graphs.direction,)
     with status(quiet=quiet) as progress:
@@ -50,15 +49,64 @@ def build_engines(
             batch,
             options.workspace,
             wanted,
+            options.refit,
             progress,
             progress if sys.stderr.isatty() else lambda text: None,
         )
-    report = None
+    _prove(bundle, key, named(output or run, ""), graphs.images, quiet)
+
+
+def update_engines(
+    run: Path | None, output: Path | None, graphs: GraphOptions, options: EngineOptions, quiet: bool
+) -> None:
+    """Export the weights of `run` to the bundle there is, and give them to its engines without building those again.
+
+    The bundle is replaced once everything is done, and as it was if anything fails.
+    """
+    need_extra("train", "torch", "onnx", "onnxscript")
+    from hflow_rt.errors import BundleError, ConfigError
+    from hflow_rt.export.tensorrt import refit_engines, refittable
+    from hflow_rt.files import atomic_directory
+    from hflow_rt.manifest import MANIFEST
+    from hflow_rt.runtime.bundle import BUNDLE, find_bundle
+
+    told = [graphs.direction != "both", graphs.bound, graphs.std, graphs.half, graphs.precision]
+    if any((*told, options.capabilities, options.batch, options.workspace, options.refit)):
+        raise ConfigError(
+            "--update-weights keeps the bundle's graphs and engines as they are but for the weights; give it no other"
+            " option but --out, --images and --flavor"
+        )
+    source, folder = _source_and_bundle(run, output)
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"there is no bundle in {folder} to update; name the one with the engines with --out")
+    old = find_bundle(folder)
+    key = refittable(old, options.flavor)
+    if _of_weights(old, source):
+        raise BundleError(f"{folder} has the weights of {source} already; there is nothing to update")
+    with status(quiet=quiet) as progress, atomic_directory(folder) as temporary:
+        progress("exporting the new graphs")
+        exported = temporary / BUNDLE
+        fail_on(export_graphs(source, exported, _like(old.manifest, graphs.images), quiet=True).parity or {})
+        _, key = refit_engines(find_bundle(exported), old, key, progress)
+        for path in list(exported.iterdir()):
+            path.rename(temporary / path.name)
+        exported.rmdir()
+    if len(old.manifest.engines) > 1 and not quiet:
+        print(f"the other engines of {folder} were of the old weights: build them again", file=sys.stderr)
+    _prove(find_bundle(folder), key, f" {folder}", graphs.images, quiet)
+
+
+def _prove(bundle: "Bundle", key: str, where: str, images: list[Path] | None, quiet: bool) -> None:
+    """Check new engines where there is a GPU, and tell of them; `where` is how commands name their bundle."""
+    from hflow_rt.runtime.bundle import find_bundle
+    from hflow_rt.runtime.cuda import chosen_gpu
+
+    folder, report = bundle.path, None
     if chosen_gpu() is not None:
         from hflow_rt.export.bundle import check_bundle
 
         need_extra("train", "torch")
-        pictures = proof_pictures(graphs.images, bundle.manifest.resolution)
+        pictures = proof_pictures(images, bundle.manifest.resolution)
         with status(quiet=quiet) as progress:
             report = check_bundle(bundle, pictures, "trt", "cuda", progress)
         bundle = find_bundle(folder)
@@ -68,9 +116,7 @@ def build_engines(
     else:
         for plan in engines.plans.values():
             size = bundle.manifest.files[plan.file].bytes / 1e6
-            layers = ", ".join(f"{count} {kind}" for kind, count in plan.types.items())
-            print(f"{folder / plan.file}: {size:.1f} MB, layers {layers}, built in {plan.seconds:.1f} s")
-        where = named(output or run, "")
+            print(f"{folder / plan.file}: {size:.1f} MB, {_told(plan)}")
         if report is not None:
             print_report(report)
         else:
@@ -89,18 +135,26 @@ def describe_engines(manifest: "Manifest") -> list[str]:
         verdict = "verified" if engines.verified else "UNVERIFIED" if engines.parity else "unverified: never run"
         machine = f"compute capability {', '.join(engines.capabilities)}"
         machine += f" ({engines.gpu})" if engines.gpu else ""
+        verdict += ", refittable" if engines.refittable else ""
         sizes = ":".join(map(str, engines.batch))
         lines.append(f"  {FLAVORS[engines.flavor].title} {engines.version} for {machine}, batch {sizes}, {verdict}")
         lines.append(f"    {key}")
         for name, plan in engines.plans.items():
             size = manifest.files[plan.file].bytes / 1e6
-            layers = ", ".join(f"{count} {kind}" for kind, count in plan.types.items())
-            lines.append(f"    {name}: {size:.1f} MB, layers {layers}, built in {plan.seconds:.1f} s")
+            lines.append(f"    {name}: {size:.1f} MB, {_told(plan)}")
     return lines
 
 
+def _told(plan: "Plan") -> str:
+    """For example `layers 120 float of the network, built in 1.5 s`."""
+    layers = ", ".join(f"{count} {kind}" for kind, count in plan.types.items())
+    return (
+        f"layers {layers} of the {plan.layers_of}, {'refitted' if plan.refitted else 'built'} in {plan.seconds:.1f} s"
+    )
+
+
 def describe_layers(bundle: "Bundle") -> list[str]:
-    """Lines about every layer of every plan, as it was given to the builder. Raises `BundleError`."""
+    """Lines about every layer of every plan, and whose layers they are. Raises `BundleError`."""
     import json
 
     from hflow_rt.runtime.plans import build_command
@@ -108,7 +162,8 @@ def describe_layers(bundle: "Bundle") -> list[str]:
     lines = []
     for key, engines in bundle.manifest.engines.items():
         for name, plan in engines.plans.items():
-            lines.append(f"  layers of {name} in {key}:")
+            whose = "as the engine runs them" if plan.layers_of == "engine" else "as the builder was given them"
+            lines.append(f"  layers of {name} in {key}, {whose}:")
             listed = bundle.file(plan.layers, build_command(bundle.path, engines)).read_text(encoding="utf-8")
             for layer in map(json.loads, listed.splitlines()):
                 inputs, outputs = (", ".join(map(_tensor, layer[end])) for end in ("inputs", "outputs"))
@@ -159,10 +214,7 @@ def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -
     from hflow_rt.runtime.bundle import find_bundle
 
     if (folder / MANIFEST).is_file():
-        from hflow_rt.files import sha256
-
-        checkpoint = find_bundle(folder).manifest.checkpoint
-        if sha256(source) in (checkpoint["sha256"], checkpoint.get("exported_from")):
+        if _of_weights(find_bundle(folder), source):
             lacking = _lacking(folder, graphs)
             if not lacking:
                 return folder
@@ -173,6 +225,43 @@ def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -
             print(f"{reason}: exporting its graphs again", file=sys.stderr)
     fail_on(export_graphs(source, folder, graphs, quiet).parity or {})
     return folder
+
+
+def _of_weights(bundle: "Bundle", source: Path) -> bool:
+    """Whether a bundle was exported from just this model file."""
+    from hflow_rt.files import sha256
+
+    checkpoint = bundle.manifest.checkpoint
+    return sha256(source) in (checkpoint["sha256"], checkpoint.get("exported_from"))
+
+
+def _source_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
+    """The model file of a run, a bundle or a model file, and the bundle to update with it."""
+    from hflow_rt.manifest import MANIFEST, MODEL
+    from hflow_rt.runs import resolve_run
+    from hflow_rt.runtime.bundle import BUNDLE
+
+    if run is not None and (run / MANIFEST).is_file():
+        return run / MODEL, output or run
+    source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
+    return source, output or source.parent / BUNDLE
+
+
+def _like(manifest: "Manifest", images: list[Path] | None) -> GraphOptions:
+    """What to tell `export` for graphs like those of a bundle."""
+    direction: Literal["forward", "inverse", "both"] = "both"
+    if "inverse" not in manifest.graphs:
+        direction = "forward"
+    elif "forward" not in manifest.graphs:
+        direction = "inverse"
+    return GraphOptions(
+        direction,
+        images,
+        "bound" in manifest.graphs,
+        list(manifest.std),
+        "exported_from" in manifest.checkpoint,
+        manifest.precision,
+    )
 
 
 def _lacking(folder: Path, graphs: GraphOptions) -> str:

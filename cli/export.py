@@ -146,6 +146,18 @@ def export(
             rich_help_panel=_TRT,
         ),
     ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Build engines whose weights can be replaced; needs a GPU.", rich_help_panel=_TRT),
+    ] = False,
+    update_weights: Annotated[
+        bool,
+        typer.Option(
+            "--update-weights",
+            help="Give the bundle's engines, built with --refit, the weights of RUN without building; needs a GPU.",
+            rich_help_panel=_TRT,
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
@@ -158,18 +170,17 @@ def export(
         raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
     graphs = GraphOptions(direction.value, images, bound, std, half, None if precision is None else precision.value)
     if engine == "trt":
-        from hflow_rt.cli.engines import EngineOptions, build_engines
+        from hflow_rt.cli.engines import EngineOptions, build_engines, update_engines
 
-        build_engines(
-            run,
-            output,
-            graphs,
-            EngineOptions(None if flavor is None else flavor.value, capabilities, batch, workspace),
-            json,
-        )
+        act = update_engines if update_weights else build_engines
+        options = EngineOptions(None if flavor is None else flavor.value, capabilities, batch, workspace, refit)
+        act(run, output, graphs, options, json)
         return
-    if flavor or capabilities or batch or workspace:
-        raise ConfigError("--flavor, --compute-capability, --batch and --workspace are for --engine trt; add it")
+    if flavor or capabilities or batch or workspace or refit or update_weights:
+        raise ConfigError(
+            "--flavor, --compute-capability, --batch, --workspace, --refit and --update-weights are for --engine trt;"
+            " add it"
+        )
     from hflow_rt.manifest import MODEL
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import BUNDLE
@@ -199,7 +210,7 @@ def check(
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     images: _ImagesOption = None,
-    no_cuda_graph: CudaGraphOption = False,
+    cuda_graph: CudaGraphOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compare every engine of a bundle with the torch reference in float64; exit 1 if one differs.
@@ -217,7 +228,7 @@ def check(
     pictures = proof_pictures(images, bundle.manifest.resolution)
     keep = bundle.path != pretrained()  # what was installed is not ours to write to
     with status(quiet=json) as progress:
-        report = check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=not no_cuda_graph)
+        report = check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=cuda_graph)
     if json:
         print_json(report)
     else:

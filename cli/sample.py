@@ -39,7 +39,7 @@ def sample(
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
-    no_cuda_graph: CudaGraphOption = False,
+    cuda_graph: CudaGraphOption = None,
     json: JsonOption = False,
 ) -> None:
     """Draw images from the model.
@@ -57,7 +57,7 @@ def sample(
         raise DataError(f"the number of images must be at least 1, not {number}")
     if output.suffix:
         check_picture_name(output)
-    session = open_session(model, backend, device, json, not no_cuda_graph)
+    session = open_session(model, backend, device, json, cuda_graph)
     stds = std or session.std
     parts = ahead(session.draw(range(first, first + number), stds, seed, batch, label))
     drawn, images, kept = 0, [], []

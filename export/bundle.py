@@ -112,7 +112,7 @@ def check_bundle(
     progress: Callable[[str], None] = lambda text: None,
     *,
     keep: bool = True,
-    cuda_graph: bool = True,
+    cuda_graph: bool | None = None,
 ) -> dict[str, Any]:
     """Run the parity check on a finished bundle and return its report.
 

@@ -1,8 +1,8 @@
-"""Build one plan, in a process of its own: `python -m hflow_rt.export.tensorrt_build < REQUEST`.
+"""Build or refit one plan, in a process of its own: `python -m hflow_rt.export.tensorrt_build < REQUEST`.
 
 TensorRT's parser and builder are native code that a bad graph can crash; here that costs an error message. The request
 is one JSON object, `BuildRequest`, on stdin. Events come as JSON lines on stdout: `{"phase", "done", "total"}` while
-it works, then `{"error"}` or `{"types", "seconds"}`. Nothing here makes a TensorRT runtime, which would need a GPU.
+it works, then `{"error"}` or the fields of a `Plan` that are known now. What needs a GPU is in `tensorrt_engine`.
 """
 
 import importlib
@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ import onnx
 from onnx import helper, numpy_helper
 from pydantic import BaseModel
 
+from hflow_rt.export.tensorrt_engine import EngineError, engine_layers, loaded, refitted, write_layers
 from hflow_rt.manifest import MODULE
+from hflow_rt.runtime.tensorrt import error_logger
 
-__all__ = ["BuildRequest", "main", "prepared"]
+__all__ = ["BuildRequest", "difference", "main", "prepared"]
 
 _INTERVAL = 0.2  # seconds between reports of one phase
 _SHOWN = 5  # parser errors
 _MIB = 1 << 20
 # TensorRT for RTX has no float32 matrix product for Turing, but it has convolutions
 _NO_GEMM = "7.5"
+_WEIGHTS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_SETTINGS = ("Clip", "Pad", "Resize")  # whose further inputs are settings, which are built in
 
 
 class BuildRequest(BaseModel):
@@ -35,6 +40,8 @@ class BuildRequest(BaseModel):
 
     capabilities: of the GPUs to build for; None where the product builds for the GPU that it runs on. workspace: MiB.
     timing_cache: file to start from, if it is there, and to leave the timings in; None where the product has none.
+    refittable: allow other weights later. old: instead of building, give the weights of `onnx` to this plan.
+    load: whether there is a GPU that can load the plan, which then lists the layers.
     """
 
     module: str
@@ -45,10 +52,9 @@ class BuildRequest(BaseModel):
     capabilities: tuple[str, ...] | None = None
     workspace: int | None = None
     timing_cache: Path | None = None
-
-
-class _BuildError(Exception):
-    """TensorRT does not build this, for the reason given."""
+    refittable: bool = False
+    old: Path | None = None
+    load: bool = False
 
 
 def main() -> None:
@@ -58,8 +64,8 @@ def main() -> None:
     os.dup2(2, 1)
     request = BuildRequest.model_validate_json(sys.stdin.buffer.read())
     try:
-        _say(**_build(request))
-    except _BuildError as error:
+        _say(**(_build(request) if request.old is None else _refit(request, request.old)))
+    except EngineError as error:
         _say(error=str(error))
 
 
@@ -67,21 +73,23 @@ def _build(request: BuildRequest) -> dict[str, Any]:
     started = time.monotonic()
     trt = importlib.import_module(request.module)
     messages: list[str] = []
-    logger = _logger(trt, messages)
+    logger = error_logger(trt, messages)
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # what the binding makes of a null pointer: TensorRT finds no CUDA
-        raise _BuildError("it cannot build on this machine, where it finds no usable GPU") from error
+        raise EngineError("it cannot build on this machine, where it finds no usable GPU") from error
     proto = prepared(request.onnx, convolutions=_NO_GEMM in (request.capabilities or ()))
-    modules = {node.name: p.value for node in proto.graph.node for p in node.metadata_props if p.key == MODULE}
+    modules = _modules(proto)
     _say(phase="parsing", done=0, total=1)
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(proto.SerializeToString()):
-        raise _BuildError(_parser_errors(parser, modules))
+        raise EngineError(_parser_errors(parser, modules))
     del proto
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # keeps 10 bits of the flow's state, which then cannot be inverted
+    if request.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.progress_monitor = _monitor(trt)
     if request.workspace is not None:
@@ -95,12 +103,44 @@ def _build(request: BuildRequest) -> dict[str, Any]:
     messages.clear()
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _BuildError(messages[0] if messages else "it gives no reason")
+        raise EngineError(messages[0] if messages else "it gives no reason")
     request.plan.write_bytes(plan)
     if cache is not None and request.timing_cache is not None:
         request.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    types = _write_layers(trt, network, modules, request.layers)
-    return {"types": types, "seconds": round(time.monotonic() - started, 1)}
+    if request.load:
+        with loaded(trt, request.plan, logger, messages) as engine:
+            types = write_layers(engine_layers(trt, engine, modules), request.layers)
+    else:
+        types = write_layers(_network_layers(trt, network, modules), request.layers)
+    return {
+        "types": types,
+        "layers_of": "engine" if request.load else "network",
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _refit(request: BuildRequest, old: Path) -> dict[str, Any]:
+    """Write `old` with the weights of the graph, which must be the one it was built from but for them."""
+    started = time.monotonic()
+    trt = importlib.import_module(request.module)
+    messages: list[str] = []
+    logger = error_logger(trt, messages)
+    _say(phase="refitting", done=0, total=1)
+    proto = prepared(request.onnx, convolutions=_NO_GEMM in (request.capabilities or ()))
+    with loaded(trt, old, logger, messages) as engine:
+        request.plan.write_bytes(refitted(trt, engine, proto.SerializeToString(), logger, messages))
+        types = write_layers(engine_layers(trt, engine, _modules(proto)), request.layers)
+    return {
+        "types": types,
+        "layers_of": "engine",
+        "refitted": True,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _modules(proto: onnx.ModelProto) -> dict[str, str]:
+    """Node to the module of the model that made it."""
+    return {node.name: p.value for node in proto.graph.node for p in node.metadata_props if p.key == MODULE}
 
 
 def prepared(path: Path, convolutions: bool = False) -> onnx.ModelProto:
@@ -113,6 +153,41 @@ def prepared(path: Path, convolutions: bool = False) -> onnx.ModelProto:
     if convolutions:
         _gemm_to_conv(proto.graph)
     return proto
+
+
+def difference(old: onnx.ModelProto, new: onnx.ModelProto) -> str:
+    """What of `new` is not in `old`, or otherwise, in words; nothing if at most the values of weights differ.
+
+    Weights are floating-point constants, but for those that TensorRT builds into its layers.
+    """
+    for before, after in zip_longest(old.graph.node, new.graph.node):
+        if before is None or after is None:
+            return f"it has {len(new.graph.node)} nodes, not {len(old.graph.node)}"
+        if _bare(before) != _bare(after):
+            return f"node {after.name} ({after.op_type}) is another"
+    ends = [[list(map(_bare, values)) for values in (p.graph.input, p.graph.output)] for p in (old, new)]
+    if ends[0] != ends[1]:
+        return "its inputs or outputs are others"
+    settings = {name for node in new.graph.node if node.op_type in _SETTINGS for name in node.input[1:]}
+    constants = [{t.name: _fixed(t, t.name in settings) for t in p.graph.initializer} for p in (old, new)]
+    names = sorted({name for found in constants for name in found})
+    odd = next((name for name in names if constants[0].get(name) != constants[1].get(name)), None)
+    return f"constant {odd} has another shape, type or fixed value" if odd is not None else ""
+
+
+def _bare(message: Any) -> bytes:
+    """A node or the description of a tensor without notes."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    copy.ClearField("metadata_props")
+    copy.ClearField("doc_string")
+    return bytes(copy.SerializeToString(deterministic=True))
+
+
+def _fixed(tensor: onnx.TensorProto, setting: bool) -> tuple[Any, ...]:
+    """What refitting cannot change about a constant."""
+    value = b"" if tensor.data_type in _WEIGHTS and not setting else numpy_helper.to_array(tensor).tobytes()
+    return tensor.data_type, tuple(tensor.dims), value
 
 
 def _fold_constants(graph: onnx.GraphProto) -> None:
@@ -198,7 +273,7 @@ def _set_batch(builder: Any, network: Any, config: Any, batch: tuple[int, int, i
     for tensor in inputs:
         profile.set_shape(tensor.name, *((size, *tuple(tensor.shape)[1:]) for size in batch))
     if config.add_optimization_profile(profile) < 0:
-        raise _BuildError(f"it cannot run batches of {batch[0]} to {batch[2]}")
+        raise EngineError(f"it cannot run batches of {batch[0]} to {batch[2]}")
 
 
 def _timing_cache(config: Any, path: Path) -> Any:
@@ -209,47 +284,28 @@ def _timing_cache(config: Any, path: Path) -> Any:
     return cache
 
 
-def _write_layers(trt: Any, network: Any, modules: dict[str, str], path: Path) -> dict[str, int]:
-    """Write what the builder was given, a JSON object a line, constants and arithmetic of shapes left out."""
+def _network_layers(trt: Any, network: Any, modules: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """What the builder was given, constants and arithmetic of shapes left out."""
     numbers = (trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16)
-    counts: Counter[str] = Counter()
-    with open(path, "w", encoding="utf-8") as file:
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-            if layer.type == trt.LayerType.CONSTANT or not any(tensor.dtype in numbers for tensor in outputs):
-                continue
-            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-            # for example "[ONNX Layer: node_conv2d_3]"
-            node = layer.metadata.removeprefix("[ONNX Layer: ").removesuffix("]")
-            entry = {
-                "name": layer.name,
-                "type": layer.type.name,
-                "module": modules.get(node, ""),
-                "inputs": [_described(tensor) for tensor in inputs if tensor is not None],
-                "outputs": [_described(tensor) for tensor in outputs],
-            }
-            file.write(json.dumps(entry) + "\n")
-            counts[outputs[0].dtype.name.lower()] += 1
-    return dict(counts.most_common())
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        if layer.type == trt.LayerType.CONSTANT or not any(tensor.dtype in numbers for tensor in outputs):
+            continue
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        # for example "[ONNX Layer: node_conv2d_3]"
+        node = layer.metadata.removeprefix("[ONNX Layer: ").removesuffix("]")
+        yield {
+            "name": layer.name,
+            "type": layer.type.name,
+            "module": modules.get(node, ""),
+            "inputs": [_described(tensor) for tensor in inputs if tensor is not None],
+            "outputs": [_described(tensor) for tensor in outputs],
+        }
 
 
 def _described(tensor: Any) -> list[Any]:
     return [tensor.dtype.name.lower(), list(tensor.shape)]
-
-
-def _logger(trt: Any, messages: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what went wrong."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(message)
-
-    return Logger()
 
 
 def _monitor(trt: Any) -> Any:

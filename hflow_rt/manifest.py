@@ -75,10 +75,14 @@ class Plan(_Entry):
     """One graph as a TensorRT engine."""
 
     file: str
-    layers: str = Field(description="file beside it that lists its layers as they were given to the builder")
+    layers: str = Field(description="file beside it that lists its layers")
+    layers_of: Literal["network", "engine"] = Field(
+        default="network", description="whose layers: as they were given to the builder, or as a GPU loaded them"
+    )
     onnx: str = Field(description="digest of the graph it was built from, and of its constants")
     types: dict[str, int] = Field(description="how many layers yield each number type, most frequent first")
-    seconds: float = Field(description="how long building took")
+    seconds: float = Field(description="how long building took, or refitting")
+    refitted: bool = Field(default=False, description="whether it was built with other weights and given these")
 
 
 class Engines(_Entry):
@@ -90,6 +94,7 @@ class Engines(_Entry):
     capabilities: tuple[str, ...] = Field(description="compute capabilities they run on")
     batch: tuple[int, int, int] = Field(description="smallest, most likely and largest batch of one call")
     workspace: int | None = Field(default=None, description="limit on temporary memory, MiB")
+    refittable: bool = Field(default=False, description="whether their weights can be replaced without a build")
     plans: dict[str, Plan]
     timing_cache: str | None = None
     parity: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""One execution context of a TensorRT engine at one batch size, with all that a run needs allocated beforehand."""
+"""One execution context of an engine at one batch size, with all that a run needs allocated beforehand."""
 
 import contextlib
 import ctypes

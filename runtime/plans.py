@@ -25,6 +25,7 @@ __all__ = [
     "Product",
     "build_command",
     "choose_engines",
+    "choose_refittable",
     "graph_sha256",
     "installed",
     "plan_file",
@@ -109,12 +110,14 @@ def plans_key(
     precision: str,
     batch: tuple[int, int, int],
     graphs: Mapping[str, str],
+    refittable: bool = False,
 ) -> str:
     """Folder name of plans: all that must fit, the digests of the graphs (by name) shortened to eight digits."""
     machine = "" if gpu is None else re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + "-"
     architectures = "-".join("sm" + capability.replace(".", "") for capability in capabilities)
     digest = hashlib.sha256(" ".join(f"{name}:{graphs[name]}" for name in sorted(graphs)).encode()).hexdigest()
-    return f"{flavor}-{version}-{machine}{architectures}-{precision}-b{'-'.join(map(str, batch))}-{digest[:8]}"
+    kind = f"{precision}-refit" if refittable else precision
+    return f"{flavor}-{version}-{machine}{architectures}-{kind}-b{'-'.join(map(str, batch))}-{digest[:8]}"
 
 
 def build_command(bundle: Path, engines: Engines | None = None, capability: str | None = None) -> str:
@@ -127,6 +130,8 @@ def build_command(bundle: Path, engines: Engines | None = None, capability: str 
         words.append(f"--batch {':'.join(map(str, engines.batch))}")
         if engines.workspace is not None:
             words.append(f"--workspace {engines.workspace}")
+        if engines.refittable:
+            words.append("--refit")
     return "'" + " ".join(words) + "'"
 
 
@@ -148,6 +153,17 @@ def choose_engines(bundle: Bundle, found: Product, gpu: Gpu) -> str:
     engines = manifest.engines[key]
     command = build_command(bundle.path, engines if engines.flavor == found.flavor else None, gpu.capability)
     raise EngineMismatch(f"the engines {key} do not fit: {'; '.join(refusals[key])}; build others with {command}")
+
+
+def choose_refittable(bundle: Bundle, found: Product, gpu: Gpu) -> str:
+    """The key of the newest refittable plans that `choose_engines` would take. Raises what it raises."""
+    engines = {key: engines for key, engines in bundle.manifest.engines.items() if engines.refittable}
+    if not engines:
+        raise BundleError(
+            f"{bundle.path} has no engines that were built with --refit, whose weights can be replaced; build some with"
+            f" 'hflow-rt export {bundle.path} --engine trt --flavor {found.flavor} --refit'"
+        )
+    return choose_engines(Bundle(bundle.path, bundle.manifest.model_copy(update={"engines": engines})), found, gpu)
 
 
 def _refusals(manifest: Manifest, engines: Engines, found: Product, gpu: Gpu) -> list[str]:

@@ -21,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "DEVICES",
     "LATENT_SPACE",
+    "ONNX_DEVICES",
     "Array",
     "Encoded",
     "Engine",
@@ -41,6 +42,8 @@ BACKENDS = {
     "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
 }
 DEVICES = ("auto", "cpu", "cuda")
+# of the onnx backend only, for who asks for them: ONNX Runtime hands the graph to TensorRT, or to TensorRT for RTX
+ONNX_DEVICES = ("tensorrt", "rtx")
 LATENT_SPACE = "z"  # the space of the latents themselves
 
 
@@ -309,11 +312,12 @@ class Session:
         return images
 
 
-def load(path: Path | str, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool = True) -> Session:
+def load(path: Path | str, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool | None = None) -> Session:
     """Open the bundle (or exported run) at `path`.
 
-    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works. cuda_graph: whether `trt`
-    replays its work as one CUDA graph. Raises `BundleError` for a missing or changed bundle, `EngineMismatch` for
+    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works; `onnx` also knows
+    `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; if nobody says, `trt` does and `onnx`
+    does not. Raises `BundleError` for a missing or changed bundle, `EngineMismatch` for
     engines of another machine and `BackendUnavailable` for a backend or device that is not there; there is no
     fallback.
     """
@@ -325,18 +329,21 @@ def check_backend(backend: str, device: str) -> None:
     """Raise `BackendUnavailable` for names that nobody knows, before anything is read."""
     if backend not in BACKENDS:
         raise BackendUnavailable(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
-    if device not in DEVICES:
+    if device in ONNX_DEVICES and backend != "onnx":
+        raise BackendUnavailable(f"device '{device}' is for the onnx backend, not for {backend}; use --device cuda")
+    if device not in (*DEVICES, *ONNX_DEVICES):
         raise BackendUnavailable(f"unknown device '{device}'; known: {', '.join(DEVICES)}")
 
 
-def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool = True) -> Session:
+def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool | None = None) -> Session:
     """`load` for a bundle that was found already."""
     import importlib
 
-    if not cuda_graph and backend != "trt":
-        raise BackendUnavailable(f"only the trt backend has a CUDA graph to leave away, not {backend}")
+    if cuda_graph is not None and backend == "torch":
+        raise BackendUnavailable("the torch backend has no CUDA graph; use trt or onnx")
     module = importlib.import_module(BACKENDS[backend][0])
-    return Session(bundle, module.open_engine(bundle, device, **({} if cuda_graph else {"cuda_graph": False})))
+    settings = {} if cuda_graph is None else {"cuda_graph": cuda_graph}
+    return Session(bundle, module.open_engine(bundle, device, **settings))
 
 
 def _library(array: Any) -> str:

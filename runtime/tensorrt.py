@@ -20,7 +20,7 @@ from hflow_rt.runtime.cuda import Cuda, Gpu, chosen_gpu
 from hflow_rt.runtime.lanes import Lane
 from hflow_rt.runtime.plans import Product, build_command, choose_engines, installed, plan_file, product
 
-__all__ = ["TensorRTEngine", "open_engine"]
+__all__ = ["TensorRTEngine", "error_logger", "open_engine"]
 
 _IDLE = 8  # lanes kept per graph: each batch size costs memory for activations
 Array = NDArray[np.float32]
@@ -37,7 +37,7 @@ class TensorRTEngine:
         self._lock = Lock()
         self._plans: dict[str, _Plan] = {}
         with cuda.current():
-            self._logger = _logger(found.api, self._messages)
+            self._logger = error_logger(found.api, self._messages)
             self._runtime = found.api.Runtime(self._logger)
             self._runtime.engine_host_code_allowed = False  # a plan is data; code of the host in it is not run
         # also at exit: contexts must go before the driver does
@@ -202,7 +202,9 @@ def _context(found: Product, engine: Any, cuda_graph: bool) -> Any:
     return engine.create_execution_context(settings)
 
 
-def _logger(api: Any, messages: list[str]) -> Any:
+def error_logger(api: Any, messages: list[str]) -> Any:
+    """A TensorRT logger that puts what went wrong into `messages`."""
+
     class Logger(api.ILogger):  # type: ignore[misc]
         """Keeps what went wrong: ours is the one line that explains it."""
 

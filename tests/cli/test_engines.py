@@ -40,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Plans that are built at once, and hold nothing; the requests."""
     requests = []
 
-    def run(request: Any, failure: str, detail: Any) -> dict[str, Any]:
+    def run(request: Any, failure: str, detail: Any, hint: str = "") -> dict[str, Any]:
         requests.append(request)
         request.plan.write_bytes(b"plan")
         request.layers.write_text("")
@@ -67,7 +67,8 @@ def refused(result: Any, *texts: str) -> None:
 def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:
     """What issue and README promise, for real: two plans, their description, one line without a GPU, ONNX beside."""
     built = ok(hflow("export", "--engine", "trt", "--compute-capability", "8.9"))
-    lines = re.findall(rf"^{run}/bundle/trt/rtx-[\w.-]+/(\w+)\.plan: \d+\.\d MB, layers \d+ float", built.out, re.M)
+    shown = r"layers \d+ float of the network, built in \d+\.\d s"
+    lines = re.findall(rf"^{run}/bundle/trt/rtx-[\w.-]+/(\w+)\.plan: \d+\.\d MB, {shown}", built.out, re.M)
     assert lines == ["forward", "inverse"]
     assert "unverified: no GPU here can run them; there, run 'hflow-rt check --backend trt'" in built.out
     assert "next: hflow-rt sample --backend trt" in built.out
@@ -75,12 +76,12 @@ def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:
 
     text = ok(hflow("info")).out
     assert re.search(r"TensorRT for RTX [\d.]+ for compute capability 8\.9, batch 1:16:64, unverified: never run", text)
-    assert re.search(r"    forward: \d+\.\d MB, layers \d+ float, built in \d+\.\d s", text)
+    assert re.search(rf"    forward: \d+\.\d MB, {shown}", text)
     found = json.loads(ok(hflow("info", "--json")).out)["bundle"]["engines"]
     assert [engines["verified"] for engines in found.values()] == [False]
 
     text = ok(hflow("info", "--layers")).out
-    assert re.search(r"^  layers of inverse in rtx-[\w.-]+:$", text, re.MULTILINE)
+    assert re.search(r"^  layers of inverse in rtx-[\w.-]+, as the builder was given them:$", text, re.MULTILINE)
     first = r"^    convolution model\.levels\.0\.encoder\.\S+: float Bx3x16x16 -> float Bx6x16x16$"
     assert re.search(first, text, re.MULTILINE)
 
@@ -197,7 +198,13 @@ def test_graphs_of_rounded_weights(hflow: Command, run: Path, quick: list[Any]) 
         (("--engine", "trt", "--compute-capability", "ada"), ["must be numbers such as 8.6,8.9,12.0, not 'ada'"]),
         (("--engine", "trt", "--compute-capability", "9.0"), ["not for 9.0", "use TensorRT ('hflow-rt[trt]') there"]),
         (("--engine", "trt", "--flavor", "tensorrt"), ["TensorRT is missing", "pip install 'hflow-rt[trt]'"]),
+        (("--engine", "trt", "--refit"), ["on a machine with a GPU only", "leave --refit away"]),
+        (("--engine", "trt", "--update-weights"), ["needs an NVIDIA GPU", "or leave --update-weights away"]),
+        (("--engine", "trt", "--update-weights", "--batch", "4"), ["give it no other option but --out"]),
+        (("--engine", "trt", "--update-weights", "-o", "new"), ["there is no bundle in new to update", "with --out"]),
         (("--batch", "4"), ["are for --engine trt; add it"]),
+        (("--refit",), ["are for --engine trt; add it"]),
+        (("--update-weights",), ["are for --engine trt; add it"]),
         (("--engine", "openvino"), ["builds no 'openvino' engines; known: onnx, trt"]),
     ],
 )
@@ -219,3 +226,96 @@ def test_a_copy_replaces_nothing(hflow: Command, run: Path, quick: list[Any], tm
     refused(hflow(*arguments), "exists already", "choose another --out")
     assert (precious / "thesis.txt").read_text() == "mine"
     assert not quick
+
+
+# other weights
+
+
+@pytest.fixture
+def finetuned(run: Path) -> Path:
+    """A run like `run` that was trained on: other weights, and no bundle."""
+    from hflow_rt.models.checkpoint import load_model, save_model
+
+    model = load_model(run / "model.safetensors")
+    for parameter in model.parameters():
+        parameter.data *= 1.01
+    path = Path("runs/finetuned")
+    save_model(path / "model.safetensors", "hflow", model, model.state_dict(), {"images": 8})
+    return path
+
+
+@pytest.fixture
+def refitting(hflow: Command, run: Path, quick: list[Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundle of `run` with refittable engines, on a machine with a GPU that runs nothing."""
+    ada = cuda.Gpu(0, "NVIDIA GeForce RTX 4090", "8.9", 24 << 30)
+    monkeypatch.setattr(builder, "chosen_gpu", lambda: ada)
+    ok(hflow("export", "--engine", "trt", "--refit"))
+    ok(hflow("export", "--engine", "trt", "--batch", "2"))
+    return run / "bundle"
+
+
+@pytest.mark.slow
+def test_other_weights_for_real_graphs(hflow: Command, refitting: Path, finetuned: Path, quick: list[Any]) -> None:
+    """Two exports of one structure differ in nothing but weights, so that TensorRT is asked to refit."""
+    before = read_manifest(refitting)
+    assert "refittable" in ok(hflow("info", refitting.parent)).out
+    result = ok(hflow("export", finetuned, "--engine", "trt", "--update-weights", "-o", refitting))
+    assert f"the other engines of {refitting} were of the old weights: build them again" in result.err
+    assert f"unverified: no GPU here can run them; there, run 'hflow-rt check {refitting} --backend trt'" in result.out
+    manifest = read_manifest(refitting)
+    assert manifest.verified
+    assert manifest.checkpoint["sha256"] == sha256(finetuned / "model.safetensors") != before.checkpoint["sha256"]
+    assert {name: graph.operators for name, graph in manifest.graphs.items()} == {
+        name: graph.operators for name, graph in before.graphs.items()
+    }
+    ((key, engines),) = manifest.engines.items()
+    assert engines.refittable
+    assert key not in before.engines
+    bundle = find_bundle(refitting)
+    for name in manifest.files:
+        bundle.file(name)
+    assert not list(refitting.parent.glob(".*"))
+    old = {name: refitting / plan.file for name, plan in next(iter(before.engines.values())).plans.items()}
+    assert [(request.old, request.load) for request in quick[-2:]] == [(path, False) for path in old.values()]
+    refused(
+        hflow("export", finetuned, "--engine", "trt", "--update-weights", "-o", refitting),
+        f"has the weights of {finetuned}/model.safetensors already; there is nothing to update",
+    )
+
+
+def test_other_weights_that_tensorrt_refuses(
+    hflow: Command, refitting: Path, finetuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle stays as it was, with its engines."""
+    from hflow_rt.errors import BundleError
+
+    def refuse(request: Any, failure: str, detail: Any, hint: str) -> Any:
+        raise BundleError(f"{failure}: no; {hint}")
+
+    def export(source: Path, folder: Path, options: Any, quiet: bool) -> Any:
+        assert (source, options.direction, options.precision) == (finetuned / "model.safetensors", "both", "fp32")
+        shutil.copytree(refitting, folder)
+        return read_manifest(folder)
+
+    monkeypatch.setattr(command, "export_graphs", export)
+    monkeypatch.setattr(builder, "_run", refuse)
+    before = {path: sha256(path) for path in refitting.rglob("*") if path.is_file()}
+    refused(
+        hflow("export", finetuned, "--engine", "trt", "--update-weights", "-o", refitting, "--json"),
+        f"cannot refit {refitting}/trt/rtx-",
+        "no; leave --update-weights away to build anew",
+    )
+    assert {path: sha256(path) for path in refitting.rglob("*") if path.is_file()} == before
+    assert not list(refitting.parent.glob(".*"))
+
+
+def test_layers_of_an_engine(hflow: Command, run: Path, quick: list[Any]) -> None:
+    ok(hflow("export", "--engine", "trt"))
+    described = json.loads((run / "bundle" / "manifest.json").read_text())
+    for engines in described["engines"].values():
+        for plan in engines["plans"].values():
+            plan |= {"layers_of": "engine", "refitted": True}
+    (run / "bundle" / "manifest.json").write_text(json.dumps(described))
+    text = ok(hflow("info", "--layers")).out
+    assert "layers 12 float, 3 half of the engine, refitted in 1.5 s" in text
+    assert re.search(r"^  layers of forward in rtx-[\w.-]+, as the engine runs them:$", text, re.MULTILINE)

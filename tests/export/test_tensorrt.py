@@ -82,6 +82,7 @@ def test_two_plans_and_a_manifest(bundle: Bundle) -> None:
         assert (bundle.path / plan.file).stat().st_size > 100_000
         layers = [json.loads(line) for line in (bundle.path / plan.layers).read_text().splitlines()]
         assert plan.types == {"float": len(layers)}
+        assert (plan.layers_of, plan.refitted) == ("network", False)
         convolutions = [layer for layer in layers if layer["type"] == "CONVOLUTION"]
         assert len(convolutions) == bundle.manifest.graphs[name].operators["Conv"]
         assert all(layer["module"].startswith("model.") for layer in convolutions)

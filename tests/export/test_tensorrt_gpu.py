@@ -3,16 +3,18 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.export.bundle import check_bundle
-from hflow_rt.export.tensorrt import add_engines
+from hflow_rt.export.tensorrt import add_engines, refit_engines, refittable
 from hflow_rt.runtime import load
-from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.plans import Flavor, installed
 
@@ -43,18 +45,57 @@ def test_memory_goes_there_and_back() -> None:
     assert (back == values).all()
 
 
+def built(bundle: Bundle, flavor: Flavor, **settings: Any) -> tuple[Bundle, str]:
+    """Engines built here; a skip where TensorRT for RTX says that it does not build for a GPU like this."""
+    if flavor not in installed():
+        pytest.skip(f"{flavor} is not installed")
+    try:
+        return add_engines(bundle, flavor, **settings)
+    except ConfigError as error:
+        found = chosen_gpu()
+        assert found is not None
+        if flavor == "rtx" and f"not for {found.capability} of {found.name};" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def pictures() -> NDArray[np.float32]:
+    return np.random.default_rng(0).uniform(0, 1, (4, 3, 16, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("flavor", ["tensorrt", "rtx"])
+def test_other_weights(tiny_run: Path, tmp_path: Path, flavor: Flavor) -> None:
+    """A plan that was given other weights is the model that has them."""
+    from hflow_rt.export.bundle import export_bundle
+    from hflow_rt.models.checkpoint import load_model, save_model
+
+    old, key = built(
+        find_bundle(shutil.copytree(tiny_run / "bundle", tmp_path / "old")), flavor, batch=(1, 2, 4), refit=True
+    )
+    # before and after: refittable plans are built by other rules
+    assert check_bundle(old, pictures(), "trt", "cuda")["failures"] == []
+    model = load_model(tiny_run / "model.safetensors")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.05
+    save_model(tmp_path / "model.safetensors", "hflow", model, model.state_dict(), {"images": 0})
+    export_bundle(tmp_path / "model.safetensors", tmp_path / "new", pictures())
+    assert refittable(old) == key
+    new, key = refit_engines(find_bundle(tmp_path / "new"), old, key)
+    assert check_bundle(new, pictures(), "trt", "cuda")["failures"] == []
+    assert find_bundle(new.path).manifest.engines[key].verified
+
+
 @pytest.mark.parametrize("flavor", ["tensorrt", "rtx"])
 @pytest.mark.parametrize("batch", [(1, 2, 4), (2, 2, 2)])
 def test_the_engines_are_the_model(tiny_run: Path, tmp_path: Path, flavor: Flavor, batch: tuple[int, int, int]) -> None:
-    if flavor not in installed():
-        pytest.skip(f"{flavor} is not installed")
     bundle = find_bundle(shutil.copytree(tiny_run / "bundle", tmp_path / "bundle"))
-    try:
-        bundle, key = add_engines(bundle, flavor, batch=batch)
-    except ConfigError as error:
-        pytest.skip(str(error))  # TensorRT for RTX does not build for every GPU
-    images = np.random.default_rng(0).uniform(0, 1, (4, 3, 16, 16)).astype(np.float32)
-    assert check_bundle(bundle, images, "trt", "cuda")["failures"] == []
+    bundle, key = built(bundle, flavor, batch=batch)
+    plans = bundle.manifest.engines[key].plans
+    assert {plan.layers_of for plan in plans.values()} == {"engine"}
+    for plan in plans.values():
+        assert len(bundle.file(plan.layers).read_text().splitlines()) == sum(plan.types.values()) > 0
+    assert check_bundle(bundle, pictures(), "trt", "cuda")["failures"] == []
     assert find_bundle(bundle.path).manifest.engines[key].verified
 
     expected = load(bundle.path, "torch", "cpu").sample(7, 0.7)

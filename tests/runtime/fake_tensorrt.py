@@ -5,6 +5,7 @@ and what would be undefined on a GPU, such as reading memory that was given back
 """
 
 import ctypes
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -123,13 +124,19 @@ class FakeCuda:
 
 
 class FakeTensorRT:
-    """A module like `tensorrt` or `tensorrt_rtx`. `refuse` holds calls that are to fail."""
+    """A module like `tensorrt` or `tensorrt_rtx`. `refuse` holds calls that are to fail.
+
+    A plan is the name of its graph; one that was refitted is that, `@` and its number in `graphs`.
+    """
 
     def __init__(self, bundle: Bundle, cuda: FakeCuda, version: str = "10.16.1.11") -> None:
         self.__version__, self.__spec__ = version, object()
         self.refuse: set[str] = set()
         self.contexts = 0
         self.strategies: list[str] = []
+        self.graphs: list[bytes] = []
+        self.flags: list[str] = []
+        self.layers: list[Any] = []
         fake = self
         sessions = {
             name: onnxruntime.InferenceSession(str(bundle.graph(name)), providers=["CPUExecutionProvider"])
@@ -160,7 +167,13 @@ class FakeTensorRT:
 
         class Engine:
             def __init__(self, logger: ILogger, name: str) -> None:
-                self.logger, self.session = logger, sessions[name]
+                name, _, number = name.partition("@")
+                self.logger, self.name, self.session = logger, name, sessions[name]
+                if number:
+                    self.session = onnxruntime.InferenceSession(
+                        fake.graphs[int(number)], providers=["CPUExecutionProvider"]
+                    )
+                self.refittable = "refittable" not in fake.refuse
                 graph = bundle.manifest.graphs[name]
                 self.tensors = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
                 self.inputs = {tensor.name for tensor in graph.inputs}
@@ -174,6 +187,20 @@ class FakeTensorRT:
 
             def get_tensor_dtype(self, name: str) -> Any:
                 return SimpleNamespace(name="HALF" if "types" in fake.refuse else "FLOAT")
+
+            def create_engine_inspector(self) -> Any:
+                cuda._said("create_engine_inspector")
+                return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": fake.layers}))
+
+            def create_serialization_config(self) -> Any:
+                return SimpleNamespace(
+                    clear_flag=lambda flag: fake.flags.append(f"-{flag}"),
+                    set_flag=lambda flag: fake.flags.append(f"+{flag}"),
+                )
+
+            def serialize_with_config(self, config: Any) -> bytes | None:
+                cuda._said("serialize_with_config")
+                return None if "serialize" in fake.refuse else f"{self.name}@{len(fake.graphs) - 1}".encode()
 
             def create_runtime_config(self) -> Any:
                 return SimpleNamespace(cuda_graph_strategy=None)
@@ -239,5 +266,37 @@ class FakeTensorRT:
                 assert block.nbytes == 4 * np.prod(shape)
                 return block.view(np.float32).reshape(shape)
 
+        class Refitter:
+            def __init__(self, engine: Engine, logger: ILogger) -> None:
+                cuda._said("Refitter")
+                self.logger = logger
+
+            def get_missing_weights(self) -> list[str]:
+                cuda._said("get_missing_weights")
+                return [f"weight{index}" for index in range(7)] if "missing" in fake.refuse else []
+
+            def refit_cuda_engine(self) -> bool:
+                cuda._said("refit_cuda_engine")
+                if "refit" in fake.refuse:
+                    self.logger.log(ILogger.ERROR, "out of memory")
+                return "refit" not in fake.refuse
+
+        class OnnxParserRefitter:
+            num_errors = 1
+
+            def __init__(self, refitter: Refitter, logger: ILogger) -> None:
+                cuda._said("OnnxParserRefitter")
+
+            def get_error(self, index: int) -> Any:
+                return SimpleNamespace(desc=lambda: "unsupported\nnode")
+
+            def refit_from_bytes(self, model: bytes) -> bool:
+                cuda._said("refit_from_bytes")
+                fake.graphs.append(model)
+                return not fake.refuse & {"weights", "missing"}
+
         self.ILogger, self.Runtime = ILogger, Runtime
+        self.Refitter, self.OnnxParserRefitter = Refitter, OnnxParserRefitter
+        self.SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="exclude", INCLUDE_REFIT="include")
+        self.LayerInformationFormat = SimpleNamespace(JSON="json")
         self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="disabled")

@@ -25,6 +25,9 @@ ON_CPU = sorted(BACKENDS.keys() - {"trt"})  # TensorRT needs a GPU
 R = 16
 SHAPES = {"end0": (2, 1, 1), "end1": (6, 1, 1), "z1": (4, 8, 8), "z0": (3, R, R)}
 CUDA = "CUDAExecutionProvider"
+CUDA_OPTIONS = {
+    "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"
+}  # fmt: skip
 # rounding of float32 through some twenty layers; the parity report of the same bundle stays below it
 CLOSE = 2e-5
 
@@ -331,9 +334,11 @@ def silent_fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]
 
 def test_a_provider_that_does_not_start(tiny_run: Path, silent_fallback: list[list[str]]) -> None:
     session = load(tiny_run, "onnx", "cuda")
-    with pytest.raises(BackendUnavailable, match=r"CUDAExecutionProvider does not start here.*install hflow-rt\[gpu\]"):
+    with pytest.raises(
+        BackendUnavailable, match=r"CUDAExecutionProvider does not start here.*'hflow-rt\[gpu\]' or use --device cpu"
+    ):
         session.sample(1)
-    assert silent_fallback == [[(CUDA, {"use_tf32": "0", "device_id": "0"})]]
+    assert silent_fallback == [[(CUDA, {"device_id": "0"} | CUDA_OPTIONS)]]
 
 
 def test_processes_that_were_launched_together_take_a_gpu_each(
@@ -342,14 +347,14 @@ def test_processes_that_were_launched_together_take_a_gpu_each(
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(BackendUnavailable):
         load(tiny_run, "onnx", "cuda").sample(1)
-    assert silent_fallback == [[(CUDA, {"use_tf32": "0", "device_id": "3"})]]
+    assert silent_fallback == [[(CUDA, {"device_id": "3"} | CUDA_OPTIONS)]]
 
 
 def test_auto_tries_cuda_and_says_what_runs(tiny_run: Path, silent_fallback: list[list[str]]) -> None:
     session = load(tiny_run, "onnx", "auto")
     assert session.backend == "onnxruntime CPUExecutionProvider"
     assert session.sample(1).shape == (1, 3, R, R)
-    assert silent_fallback == [[(CUDA, {"use_tf32": "0", "device_id": "0"})], [("CPUExecutionProvider", {})]]
+    assert silent_fallback == [[(CUDA, {"device_id": "0"} | CUDA_OPTIONS)], [("CPUExecutionProvider", {})]]
 
 
 def test_auto_takes_cuda_where_it_starts(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,14 +394,15 @@ def test_tensors_are_read_and_written_where_they_are(
 
 
 @pytest.mark.gpu
-def test_onnxruntime_on_a_gpu(tiny_run: Path, sessions: dict[str, Session]) -> None:
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_onnxruntime_on_a_gpu(tiny_run: Path, sessions: dict[str, Session], cuda_graph: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has no CUDA: pip install 'hflow-rt[gpu]'")
-    session, images = load(tiny_run, "onnx", "cuda"), torch.rand(5, 3, R, R)
+    session, images = load(tiny_run, "onnx", "cuda", cuda_graph=cuda_graph), torch.rand(5, 3, R, R)
     expected = sessions["torch"].inverse(images)
-    for device in ("cpu", "cuda:0"):
+    for device in ("cpu", "cuda:0", "cpu", "cuda:0"):
         found = session.inverse(images.to(device))
         for name, values in expected.latents.items():
             assert str(found.latents[name].device) == device
@@ -442,7 +448,7 @@ def test_a_graph_that_onnxruntime_cannot_open(tiny_run: Path, tmp_path: Path) ->
     )
     bundle.manifest.files["forward.onnx"] = entry
     with pytest.raises(BundleError, match=r"ONNX Runtime [\d.]+ cannot open .*forward\.onnx: ") as caught:
-        Session(bundle, OnnxEngine(bundle, "CPUExecutionProvider", onnxruntime)).sample(1)
+        Session(bundle, OnnxEngine(bundle, "cpu", onnxruntime)).sample(1)
     assert "\n" not in str(caught.value)
 
 

@@ -144,8 +144,8 @@ def test_without_a_cuda_graph(bundle: Bundle, api: FakeTensorRT, cuda: FakeCuda)
         session.sample(2)
     assert Counter(cuda.names())["execute_async_v3"] == 3
     assert "begin_capture" not in cuda.names()
-    with pytest.raises(BackendUnavailable, match="only the trt backend has a CUDA graph"):
-        load(bundle.path, "onnx", cuda_graph=False)
+    with pytest.raises(BackendUnavailable, match="the torch backend has no CUDA graph"):
+        load(bundle.path, "torch", cuda_graph=False)
 
 
 @pytest.mark.parametrize(("wanted", "strategy"), [(True, "whole"), (False, "disabled")])

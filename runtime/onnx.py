@@ -121,6 +121,7 @@ class OnnxEngine:
                 path = self._bundle.graph(graph)
                 options = self._runtime.SessionOptions()
                 options.log_severity_level = 4  # ours is the one line that explains a failure
+                options.intra_op_num_threads = _threads()
                 try:
                     found = self._runtime.InferenceSession(
                         str(path), options, providers=self._providers(self._bundle.manifest.graphs[graph])
@@ -224,6 +225,19 @@ def _run_tensors(session: Any, graph: Graph, inputs: Sequence[Any], options: Any
         torch.cuda.current_stream(device).synchronize()
     session.run_with_iobinding(binding, options)
     return results
+
+
+def _threads() -> int:
+    """How many threads compute one call; 0 leaves it to ONNX Runtime, which counts the machine's cores.
+
+    It heeds neither OMP_NUM_THREADS, as torch does, nor that this process may be held to fewer cores, and then its
+    threads fight over them.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and int(said) > 0:
+        return int(said)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def _device_id() -> str:

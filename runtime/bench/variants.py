@@ -276,6 +276,8 @@ VARIANTS: dict[str, Variant] = {
     "torch kernels, CUDA": Variant(_torch(device="cuda", kernels=True), "cuda"),
     "torch kernels, CUDA graph": Variant(_torch(device="cuda", kernels=True, replayed=True), "cuda"),
     "onnx, CUDA": Variant(_engine("onnx", "cuda"), "cuda", "graphs"),
+    "onnx, CUDA graph": Variant(_engine("onnx", "cuda", cuda_graph=True), "cuda", "graphs"),
+    "onnx, TensorRT provider": Variant(_engine("onnx", "tensorrt"), "cuda", "graphs"),
     "trt": Variant(_engine("trt", "cuda"), "cuda", "plans"),
     "trt, no CUDA graph": Variant(_engine("trt", "cuda", cuda_graph=False), "cuda", "plans"),
 }

@@ -208,4 +208,4 @@ def test_every_variant_is_described() -> None:
     assert BASELINE in VARIANTS
     for name, variant in VARIANTS.items():
         assert isinstance(variant, Variant)
-        assert ("CUDA" in name or "trt" in name) == (variant.device == "cuda"), name
+        assert ("CUDA" in name or "trt" in name or "TensorRT" in name) == (variant.device == "cuda"), name

@@ -24,6 +24,7 @@ COMMANDS = (
     "seeds",
     "heatmap",
     "zeroing",
+    "temperature",
     "mix",
     "neighbours",
     "attribute",

@@ -18,7 +18,7 @@ from hflow_rt.errors import HFlowError
 from hflow_rt.export.half import halve
 from hflow_rt.export.precision import mix
 from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
-from hflow_rt.models.family import GraphSpec, TensorSpec
+from hflow_rt.models.family import GraphSpec, Scale, TensorSpec
 
 __all__ = ["MAX_BATCH", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
 
@@ -72,7 +72,7 @@ def export_graph(
     path: Path,
     metadata: dict[str, str],
     weights: SharedWeights,
-    scales: Collection[float] = (),
+    scales: Collection[Scale] = (),
     precision: Precision = "fp32",
 ) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.

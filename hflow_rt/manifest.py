@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hflow_rt.errors import BundleError
 
 __all__ = [
+    "HALF",
     "MANIFEST",
     "MODEL",
     "MODULE",
@@ -26,6 +27,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+HALF = "float16"  # what a model file says of its weights if they were rounded
 MODULE = "module"  # key under which a node of a graph names the module it came from
 SCHEMA = 1
 STD = ("0.7",)

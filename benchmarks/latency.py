@@ -4,8 +4,9 @@
     python benchmarks/latency.py --device cuda        a GPU: hflow-128 and hflow-256, batch 1, 4, 16, 64
     python benchmarks/latency.py --presets hflow-demo --batches 1 --rounds 3
 
-A preset is `trained_like`, exported and proved first, in --precision fp32 or mixed, and kept in --work, so that a
-second go takes it from there. A report is written after every case; after --budget seconds no case is begun.
+A preset is `trained_like`, exported and proved first, with --precision and --tune as `hflow-rt export` has them, and
+kept in --work, so that a second go takes it from there. A report is written after every case; after --budget seconds
+no case is begun.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--directions", nargs="+", default=DIRECTIONS, choices=DIRECTIONS)
     parser.add_argument("--variants", nargs="+", help="only those with one of these in their name")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "mixed"))
+    parser.add_argument("--tune", default="any", choices=("any", "cpu"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=36_000, help="seconds")
     parser.add_argument("--work", type=Path, default=Path("runs/latency"), help="where bundles are kept")
@@ -41,12 +43,13 @@ def main() -> None:
     ends = time.monotonic() + given.budget
     names = [name for name, variant in VARIANTS.items() if variant.device == given.device]
     wanted = [name for name in names if not given.variants or any(wish in name for wish in given.variants)]
-    suffix = "" if given.precision == "fp32" else f"-{given.precision}"
+    options = {"precision": given.precision, "tuning": given.tune}
+    suffix = ("-mixed" if given.precision == "mixed" else "") + ("-tuned" if given.tune == "cpu" else "")
     for preset in given.presets or PRESETS[given.device]:
         folder = given.work / f"{preset}{suffix}"
         if not (folder / "bundle" / MANIFEST).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            exported_like(preset, folder, precision=given.precision)
+            exported_like(preset, folder, **options)
         target = RESULTS / f"{given.device}-{preset}{suffix}"
 
         def keep(report: dict[str, Any], target: Path = target) -> None:

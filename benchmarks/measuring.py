@@ -57,8 +57,8 @@ def trained_like(preset: str) -> Any:
     return model.eval()
 
 
-def exported_like(preset: str, folder: Path, direction: Any = "both", precision: Any = "fp32") -> tuple[Any, Path]:
-    """`trained_like(preset)` and its verified bundle, `folder`/bundle."""
+def exported_like(preset: str, folder: Path, direction: Any = "both", **options: Any) -> tuple[Any, Path]:
+    """`trained_like(preset)` and its verified bundle, `folder`/bundle; options: of `export_bundle`."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
     from hflow_rt.training.config import load_config
@@ -69,7 +69,7 @@ def exported_like(preset: str, folder: Path, direction: Any = "both", precision:
     images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
     images[1] = images[1].transpose(0, 2, 1)
     images = np.rint(images * 255) / np.float32(255)  # 8-bit values, as real images have
-    manifest = export_bundle(weights, folder / "bundle", images, direction, precision=precision)
+    manifest = export_bundle(weights, folder / "bundle", images, direction, **options)
     assert manifest.verified, manifest.parity
     return model, folder / "bundle"
 

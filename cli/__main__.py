@@ -25,6 +25,7 @@ COMMANDS = (
     "seeds",
     "heatmap",
     "zeroing",
+    "temperature",
     "mix",
     "neighbours",
     "attribute",

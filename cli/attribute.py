@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     DeviceOption,
     ImagesArgument,
     JsonOption,
+    LabelOption,
     ModelOption,
     PlaceOption,
     SeedOption,
@@ -23,6 +24,7 @@ from hflow_rt.cli.common import (
     read_pictures,
     say_next,
     starting_points,
+    told,
     tracked,
 )
 
@@ -43,6 +45,7 @@ def make(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where it goes (.safetensors).")] = Path(
         "attribute.safetensors"
     ),
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -59,8 +62,8 @@ def make(
         raise DataError(f"a direction's name must end in .safetensors; found '{output.name}'; rename it")
     session = open_session(model, backend, device, quiet=json)
     where = find_place(session, place)
-    sides = [read_pictures([source], session.resolution) for source in (positive, negative)]
-    a, b = (encodings(session, encoded(session, pixels, names), where) for names, pixels in sides)
+    sides = [read_pictures([source], session.resolution, choices=session.choices) for source in (positive, negative)]
+    a, b = (encodings(session, encoded(session, pixels, told(session, names, label)), where) for names, pixels in sides)
     direction = measure_direction(session, where, a, b, (str(positive), str(negative)))
     save_direction(output, direction)
     about = direction.about
@@ -92,6 +95,7 @@ def apply(
     number: Annotated[int, typer.Option("-n", "--number", help="How many samples, or of the images.")] = 4,
     seed: SeedOption = 0,
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -110,7 +114,7 @@ def apply(
     found = load_direction(direction)
     session = open_session(model, backend, device, quiet=json)
     check_direction(session, found, str(direction))
-    names, _, latents = starting_points(session, images, number, seed, std)
+    names, _, latents = starting_points(session, images, number, seed, std, label)
     columns = [
         to_uint8(session.forward(move(session, latents, found, value)))
         for value in tracked(gains, len(gains) * len(names), lambda _: len(names), "decoding")

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.conditions import Choices
     from hflow_rt.runtime.bundle import Bundle
     from hflow_rt.runtime.session import Session
 
@@ -167,20 +168,22 @@ def need_extra(extra: str, *packages: str) -> None:
 
 
 def read_pictures(
-    paths: Sequence[Path], resolution: int, limit: int | None = None
+    paths: Sequence[Path], resolution: int, limit: int | None = None, choices: "Choices | None" = None
 ) -> tuple[list[str], "NDArray[np.float32]"]:
     """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders and archives, the first `limit` of them.
 
-    Raises `DataError`.
+    choices: of the model; a file's or folder's name then tells its class, see `class_folder`. Raises `DataError`.
     """
     import numpy as np
 
+    from hflow_rt.conditions import class_folder
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.pictures import read_image
 
     names: list[str] = []
     images: list[NDArray[np.float32]] = []
     for path in paths:
+        folder = class_folder(choices or {}, path)
         if path.is_dir() or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
             from hflow_rt.data.dataset import open_dataset
 
@@ -189,10 +192,10 @@ def read_pictures(
             if skipped:
                 counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
                 print(f"{len(found)} images in {path}; not used: {counts}", file=sys.stderr)
-            names += found.names[:limit]
+            names += [folder + name for name in found.names[:limit]]
             images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
         else:
-            names.append(path.name)
+            names.append(folder + path.name)
             images.append(read_image(path, resolution))
     if not images:
         raise DataError("no images given; name at least one file, folder or archive")
@@ -213,15 +216,15 @@ def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[
 
 
 def encoded(
-    session: "Session", pixels: "NDArray[np.float32]", names: Sequence[str], batch: int = 16
+    session: "Session", pixels: "NDArray[np.float32]", conditions: "Mapping[str, NDArray[np.float32]]", batch: int = 16
 ) -> "dict[str, NDArray[np.float32]]":
-    """Latents of images `[N, 3, R, R]` in [0, 1], with progress; names: theirs, for `told`."""
+    """Latents of images `[N, 3, R, R]` in [0, 1], with progress; conditions: as of `told`."""
     from hflow_rt.runtime.latents import concatenate
 
     batches = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
     size = lambda part: len(pixels[part])  # noqa: E731
     parts = [
-        session.inverse(pixels[part], told(session, names[part])).latents
+        session.inverse(pixels[part], {name: rows[part] for name, rows in conditions.items()}).latents
         for part in tracked(batches, len(pixels), size, "encoding")
     ]
     return concatenate(parts)
@@ -230,12 +233,23 @@ def encoded(
 def told(session: "Session", names: Sequence[str], label: str | None = None) -> "dict[str, NDArray[np.float32]]":
     """What the model is told of the images called `names`: `label`, or what their folders say. Raises `DataError`."""
     from hflow_rt.conditions import by_folder, of_option
+    from hflow_rt.errors import DataError
 
-    return by_folder(session.choices, names) if label is None else of_option(session.choices, label, len(names))
+    if label is not None:
+        return of_option(session.choices, label, len(names))
+    try:
+        return by_folder(session.choices, names)
+    except DataError as error:
+        raise DataError(f"{error}; put it there, or say --label") from error
 
 
 def starting_points(
-    session: "Session", images: Sequence[Path] | None, number: int, seed: int, std: Sequence[str] | None
+    session: "Session",
+    images: Sequence[Path] | None,
+    number: int,
+    seed: int,
+    std: Sequence[str] | None,
+    label: str | None,
 ) -> tuple[list[str], "NDArray[np.float32]", "dict[str, NDArray[np.float32]]"]:
     """Names, pixels `[N, 3, R, R]` and latents of the first `number` images, or of as many samples of `seed`.
 
@@ -248,9 +262,9 @@ def starting_points(
         raise DataError(f"the number of images must be at least 1, not {number}")
     check_std(std, not images)
     if images:
-        names, pixels = read_pictures(images, session.resolution, number)
-        return names, pixels, encoded(session, pixels, names)
-    latents = concatenate(list(session.draw(range(number), std or session.std, seed)))
+        names, pixels = read_pictures(images, session.resolution, number, session.choices)
+        return names, pixels, encoded(session, pixels, told(session, names, label))
+    latents = concatenate(list(session.draw(range(number), std or session.std, seed, option=label)))
     return [f"sample {index}" for index in range(number)], session.forward(latents), latents
 
 

@@ -83,7 +83,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     for space in ("z", *session.manifest.spaces):
         ends = tuple(session.into_space(space, end) for end in (first, second))
         mode = "slerp" if space == "z" else "lerp"
-        path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined(space)))
+        path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined(space), session.choices))
         walks.append(
             (
                 f"in {space}",
@@ -91,7 +91,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
             )
         )
     save_image(page / "interpolation.png", labelled_rows(walks))
-    frames = concatenate(interpolate(first, second, 24, "slerp", session.joined()))
+    frames = concatenate(interpolate(first, second, 24, "slerp", session.joined(), session.choices))
     big = to_uint8(session.forward(frames)).repeat(4, 1).repeat(4, 2)
     save_animation(page / "interpolation.gif", big[ping_pong(24)], 12)
     return {

@@ -50,7 +50,7 @@ def encode(
     if picture is not None:
         check_picture_name(picture)
     session = open_session(model, backend, device, quiet=json)
-    names, pixels = read_pictures(images, session.resolution)
+    names, pixels = read_pictures(images, session.resolution, choices=session.choices)
     conditions = told(session, names, label)
     starts = [slice(start, start + _BATCH) for start in range(0, len(pixels), _BATCH)]
     size = lambda part: len(pixels[part])  # noqa: E731

@@ -2,12 +2,19 @@
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hflow_rt.cli.common import named, need_extra, print_json, say_next, status
-from hflow_rt.cli.export import GraphOptions, export_graphs, fail_on, print_report, proof_pictures
+from hflow_rt.cli.export import (
+    GraphOptions,
+    export_graphs,
+    fail_on,
+    model_and_bundle,
+    print_report,
+    proof_pictures,
+)
 
 if TYPE_CHECKING:
     from hflow_rt.manifest import Manifest, Plan
@@ -40,7 +47,7 @@ def build_engines(
     capabilities = None if options.capabilities is None else parse_capabilities(options.capabilities)
     target(options.flavor, capabilities, options.refit)
     folder = _bundle_folder(run, output, graphs, quiet)
-    wanted = GRAPHS if graphs.direction == "both" else (graphs.direction,)
+    wanted = GRAPHS if graphs.direction in (None, "both") else (graphs.direction,)
     with status(quiet=quiet) as progress:
         bundle, key = add_engines(
             find_bundle(folder),
@@ -70,23 +77,25 @@ def update_engines(
     from hflow_rt.manifest import MANIFEST
     from hflow_rt.runtime.bundle import BUNDLE, find_bundle
 
-    told = [graphs.direction != "both", graphs.bound, graphs.std, graphs.half, graphs.precision]
-    if any((*told, options.capabilities, options.batch, options.workspace, options.refit)):
+    if replace(graphs, images=None) != GraphOptions() or any(
+        (options.capabilities, options.batch, options.workspace, options.refit)
+    ):
         raise ConfigError(
             "--update-weights keeps the bundle's graphs and engines as they are but for the weights; give it no other"
             " option but --out, --images and --flavor"
         )
-    source, folder = _source_and_bundle(run, output)
+    source, folder = model_and_bundle(run, output)
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"there is no bundle in {folder} to update; name the one with the engines with --out")
     old = find_bundle(folder)
     key = refittable(old, options.flavor)
-    if _of_weights(old, source):
+    if _is_of(folder, source):
         raise BundleError(f"{folder} has the weights of {source} already; there is nothing to update")
     with status(quiet=quiet) as progress, atomic_directory(folder) as temporary:
         progress("exporting the new graphs")
         exported = temporary / BUNDLE
-        fail_on(export_graphs(source, exported, _like(old.manifest, graphs.images), quiet=True).parity or {})
+        like = replace(GraphOptions().filled(old.manifest), images=graphs.images)
+        fail_on(export_graphs(source, exported, like, quiet=True).parity or {})
         _, key = refit_engines(find_bundle(exported), old, key, progress)
         for path in list(exported.iterdir()):
             path.rename(temporary / path.name)
@@ -182,9 +191,8 @@ def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, 
     from hflow_rt.assets import PRETRAINED, pretrained
     from hflow_rt.errors import BundleError, CheckpointError
     from hflow_rt.files import atomic_directory
-    from hflow_rt.manifest import MANIFEST, MODEL
-    from hflow_rt.runs import ROOT, latest_run, resolve_run
-    from hflow_rt.runtime.bundle import BUNDLE
+    from hflow_rt.manifest import MANIFEST
+    from hflow_rt.runs import ROOT, latest_run
 
     if run is None:
         try:
@@ -196,26 +204,35 @@ def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, 
                 print(
                     f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships, in {output}", file=sys.stderr
                 )
-    if (run / MANIFEST).is_file():
-        if output is None or output.resolve() == run.resolve():
-            return _satisfying(run, run / MODEL, graphs, quiet)
-        if output.exists():
-            raise BundleError(f"{output} exists already, and a copy of {run} would replace it; choose another --out")
-        with atomic_directory(output) as folder:
-            shutil.copytree(run, folder, dirs_exist_ok=True)
-        return _satisfying(output, output / MODEL, graphs, quiet)
-    source = run if run.is_file() else resolve_run(run) / MODEL
-    return _satisfying(output or source.parent / BUNDLE, source, graphs, quiet)
+    source, folder = model_and_bundle(run, output)
+    bundle = source.parent
+    if (bundle / MANIFEST).is_file() and folder.resolve() != bundle.resolve():
+        if not folder.exists():
+            with atomic_directory(folder) as copy:
+                shutil.copytree(bundle, copy, dirs_exist_ok=True)
+        elif not _is_of(folder, source):
+            raise BundleError(f"{folder} exists already, and a copy of {bundle} would replace it; choose another --out")
+    return _satisfying(folder, source, graphs, quiet)
+
+
+def _is_of(folder: Path, source: Path) -> bool:
+    """Whether `folder` is a bundle of the weights in the file `source`."""
+    from hflow_rt.files import sha256
+    from hflow_rt.manifest import MANIFEST, read_manifest
+
+    if not (folder / MANIFEST).is_file():
+        return False
+    checkpoint = read_manifest(folder).checkpoint
+    return sha256(source) in (checkpoint["sha256"], checkpoint.get("exported_from"))
 
 
 def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -> Path:
     """`folder`, exported from the model file `source` unless it is a bundle of just that already."""
     from hflow_rt.manifest import MANIFEST
-    from hflow_rt.runtime.bundle import find_bundle
 
     if (folder / MANIFEST).is_file():
-        if _of_weights(find_bundle(folder), source):
-            lacking = _lacking(folder, graphs)
+        if _is_of(folder, source):
+            lacking, graphs = _lacking(folder, graphs)
             if not lacking:
                 return folder
             reason = f"{folder} lacks {lacking}"
@@ -227,56 +244,28 @@ def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -
     return folder
 
 
-def _of_weights(bundle: "Bundle", source: Path) -> bool:
-    """Whether a bundle was exported from just this model file."""
-    from hflow_rt.files import sha256
+def _lacking(folder: Path, graphs: GraphOptions) -> tuple[str, GraphOptions]:
+    """What the graphs of a bundle lack of what was asked for, in words, and what to export then.
 
-    checkpoint = bundle.manifest.checkpoint
-    return sha256(source) in (checkpoint["sha256"], checkpoint.get("exported_from"))
+    Nothing if they will do. A direction names the engines to build, so that the other's graph stays.
+    """
+    from hflow_rt.manifest import read_manifest
 
-
-def _source_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
-    """The model file of a run, a bundle or a model file, and the bundle to update with it."""
-    from hflow_rt.manifest import MANIFEST, MODEL
-    from hflow_rt.runs import resolve_run
-    from hflow_rt.runtime.bundle import BUNDLE
-
-    if run is not None and (run / MANIFEST).is_file():
-        return run / MODEL, output or run
-    source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
-    return source, output or source.parent / BUNDLE
-
-
-def _like(manifest: "Manifest", images: list[Path] | None) -> GraphOptions:
-    """What to tell `export` for graphs like those of a bundle."""
-    direction: Literal["forward", "inverse", "both"] = "both"
-    if "inverse" not in manifest.graphs:
-        direction = "forward"
-    elif "forward" not in manifest.graphs:
-        direction = "inverse"
-    return GraphOptions(
-        direction,
-        images,
-        "bound" in manifest.graphs,
-        list(manifest.std),
-        "exported_from" in manifest.checkpoint,
-        manifest.precision,
-    )
-
-
-def _lacking(folder: Path, graphs: GraphOptions) -> str:
-    """What the graphs of a bundle lack of what was asked for, in words; nothing if they will do."""
-    from hflow_rt.runtime.bundle import find_bundle
-
-    manifest = find_bundle(folder).manifest
-    needed = ["forward", "inverse"] if graphs.direction == "both" else [graphs.direction]
-    missing = [name for name in (*needed, *(["bound"] if graphs.bound else [])) if name not in manifest.graphs]
-    if missing:
-        return f"the graph {missing[0]}"
-    if graphs.precision is not None and graphs.precision != manifest.precision:
-        return f"{graphs.precision} arithmetic"
-    if graphs.half and "exported_from" not in manifest.checkpoint:
-        return "weights in half precision"
-    if graphs.std is not None and tuple(graphs.std) != manifest.std:
-        return f"std {' '.join(graphs.std)}"
-    return ""
+    manifest = read_manifest(folder)
+    known = GraphOptions().filled(manifest)
+    wanted = graphs.filled(manifest)
+    one_more = known.direction not in ("both", wanted.direction)
+    wanted = replace(wanted, direction="both" if one_more else known.direction)
+    if one_more:
+        return f"the graph {'inverse' if known.direction == 'forward' else 'forward'}", wanted
+    if wanted.bound and not known.bound:
+        return "the graph bound", wanted
+    if wanted.precision != known.precision:
+        return f"{wanted.precision} arithmetic", wanted
+    if wanted.tune != known.tune:
+        return f"--tune {wanted.tune}", wanted
+    if wanted.half != known.half:
+        return f"weights in {'half' if wanted.half else 'full'} precision", wanted
+    if wanted.std != known.std:
+        return f"std {' '.join(wanted.std or ())}", wanted
+    return "", graphs

@@ -1,6 +1,7 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +27,7 @@ from hflow_rt.cli.common import (
 if TYPE_CHECKING:
     from hflow_rt.manifest import Manifest
 
-__all__ = ["GraphOptions", "export_graphs", "fail_on", "print_report", "proof_pictures"]
+__all__ = ["GraphOptions", "export_graphs", "fail_on", "model_and_bundle", "print_report", "proof_pictures"]
 
 _ENGINES = ("onnx", "trt")
 _TRT = "TensorRT"  # heading in the help
@@ -50,6 +51,11 @@ class _Precision(StrEnum):
     mixed = "mixed"
 
 
+class _Tuning(StrEnum):
+    any = "any"
+    cpu = "cpu"
+
+
 _ImagesOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -62,14 +68,33 @@ _ImagesOption = Annotated[
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What `export` was told about the graphs; None and False where it was told nothing."""
+    """What `export` was told about the graphs; None where it was told nothing."""
 
-    direction: Literal["forward", "inverse", "both"]
-    images: list[Path] | None
-    bound: bool
-    std: list[str] | None
-    half: bool
-    precision: Literal["fp32", "mixed"] | None
+    images: list[Path] | None = None
+    direction: Literal["forward", "inverse", "both"] | None = None
+    bound: bool | None = None
+    std: list[str] | None = None
+    half: bool | None = None
+    precision: Literal["fp32", "mixed"] | None = None
+    tune: Literal["any", "cpu"] | None = None
+
+    def filled(self, there: "Manifest | None") -> "GraphOptions":
+        """With all that was not told as it is in the bundle that is there, else by default."""
+        from hflow_rt.manifest import HALF, STD
+
+        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
+        if there is not None:
+            both = {"forward", "inverse"} <= there.graphs.keys()
+            known = GraphOptions(
+                direction="both" if both else "forward" if "forward" in there.graphs else "inverse",
+                bound="bound" in there.graphs,
+                std=list(there.std),
+                half=there.checkpoint.get("weights") == HALF,
+                precision=there.precision,
+                tune=there.tuning,
+            )
+        told = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(known, **told)
 
 
 @app.command()
@@ -82,16 +107,22 @@ def export(
     ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
     direction: Annotated[
-        _Direction, typer.Option(help="forward is latents to image, inverse image to latents.")
-    ] = _Direction.both,
+        _Direction | None,
+        typer.Option(help="forward is latents to image, inverse image to latents; both.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False),
     ] = None,
     images: _ImagesOption = None,
     bound: Annotated[
-        bool, typer.Option("--bound", help="Also the engine of 'eval bpd', which measures bits per dimension.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--bound/--no-bound",
+            help="Also the engine of 'eval bpd', which measures bits per dimension.",
+            show_default=False,
+        ),
+    ] = None,
     std: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,13 +130,24 @@ def export(
         ),
     ] = None,
     half: Annotated[
-        bool, typer.Option("--half", help="Round the weights to half precision first; arithmetic stays float32.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--half/--no-half",
+            help="Round the weights to half precision first; arithmetic stays float32.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         _Precision | None,
         typer.Option(
-            help="Of the arithmetic: mixed computes the nets in float16, the flow in float32. Without it --engine "
-            "trt takes that of the bundle that is there, and onnx fp32.",
+            help="Of the arithmetic: mixed computes the nets in float16, the flow in float32; fp32.",
+            show_default=False,
+        ),
+    ] = None,
+    tune: Annotated[
+        _Tuning | None,
+        typer.Option(
+            help="cpu writes wide convolutions in a form that CPUs run faster and GPUs slower; any is the default.",
             show_default=False,
         ),
     ] = None,
@@ -162,13 +204,23 @@ def export(
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
 
+    What is not said stays as in the bundle that is replaced: --direction, --bound, --std, --half, --precision, --tune.
+
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
     from hflow_rt.errors import BackendUnavailable, ConfigError
 
     if engine not in _ENGINES:
         raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
-    graphs = GraphOptions(direction.value, images, bound, std, half, None if precision is None else precision.value)
+    graphs = GraphOptions(
+        images,
+        None if direction is None else direction.value,
+        bound,
+        std,
+        half,
+        None if precision is None else precision.value,
+        None if tune is None else tune.value,
+    )
     if engine == "trt":
         from hflow_rt.cli.engines import EngineOptions, build_engines, update_engines
 
@@ -181,12 +233,7 @@ def export(
             "--flavor, --compute-capability, --batch, --workspace, --refit and --update-weights are for --engine trt;"
             " add it"
         )
-    from hflow_rt.manifest import MODEL
-    from hflow_rt.runs import resolve_run
-    from hflow_rt.runtime.bundle import BUNDLE
-
-    source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
-    folder = output or source.parent / BUNDLE
+    source, folder = model_and_bundle(run, output)
     manifest = export_graphs(source, folder, graphs, json)
     report = manifest.parity
     assert report is not None
@@ -238,29 +285,66 @@ def check(
     fail_on(report)
 
 
+def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
+    """The model file of a run, a bundle or a path to one, the latest run's if none, and the folder of its bundle.
+
+    Raises `CheckpointError` where there is none, and `BundleError` for the bundle that ships.
+    """
+    from hflow_rt.assets import pretrained
+    from hflow_rt.errors import BundleError
+    from hflow_rt.manifest import MANIFEST, MODEL
+    from hflow_rt.runs import resolve_run
+    from hflow_rt.runtime.bundle import BUNDLE
+
+    source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
+    inside = source.name == MODEL and (source.parent / MANIFEST).is_file()
+    folder = output or (source.parent if inside else source.parent / BUNDLE)
+    if folder.resolve() == pretrained().resolve():
+        raise BundleError(f"{folder} was installed and must stay as it is; say where the engines go with --out")
+    return source, folder
+
+
 def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool) -> "Manifest":
-    """Write the graphs of the model file `source`, prove them, and say so unless quiet."""
+    """Write the graphs of the model file `source`, prove them, and say so unless quiet.
+
+    What `options` leave open is as in the bundle that is replaced, if that is of the same kind of model.
+    """
     need_extra("train", "torch", "onnx", "onnxscript")
+    from hflow_rt.errors import BundleError, ConfigError
     from hflow_rt.export.bundle import export_bundle
-    from hflow_rt.manifest import STD
+    from hflow_rt.manifest import HALF, read_manifest
     from hflow_rt.models.checkpoint import parse_config, read_metadata
     from hflow_rt.models.family import family
 
     metadata = read_metadata(source)
     config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
+    try:
+        there = read_manifest(folder)
+    except BundleError:
+        there = None  # nothing, or too broken to be asked
+    alike = there is not None and (there.family, there.config) == (metadata["family"], metadata["config"])
+    wanted = options.filled(there if alike else None)
+    if options.half is False and metadata.get("weights") == HALF:
+        raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
+    if not quiet and wanted != options.filled(None):
+        print(f"{folder} is exported again as it was:{_as_options(wanted)}", file=sys.stderr)
     pictures = proof_pictures(options.images, config.resolution)
+    assert wanted.direction is not None
     with status(quiet=quiet) as progress:
         manifest = export_bundle(
             source,
             folder,
             pictures,
-            options.direction,
+            wanted.direction,
             progress,
-            bound=options.bound,
-            half=options.half,
-            std=options.std or STD,
-            precision=options.precision or "fp32",
+            bound=bool(wanted.bound),
+            half=bool(wanted.half),
+            std=wanted.std or (),
+            precision=wanted.precision or "fp32",
+            tuning=wanted.tune or "any",
         )
+    if there is not None and (gone := [key for key in there.engines if key not in manifest.engines]):
+        print(f"gone with the graphs they were built from: TensorRT engines {', '.join(gone)}", file=sys.stderr)
     assert manifest.parity is not None
     if not quiet:
         for graph in manifest.graphs.values():
@@ -270,6 +354,17 @@ def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool
             print(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
         print_report(manifest.parity)
     return manifest
+
+
+def _as_options(wanted: GraphOptions) -> str:
+    """What differs from the defaults, as it would be typed."""
+    words = ""
+    for name, default in vars(GraphOptions().filled(None)).items():
+        value = getattr(wanted, name)
+        if name != "images" and value != default:
+            for one in value if isinstance(value, list) else [value]:
+                words += f" --{name}" if one is True else f" --{name} {one}"
+    return words
 
 
 def proof_pictures(paths: list[Path] | None, resolution: int) -> Any:

@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     DeviceOption,
     ImagesArgument,
     JsonOption,
+    LabelOption,
     ModelOption,
     SeedOption,
     StdOption,
@@ -36,6 +37,7 @@ def heatmap(
     redraw_std: Annotated[float, typer.Option(help="Std of the redraws, as a multiple of the prior's.")] = 1.0,
     seed: SeedOption = 0,
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -51,7 +53,7 @@ def heatmap(
 
     check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
-    bases, pixels, latents = starting_points(session, images, number, seed, std)
+    bases, pixels, latents = starting_points(session, images, number, seed, std, label)
     names = list(session.latent_shapes)
     jobs = [(index, name) for index in range(len(bases)) for name in names]
     first = len(bases)  # redraws are images after all bases, so that none is its own redraw

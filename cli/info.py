@@ -9,6 +9,8 @@ from hflow_rt.cli.app import app
 from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, print_json, say_next
 from hflow_rt.cli.engines import describe_engines, describe_layers
 
+_SHOWN = 20  # classes; --json lists all
+
 
 @app.command()
 def info(
@@ -46,10 +48,14 @@ def info(
         return
     manifest = read_manifest(bundle)
     verdict = "verified" if manifest.verified else "UNVERIFIED"
-    print(f"bundle: {bundle}, {verdict}, {manifest.precision}, opset {manifest.opset}")
+    tuned = "" if manifest.tuning == "any" else f", for a {manifest.tuning.upper()}"
+    print(f"bundle: {bundle}, {verdict}, {manifest.precision}{tuned}, opset {manifest.opset}")
     print("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     for latent in manifest.latents:
         print(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
+    for name, options in manifest.choices.items():
+        more = f" and {len(options) - _SHOWN} more" if len(options) > _SHOWN else ""
+        print(f"  {name}: {', '.join(options[:_SHOWN])}{more}")
     print(f"  samples at std {' '.join(manifest.std)} where nobody says")
     for name, graph in manifest.graphs.items():
         counts = ", ".join(f"{count} {operator}" for operator, count in graph.operators.items())

@@ -68,7 +68,7 @@ def interpolate(
     check_std(std, not images)
     session = open_session(model, backend, device, quiet=json)
     if images:
-        names, pixels = read_pictures(images, session.resolution)
+        names, pixels = read_pictures(images, session.resolution, choices=session.choices)
         if len(pixels) != 2:
             raise DataError(f"an interpolation joins two images, not {len(pixels)}")
         latents = session.inverse(pixels, told(session, names, label)).latents
@@ -76,7 +76,7 @@ def interpolate(
         latents = next(session.draw([0, 1], std or session.std, seed, option=label))
     latents = session.into_space(space, latents)
     ends = [{name: values[i : i + 1] for name, values in latents.items()} for i in (0, 1)]
-    path = between(ends[0], ends[1], frames, mode, session.joined(space))
+    path = between(ends[0], ends[1], frames, mode, session.joined(space), session.choices)
     batches = [concatenate(path[start : start + 8]) for start in range(0, frames, 8)]
     pictures = []
     for part in tracked(batches, frames, lambda p: len(next(iter(p.values()))), "decoding"):

@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     StdOption,
     encoded,
@@ -20,6 +21,7 @@ from hflow_rt.cli.common import (
     print_json,
     read_pictures,
     say_next,
+    told,
     tracked,
 )
 
@@ -61,6 +63,7 @@ def mix(
     model: ModelOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path("mix.png"),
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -80,8 +83,8 @@ def mix(
         raise DataError("--cut and --from-rows both say what the rows give; keep one of them")
     session = open_session(model, backend, device, quiet=json)
     names = from_rows or explore.coarse_down_to(session, cut)
-    down, row_pixels, row_latents = _sources(session, rows, row_images, "0-3", "row", std)
-    across, column_pixels, column_latents = _sources(session, columns, column_images, "4-8", "column", std)
+    down, row_pixels, row_latents = _sources(session, rows, row_images, "0-3", "row", std, label)
+    across, column_pixels, column_latents = _sources(session, columns, column_images, "4-8", "column", std, label)
     corner = np.full((1, session.resolution, session.resolution, 3), 255, np.uint8)
     grid = [Row(np.concatenate([corner, to_uint8(column_pixels)]), captions=["", *across])]
     total = len(down) * len(across)
@@ -109,6 +112,7 @@ def _sources(
     default: str,
     what: str,
     std: Sequence[str] | None,
+    label: str | None,
 ) -> "tuple[list[str], NDArray[np.float32], dict[str, NDArray[np.float32]]]":
     """Names, pixels and latents of one side."""
     from hflow_rt.errors import DataError
@@ -117,8 +121,8 @@ def _sources(
     if images:
         if seeds:
             raise DataError(f"--{what}s and --{what}-images both say what the {what}s are; keep one of them")
-        names, pixels = read_pictures(images, session.resolution)
-        return names, pixels, encoded(session, pixels, names)
+        names, pixels = read_pictures(images, session.resolution, choices=session.choices)
+        return names, pixels, encoded(session, pixels, told(session, names, label))
     chosen = explore.parse_seeds(seeds or [default])
-    latents = explore.latents_of_seeds(session, chosen, std or session.std)
+    latents = explore.latents_of_seeds(session, chosen, std or session.std, label)
     return [f"seed {seed}" for seed in chosen], session.forward(latents), latents

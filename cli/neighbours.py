@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     PlaceOption,
     SeedOption,
@@ -23,6 +24,7 @@ from hflow_rt.cli.common import (
     print_json,
     read_pictures,
     say_next,
+    starting_points,
     told,
     tracked,
 )
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hflow_rt.data.selection import Selection
+    from hflow_rt.runtime.session import Session
 
 _BATCH = 16
 
@@ -56,6 +59,7 @@ def neighbours(
     ),
     seed: SeedOption = 0,
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -66,6 +70,7 @@ def neighbours(
     """
     import numpy as np
 
+    from hflow_rt.conditions import class_folder
     from hflow_rt.data.selection import select
     from hflow_rt.runtime.encodings import Nearest, encodings, find_place
     from hflow_rt.runtime.pictures import Row, check_picture_name, from_uint8, save_image, table, to_uint8
@@ -75,20 +80,22 @@ def neighbours(
     session = open_session(model, backend, device, quiet=json)
     where = find_place(session, place)
     searched = select(data, session.resolution, split)
+    found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0
+    known = _of_set(session, found, label)
     if images:
-        names, queries = read_pictures(images, session.resolution)
+        names, queries = read_pictures(images, session.resolution, choices=session.choices)
+        conditions = told(session, names, label)
     else:
+        names, drawn, latents = starting_points(session, None, samples, seed, std, label)
         # as they would be read from a file, so that samples and images are encoded alike
-        queries = from_uint8(to_uint8(session.sample(samples, std or session.std, seed)))
-        names = [f"sample {index}" for index in range(samples)]
+        queries, conditions = from_uint8(to_uint8(drawn)), {name: latents[name] for name in session.choices}
     nearest = {
-        where.name: Nearest(encodings(session, encoded(session, queries, names), where), count),
+        where.name: Nearest(encodings(session, encoded(session, queries, conditions), where), count),
         "pixels": Nearest(queries, count),
     }
-    found, seen = searched.names, 0
     for pixels in tracked(_batches(searched), len(searched), len, "encoding"):
-        conditions = told(session, found[seen : seen + len(pixels)])
-        nearest[where.name].add(encodings(session, session.inverse(pixels, conditions).latents, where))
+        part = {name: rows[seen : seen + len(pixels)] for name, rows in known.items()}
+        nearest[where.name].add(encodings(session, session.inverse(pixels, part).latents, where))
         seen += len(pixels)
         nearest["pixels"].add(pixels)
     rows, report = [], []
@@ -111,6 +118,17 @@ def neighbours(
     few = f"{min(count, len(searched))} nearest in {where.name} and in pixels"
     print(f"of {searched}, {few} to each of {len(names)}: {output}")
     say_next(f"hflow-rt neighbours{named(model, '--model ')} --in {next(iter(session.latent_shapes))} -o other.png")
+
+
+def _of_set(session: "Session", names: list[str], label: str | None) -> "dict[str, NDArray[np.float32]]":
+    """What the model is told of the images that are searched: what their folders say, else `label`."""
+    from hflow_rt.conditions import by_folder
+    from hflow_rt.errors import DataError
+
+    try:
+        return by_folder(session.choices, names)
+    except DataError:
+        return told(session, names, label)
 
 
 def _batches(chosen: "Selection") -> "Iterator[NDArray[np.float32]]":

@@ -11,6 +11,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     StdOption,
     named,
@@ -32,6 +33,7 @@ def seeds(
         int | None, typer.Option(help="Images in a row; by default as many as rows.", show_default=False)
     ] = None,
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -52,7 +54,7 @@ def seeds(
     chosen = explore.parse_seeds(seeds or ["0-15"])
     session = open_session(model, backend, device, quiet=json)
     stds = std or session.std
-    parts = list(explore.batches(explore.latents_of_seeds(session, chosen, stds)))
+    parts = list(explore.batches(explore.latents_of_seeds(session, chosen, stds, label)))
     size = lambda part: len(next(iter(part.values())))  # noqa: E731
     images = [to_uint8(session.forward(part)) for part in tracked(parts, len(chosen), size, "sampling")]
     save_image(output, captioned(np.concatenate(images), [str(seed) for seed in chosen], columns))

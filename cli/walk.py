@@ -11,6 +11,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     SeedOption,
     StdOption,
@@ -42,6 +43,7 @@ def walk(
     space: Annotated[str, typer.Option(help="z, or another space of the family (hflow: y0).")] = "z",
     seed: SeedOption = 0,
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -73,6 +75,7 @@ def walk(
         mode=mode,
         space=space,
         fixed=fix or (),
+        option=label,
     )
     total = (keyframes * frames if closed else (keyframes - 1) * frames + 1) * paths
     shown = [np.asarray(grid(to_uint8(step), columns)) for step in tracked(steps, total, len, "walking")]

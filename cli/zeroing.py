@@ -11,6 +11,7 @@ from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
     JsonOption,
+    LabelOption,
     ModelOption,
     SeedOption,
     StdOption,
@@ -22,6 +23,7 @@ from hflow_rt.cli.common import (
     say_next,
     shipped_pictures,
     starting_points,
+    told,
     tracked,
 )
 
@@ -40,6 +42,7 @@ def zeroing(
     samples: Annotated[bool, typer.Option("--samples", help="Take samples of a seed instead of images.")] = False,
     seed: SeedOption = 0,
     std: StdOption = None,
+    label: LabelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -60,23 +63,23 @@ def zeroing(
     check_std(std, samples, "ask for samples with --samples or leave it away")
     session = open_session(model, backend, device, quiet=json)
     if images or samples:
-        names, pixels, latents = starting_points(session, images, number, seed, std)
+        names, pixels, latents = starting_points(session, images, number, seed, std, label)
     else:
         names, pixels = shipped_pictures(session.resolution, number)
-        latents = encoded(session, pixels, names)
+        latents = encoded(session, pixels, told(session, names, label))
     steps = len(session.latent_shapes) + 1
     rows, changes = [], {}
     for zero, decoded in tracked(
         explore.zeroing(session, latents), steps * len(names), lambda _: len(names), "decoding"
     ):
-        label = "all zero (mean image)" if len(zero) == steps - 1 else f"-{' '.join(zero)}" if zero else "original"
-        rows.append((label, to_uint8(decoded if zero else pixels)))
-        changes[label] = float(np.sqrt(np.mean((decoded - pixels) ** 2)))
+        what = "all zero (mean image)" if len(zero) == steps - 1 else f"-{' '.join(zero)}" if zero else "original"
+        rows.append((what, to_uint8(decoded if zero else pixels)))
+        changes[what] = float(np.sqrt(np.mean((decoded - pixels) ** 2)))
     save_image(output, labelled_rows(rows))
     if json:
         print_json({"output": str(output), "images": names, "rms_change": changes})
         return
-    for label, change in changes.items():
-        print(f"{label}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
+    for what, change in changes.items():
+        print(f"{what}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
     print(f"{len(names)} images: {output}")
     say_next(f"hflow-rt heatmap{named(model, '--model ')} -o heatmap.png")

@@ -1,5 +1,6 @@
 """Build a bundle: fold, write the graphs, prove them, and only then give the folder its name."""
 
+import contextlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,16 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt import __version__
-from hflow_rt.errors import BundleError, CheckpointError
+from hflow_rt.errors import BundleError, CheckpointError, ConfigError
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.files import atomic_directory, atomic_file, sha256
-from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
-from hflow_rt.manifest import MANIFEST, MODEL, STD, BundledFile, Latent, Manifest, Precision
+from hflow_rt.manifest import (
+    HALF,
+    MANIFEST,
+    MODEL,
+    STD,
+    BundledFile,
+    Latent,
+    Manifest,
+    Precision,
+    Tuning,
+    read_manifest,
+)
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.noise import parse_std
+from hflow_rt.runtime.plans import PLANS, graph_sha256
 from hflow_rt.runtime.session import open_bundle
 
 __all__ = ["Direction", "check_bundle", "export_bundle"]
@@ -38,6 +50,7 @@ def export_bundle(
     half: bool = False,
     std: Sequence[str] = STD,
     precision: Precision = "fp32",
+    tuning: Tuning = "any",
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
@@ -46,18 +59,21 @@ def export_bundle(
     bits per dimension. half: first round the weights to half precision, in which `model.safetensors` then keeps
     them; it is this rounded model, computed in float32 as ever, that the bundle holds and that its engines are held
     against. std: what samples will be drawn at where nobody says, in the form of `parse_std`. precision: of the
-    arithmetic in the graphs. Raises `CheckpointError`, `BundleError`, `DataError`.
+    arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come out the same.
+    tuning: `cpu` for graphs that only a CPU runs fast. Raises `CheckpointError`, `BundleError`, `ConfigError`,
+    `DataError`.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
     parse_std(std, model.latent_shapes())
     with atomic_directory(output) as folder:
-        if half:
+        if half and metadata.get("weights") != HALF:
             model, metadata = _write_half(model, metadata, folder / MODEL)
             metadata["exported_from"] = sha256(checkpoint)
         else:
             shutil.copyfile(checkpoint, folder / MODEL)
+            metadata |= _origin(checkpoint)
         weights = sha256(folder / MODEL)
         specs = model.graphs()
         needed = ({"forward", "inverse"} if direction == "both" else {direction}) | ({"bound"} if bound else set())
@@ -66,14 +82,16 @@ def export_bundle(
         if direction != "inverse":  # the graphs of other spaces serve interpolation
             needed |= {name for pair in model.spaces().values() for name in pair}
         specs = {name: spec for name, spec in specs.items() if name in needed}
+        if precision == "mixed" and tuning == "cpu":
+            raise ConfigError("mixed precision is for GPUs and --tune cpu for CPUs; choose one of them")
+        if precision == "mixed" and not all(spec.nets for spec in specs.values()):
+            raise ConfigError(f"the {metadata['family']} family has no nets for mixed precision; use --precision fp32")
         graphs, shared = {}, SharedWeights(folder / WEIGHTS)
-        # what folding multiplies the weights of a layer by
-        equalized = (module for module in model.modules() if isinstance(module, (EqualizedConv2d, EqualizedLinear)))
-        scales = {module.weight_scale for module in equalized}
         for name, spec in specs.items():
+            scales = spec.scales if metadata.get("weights") == HALF else ()
             progress(f"writing {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales if half else (), precision)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales, precision, tuning)
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],
@@ -87,6 +105,7 @@ def export_bundle(
             spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
             graphs=graphs,
             precision=precision,
+            tuning=tuning,
             opset=OPSET,
             tools={"hflow-rt": __version__, **_versions("torch", "onnx", "onnxscript", "onnxruntime")},
             checkpoint={
@@ -100,6 +119,7 @@ def export_bundle(
         )
         session = open_bundle(Bundle(folder, manifest), "onnx", "cpu")
         manifest = _reported(manifest, run_parity(model, session, images, progress=progress))
+        manifest = _with_old_engines(manifest, output, folder)
         (folder / MANIFEST).write_text(manifest.dump())
     return manifest
 
@@ -124,9 +144,47 @@ def check_bundle(
         report = run_parity(load_model(bundle.model), session, images, progress=progress)
         key = session.engines
     if keep and (backend == "onnx" or key is not None):
+        manifest = read_manifest(bundle.path)  # checking takes a while, in which others may have added engines
+        if _checked(manifest, key) != _checked(bundle.manifest, key):
+            raise BundleError(f"{bundle.path} was exported again while it was checked; check it again")
         with atomic_file(bundle.path / MANIFEST) as temporary:
-            temporary.write_text(_reported(bundle.manifest, report, key).dump())
+            temporary.write_text(_reported(manifest, report, key).dump())
     return report
+
+
+def _checked(manifest: Manifest, key: str | None) -> dict[str, BundledFile]:
+    """What a check of the graphs, or of the engines `key`, looks at."""
+    return {
+        name: file
+        for name, file in manifest.files.items()
+        if not name.startswith(f"{PLANS}/") or name.startswith(f"{PLANS}/{key}/")
+    }
+
+
+def _origin(checkpoint: Path) -> dict[str, Any]:
+    """If `checkpoint` lies in a bundle, what that bundle's weights were rounded from."""
+    with contextlib.suppress(BundleError):
+        known = read_manifest(checkpoint.parent).checkpoint
+        if "exported_from" in known and known["sha256"] == sha256(checkpoint):
+            return {"exported_from": known["exported_from"]}
+    return {}
+
+
+def _with_old_engines(manifest: Manifest, old: Path, new: Path) -> Manifest:
+    """The manifest with those engines of the bundle `old` that were built from the same graphs, copied to `new`."""
+    with contextlib.suppress(BundleError):
+        before = read_manifest(old)
+        for key, engines in before.engines.items():
+            same = all(
+                name in manifest.graphs and graph_sha256(manifest, name) == plan.onnx
+                for name, plan in engines.plans.items()
+            )
+            if same and (old / PLANS / key).is_dir():
+                shutil.copytree(old / PLANS / key, new / PLANS / key)
+                files = {n: file for n, file in before.files.items() if n.startswith(f"{PLANS}/{key}/")}
+                update = {"files": manifest.files | files, "engines": manifest.engines | {key: engines}}
+                manifest = manifest.model_copy(update=update)
+    return manifest
 
 
 def _reported(manifest: Manifest, report: dict[str, Any], key: str | None = None) -> Manifest:
@@ -145,7 +203,7 @@ def _write_half(model: LatentModel, metadata: dict[str, Any], path: Path) -> tup
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
     extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
-    save_model(path, metadata["family"], model, state, extra | {"weights": "float16"})
+    save_model(path, metadata["family"], model, state, extra | {"weights": HALF})
     return load_model(path), read_metadata(path)
 
 

@@ -21,7 +21,8 @@ __all__ = ["mix"]
 _HEAVY = {"Conv", "Gemm"}
 # What may join them where it reads what they made
 _LIGHT = {
-    "Add", "AveragePool", "Clip", "Concat", "Div", "LeakyRelu", "Mul", "Pad", "Resize", "Slice", "Split", "Tanh",
+    "Add", "AveragePool", "Clip", "Concat", "Div", "LeakyRelu", "Mul", "Pad", "Relu", "Resize", "Slice", "Split",
+    "Tanh",
 }  # fmt: skip
 _NORM = "InstanceNormalization"  # sums in float32; what reads it may be in half precision again
 _ONLY_FIRST = {"Resize"}  # whose other inputs have a type of their own

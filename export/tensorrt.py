@@ -65,6 +65,11 @@ def add_engines(
     the plans, their layers are listed as it has them. Engines with the same key are replaced. Raises
     `BackendUnavailable`, `ConfigError`, `BundleError`.
     """
+    if bundle.manifest.tuning != "any":
+        raise BundleError(
+            f"the graphs of {bundle.path} were written for a {bundle.manifest.tuning.upper()}; export them for GPUs"
+            " with --tune any, to another --out if this bundle is to stay"
+        )
     built_by, gpu, capabilities = target(flavor, capabilities, refit)
     names = [name for name in graphs if name in bundle.manifest.graphs]
     if not names:

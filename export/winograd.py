@@ -115,7 +115,8 @@ def _tiled(
     a, g, b = minimal_filter(m)
     places, tiles = len(b) ** 2, (size[0] // m) * (size[1] // m)
     rows, columns = weight.shape[:2]
-    name, made = node.output[0], []
+    name = node.output[0]
+    made: list[onnx.NodeProto] = []
 
     def constant(what: str, values: Array) -> str:
         graph.initializer.append(numpy_helper.from_array(values.astype(weight.dtype), f"{name}.{what}"))
@@ -125,7 +126,7 @@ def _tiled(
         graph.initializer.append(numpy_helper.from_array(np.array(sides, np.int64), f"{name}.{what}"))
         return f"{name}.{what}"
 
-    def step(op: str, *inputs: str, **attributes: object) -> str:
+    def step(op: str, *inputs: str, **attributes: Any) -> str:
         output = f"{name}.{len(made)}"
         made.append(helper.make_node(op, list(inputs), [output], output, **attributes))
         made[-1].metadata_props.extend(node.metadata_props)

@@ -4,17 +4,19 @@
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
 
-__all__ = ["Choices", "by_folder", "in_turn", "of_option"]
+__all__ = ["Choices", "by_folder", "check_told", "class_folder", "in_turn", "of_option"]
 
 Choices = Mapping[str, tuple[str, ...]]
 _OneHot = dict[str, NDArray[np.float32]]
+_ROUNDING = 1e-3  # of a mixture's sum
 
 
 def by_folder(choices: Choices, names: Sequence[str]) -> _OneHot:
@@ -23,6 +25,24 @@ def by_folder(choices: Choices, names: Sequence[str]) -> _OneHot:
     Raises `DataError` for an image in no such folder.
     """
     return {key: _rows([_folder(key, options, name) for name in names], options) for key, options in choices.items()}
+
+
+def class_folder(choices: Choices, path: Path) -> str:
+    """What to put before the names of images in `path`, a file or folder, for `by_folder`: `boot/` in a folder boot."""
+    path = path.resolve()
+    name = path.name if path.is_dir() else path.parent.name
+    return f"{name}/" if any(name in options for options in choices.values()) else ""
+
+
+def check_told(choices: Choices, told: Mapping[str, Any]) -> None:
+    """Raise `DataError` unless `told` `[B, options]`, arrays or tensors, are one-hot or mixtures of options."""
+    for name in choices:
+        rows = told[name]
+        fine = (rows >= 0) & (rows <= 1) & (abs(rows.sum(1) - 1) < _ROUNDING)[:, None]
+        if not fine.all():  # NaN is neither
+            raise DataError(
+                f"{name} must be one-hot, or a mixture: numbers in [0, 1] with the sum 1; found others, or NaN"
+            )
 
 
 def in_turn(choices: Choices, indices: Sequence[int]) -> _OneHot:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hflow_rt.errors import BundleError
 
 __all__ = [
+    "HALF",
     "MANIFEST",
     "MODEL",
     "MODULE",
@@ -21,15 +22,18 @@ __all__ = [
     "Plan",
     "Precision",
     "Tensor",
+    "Tuning",
     "read_manifest",
 ]
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+HALF = "float16"  # what a model file says of its weights if they were rounded
 MODULE = "module"  # key under which a node of a graph names the module it came from
 SCHEMA = 1
 STD = ("0.7",)
 Precision = Literal["fp32", "mixed"]
+Tuning = Literal["any", "cpu"]
 
 
 class _Entry(BaseModel):
@@ -118,6 +122,7 @@ class Manifest(_Entry):
     spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
     graphs: dict[str, Graph]
     precision: Precision = "fp32"
+    tuning: Tuning = Field(default="any", description="machines that the graphs were written for")
     opset: int
     tools: dict[str, str]
     checkpoint: dict[str, Any] = Field(description="sha256 of the weights and what training said of them")

@@ -164,22 +164,22 @@ def load_direction(path: Path | str) -> Direction:
     return Direction(vector, about)
 
 
-def parse_gains(texts: Iterable[str]) -> list[float]:
+def parse_gains(texts: Iterable[str], what: str = "gain") -> list[float]:
     """Gains named as `1.5`, `FROM:TO:COUNT` (both ends included), or several of these with commas between.
 
-    Raises `DataError` for anything else, for none and for more than 64.
+    what: the numbers are, if not gains. Raises `DataError` for anything else, for none and for more than 64.
     """
     gains: list[float] = []
     for text in (part.strip() for words in texts for part in words.split(",")):
         match = _GAINS.fullmatch(text)
         if match is None or match[3] in ("0", "1"):
-            raise DataError(f"a gain is a number, or FROM:TO:COUNT such as -2:2:5; found '{text}'")
+            raise DataError(f"a {what} is a number, or FROM:TO:COUNT such as -2:2:5; found '{text}'")
         count = int(match[3] or 1)
         if len(gains) + count > _MANY:
-            raise DataError(f"at most {_MANY} gains fit a picture; '{text}' goes beyond; name fewer")
+            raise DataError(f"at most {_MANY} {what}s fit a picture; '{text}' goes beyond; name fewer")
         gains += np.linspace(float(match[1]), float(match[2] or match[1]), count).tolist()
     if not gains:
-        raise DataError("at least one gain must be named, e.g. -2:2:5; found none")
+        raise DataError(f"at least one {what} must be named, e.g. -2:2:5; found none")
     return gains
 
 

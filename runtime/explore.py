@@ -25,6 +25,7 @@ __all__ = [
     "repeat",
     "select",
     "style_row",
+    "temperatures",
     "walk",
     "zeroing",
 ]
@@ -62,19 +63,20 @@ def walk(
     mode: str = "slerp",
     space: str = "z",
     fixed: Iterable[str] = (),
+    option: str | None = None,
 ) -> Iterator[Array]:
     """Frames `[paths, 3, R, R]` of as many independent walks through random keyframes, see `random_walk`.
 
-    Path p passes through the images p * keyframes .. (p + 1) * keyframes - 1 of `seed`; between them it moves in
-    `space`, whose names `fixed` takes. Raises `DataError` before the first frame.
+    Path p passes through the images p * keyframes .. (p + 1) * keyframes - 1 of `seed`, drawn as `Session.draw` does;
+    between them it moves in `space`, whose names `fixed` takes. Raises `DataError` before the first frame.
     """
     if paths < 1:
         raise DataError(f"a walk needs at least 1 path, not {paths}")
     keys = []
     for key in range(keyframes):
-        drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed)))
+        drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
         keys.append(session.into_space(space, drawn))
-    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed)
+    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.choices)
     return _decoded(session, space, frames, paths)
 
 
@@ -148,9 +150,18 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
         yield zero, _images(session, current)
 
 
-def latents_of_seeds(session: Session, seeds: Sequence[int], std: Stds = 0.7) -> dict[str, Array]:
-    """Latents of image 0 of each of `seeds`, one batch. Raises `DataError`."""
-    return concatenate([next(session.draw([0], std, seed)) for seed in seeds])
+def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
+    """The images `[B, 3, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
+    for factor in factors:
+        scaled = {name: np.float32(factor) * latents[name] for name in session.latent_shapes}
+        yield _images(session, dict(latents) | scaled)
+
+
+def latents_of_seeds(
+    session: Session, seeds: Sequence[int], std: Stds = 0.7, option: str | None = None
+) -> dict[str, Array]:
+    """Latents of image 0 of each of `seeds`, one batch, drawn as `Session.draw` does. Raises `DataError`."""
+    return concatenate([next(session.draw([0], std, seed, option=option)) for seed in seeds])
 
 
 def parse_seeds(texts: Iterable[str]) -> list[int]:
@@ -187,9 +198,11 @@ def coarse_down_to(session: Session, cut: str | None) -> list[str]:
 def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
     """Images `[B, 3, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
 
-    Raises `DataError` for an unknown name.
+    What the model is told, such as a class, goes with the coarsest latent. Raises `DataError` for an unknown name.
     """
-    return _images(session, mix(columns, repeat(row, len(next(iter(columns.values())))), names))
+    taken = list(names)
+    told = session.choices if next(iter(session.latent_shapes)) in taken else ()
+    return _images(session, mix(columns, repeat(row, len(next(iter(columns.values())))), [*taken, *told]))
 
 
 def _images(session: Session, latents: Latents) -> Array:

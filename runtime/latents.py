@@ -6,7 +6,7 @@ knows no backend; `lerp` and `mix` use nothing but arithmetic and so take torch 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,20 @@ def lerp(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
     return {name: (1 - t) * a[name] + t * b[name] for name in a}
 
 
-def slerp(a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()) -> dict[str, NDArray[np.float32]]:
+def slerp(
+    a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = (), straight: Collection[str] = ()
+) -> dict[str, NDArray[np.float32]]:
     """The arc from `a` (t = 0) to `b` (t = 1), for each latent of each sample as one long vector.
 
-    `joined` names groups of latents that turn together, as one vector. Items that are parallel, opposite or
-    zero take the straight line; items that differ by less than 1e-3 in the mean stay `a`.
+    `joined` names groups of latents that turn together, as one vector; those that `straight` names, such as classes,
+    take the straight line. So do items that are parallel, opposite or zero; items that differ by less than 1e-3 in
+    the mean stay `a`.
     Raises `DataError` if names or shapes differ or a group names a latent that is not there or taken.
     """
     _check_pair(a, b)
-    mixed = {}
-    for group in _groups(list(a), joined):
+    lines = [name for name in a if name in straight]
+    mixed = lerp({name: a[name] for name in lines}, {name: b[name] for name in lines}, t)
+    for group in _groups([name for name in a if name not in mixed], joined):
         arc = _arc(_flatten(a, group), _flatten(b, group), t)
         ends = np.cumsum([a[name][0].size for name in group])
         for name, part in zip(group, np.split(arc, ends[:-1], axis=1), strict=True):
@@ -73,15 +77,21 @@ def slerp(a: Latents, b: Latents, t: float, joined: Iterable[Sequence[str]] = ()
 
 
 def interpolate(
-    a: Latents, b: Latents, frames: int, mode: str = "lerp", joined: Iterable[Sequence[str]] = ()
+    a: Latents,
+    b: Latents,
+    frames: int,
+    mode: str = "lerp",
+    joined: Iterable[Sequence[str]] = (),
+    straight: Collection[str] = (),
 ) -> list[dict[str, NDArray[np.float32]]]:
-    """`frames` latents from `a` to `b`, both included, at equal steps; each like `a`. `joined`: see `slerp`.
+    """`frames` latents from `a` to `b`, both included, at equal steps; each like `a`.
 
+    joined, straight: see `slerp`.
     Raises `DataError` for fewer than two frames, an unknown mode, or latents that do not match.
     """
     if frames < 2:
         raise DataError(f"an interpolation needs at least 2 frames; found {frames}; ask for more")
-    path = _path(mode, joined)
+    path = _path(mode, joined, straight)
     return [path(a, b, float(t)) for t in np.linspace(0, 1, frames)]
 
 
@@ -126,12 +136,13 @@ def random_walk(
     mode: str = "slerp",  # keeps the norm, hence the std, all along; lerp dips to 0.7 of it between keyframes
     joined: Iterable[Sequence[str]] = (),
     fixed: Iterable[str] = (),
+    straight: Collection[str] = (),
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """A path through the keyframes `keys`, each passed exactly and shown once, one frame like `keys[0]` at a time.
 
     Closed, the path returns to the first keyframe: len(keys) * frames_per_segment frames that loop. Open, it
     ends on the last: (len(keys) - 1) * frames_per_segment + 1. Latents named in `fixed` stay as in the first
-    keyframe; `joined`: see `slerp`.
+    keyframe; `joined`, `straight`: see `slerp`.
     Raises `DataError` for counts too small, an unknown mode or name, keyframes that do not match, or if every
     latent is fixed.
     """
@@ -146,7 +157,7 @@ def random_walk(
     if still == set(keys[0]):
         raise DataError("a walk must move at least one latent; found all of them fixed; leave one free")
     groups = [[name for name in group if name not in still] for group in joined]
-    path = _path(mode, [group for group in groups if group])
+    path = _path(mode, [group for group in groups if group], straight)
     moving = [{name: values for name, values in key.items() if name not in still} for key in keys]
     return _frames(keys[0], moving, frames_per_segment, closed, path)
 
@@ -232,11 +243,11 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
         raise DataError(f"{what}: latents do not fit the model: {shown}; use latents of this model")
 
 
-def _path(mode: str, joined: Iterable[Sequence[str]]) -> _Path:
+def _path(mode: str, joined: Iterable[Sequence[str]], straight: Collection[str]) -> _Path:
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)
-    return lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups)
+    return lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
 
 
 def _arc(a: NDArray[np.float64], b: NDArray[np.float64], t: float) -> NDArray[np.float64]:

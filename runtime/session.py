@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.conditions import Choices, in_turn, of_option
+from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError
 from hflow_rt.manifest import Graph, Manifest, Precision
 from hflow_rt.runtime.bundle import Bundle, find_bundle
@@ -194,6 +194,7 @@ class Session:
         """Latents to images float32 `[B, 3, R, R]` in [0, 1]. Raises `DataError` for latents that do not fit."""
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
+        check_told(self.choices, arrays)
         return restore(self.run_graph("forward", arrays)["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
@@ -212,6 +213,7 @@ class Session:
                 for shapes in (told, {name: array.shape for name, array in arrays.items()})
             )
             raise DataError(f"beside images this model is told {wanted}, one-hot float32, not {found}")
+        check_told(self.choices, arrays)
         outputs = self.run_graph("inverse", {"image": pixels, **arrays}) | arrays
         return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
 

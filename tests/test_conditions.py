@@ -1,9 +1,11 @@
 """Choices as one-hot vectors: by folder, in turn, or one for all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from hflow_rt.conditions import by_folder, in_turn, of_option
+from hflow_rt.conditions import by_folder, check_told, class_folder, in_turn, of_option
 from hflow_rt.errors import DataError
 
 CHOICES = {"labels": ("boot", "coat", "train")}
@@ -17,6 +19,27 @@ def test_by_folder() -> None:
     for name in ("coat", "coats/1.png", "1.png"):
         with pytest.raises(DataError, match=f"named after one of the labels .*'{name}' is in none"):
             by_folder(CHOICES, ["boot/1.png", name])
+
+
+def test_a_folder_or_file_tells_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "boot" / "left").mkdir(parents=True)
+    (tmp_path / "boot" / "1.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "boot")
+    for path in (tmp_path / "boot", tmp_path / "boot" / "1.png", Path("."), Path("1.png"), Path("left/..")):
+        assert class_folder(CHOICES, path) == "boot/"
+        assert class_folder({}, path) == ""
+    for path in (tmp_path, Path("left")):
+        assert class_folder(CHOICES, path) == ""
+
+
+def test_told_must_be_one_hot_or_a_mixture() -> None:
+    fine = np.array([[1, 0, 0], [0.25, 0.5, 0.25]], np.float32)
+    check_told(CHOICES, {"labels": fine})
+    check_told({}, {})
+    for wrong in ([2.0, -1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [np.nan, 0.0, 1.0], [np.inf, 0.0, 0.0]):
+        rows = np.concatenate([fine, np.array([wrong], np.float32)])
+        with pytest.raises(DataError, match="labels must be one-hot, or a mixture"):
+            check_told(CHOICES, {"labels": rows})
 
 
 def test_in_turn() -> None:

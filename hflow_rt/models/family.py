@@ -22,8 +22,14 @@ from hflow_rt.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
+
+    Scale = float | NDArray[np.float64]
+else:
+    Scale = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
 
 __all__ = [
     "FAMILIES",
@@ -37,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "NoiseScale",
     "Published",
+    "Scale",
     "TensorSpec",
     "conditions_by_folder",
     "family",
@@ -104,6 +111,7 @@ class GraphSpec:
 
     nets: modules that mixed precision computes in float16, as patterns of paths within `module` that end in a dot,
     such as `*.decoder.*`. heads: those of them that stay in float32, for what they yield bounds the flow.
+    scales: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
     """
 
     name: str
@@ -112,6 +120,7 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     nets: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    scales: tuple[Scale, ...] = ()
 
 
 if TYPE_CHECKING:

@@ -106,6 +106,7 @@ def measure(
             "family": manifest.family,
             "resolution": manifest.resolution,
             "precision": manifest.precision,
+            "tuning": manifest.tuning,
             "checkpoint": manifest.checkpoint.get("sha256"),
             "verified": manifest.verified,
         },

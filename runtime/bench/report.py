@@ -28,7 +28,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: a table for every direction and batch size, then what could not run."""
     model = report["model"]
     lines = [
-        f"# Latency of {model['family']} {model['resolution']}x{model['resolution']}, {model['precision']}",
+        f"# Latency of {model['family']} {model['resolution']}x{model['resolution']}, {model['precision']}"
+        + (f", graphs for a {model['tuning'].upper()}" if model.get("tuning", "any") != "any" else ""),
         "",
         ", ".join(f"{name} {value}" for name, value in report["machine"].items()),
         f"rounds {report['settings']['rounds']}; ratio: times as fast as {BASELINE} (or the first row); "

@@ -185,6 +185,7 @@ def test_graphs_of_rounded_weights(hflow: Command, run: Path, quick: list[Any]) 
     """Their weights are others than the run's, but the manifest knows what they were rounded from."""
     described = json.loads((run / "bundle" / "manifest.json").read_text())
     described["checkpoint"] |= {"sha256": "0" * 64, "exported_from": sha256(run / "model.safetensors")}
+    described["checkpoint"]["weights"] = "float16"
     (run / "bundle" / "manifest.json").write_text(json.dumps(described))
     for arguments in ((), ("--half",)):
         assert "exporting" not in ok(hflow("export", "--engine", "trt", *arguments)).err
@@ -319,3 +320,16 @@ def test_layers_of_an_engine(hflow: Command, run: Path, quick: list[Any]) -> Non
     text = ok(hflow("info", "--layers")).out
     assert "layers 12 float, 3 half of the engine, refitted in 1.5 s" in text
     assert re.search(r"^  layers of forward in rtx-[\w.-]+, as the engine runs them:$", text, re.MULTILINE)
+
+
+def test_engines_join_a_bundle_of_the_same_weights(hflow: Command, run: Path, quick: list[Any]) -> None:
+    shutil.copytree(run / "bundle", "other")
+    arguments = ("export", run / "bundle", "--engine", "trt", "--compute-capability", "8.9", "-o", "other")
+    ok(hflow(*arguments))
+    ok(hflow(*arguments[:-3], "8.6", "-o", "other"))
+    assert len(read_manifest(Path("other")).engines) == 2
+    assert not read_manifest(run / "bundle").engines
+    described = json.loads(Path("other/manifest.json").read_text())
+    described["checkpoint"]["sha256"] = "0" * 64
+    Path("other/manifest.json").write_text(json.dumps(described))
+    refused(hflow(*arguments), "other exists already, and a copy of", "choose another --out")

@@ -1,6 +1,7 @@
 """A Glow run in place of an hflow run: every command as typed, without an option that says so."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_a_glow_run_is_used_like_any_other(hflow: Command, tmp_path: Path, monke
     for index in range(2):
         assert np.array_equal(pixels(f"decoded/{index:06d}.png"), pixels(f"data/all/{index}.png"))
     ok(hflow("interpolate", "data/all/0.png", "data/all/1.png", "--frames", 3, "-o", "walk.png"))
+    ok(hflow("temperature", "data/all/0.png", "data/all/1.png", "--at", "0,0.5,1", "-o", "temperature.png"))
     by_torch = json.loads(ok(hflow("eval", "bpd", "--data", "data", "--json")).out)
     by_onnx = json.loads(ok(hflow("eval", "bpd", "--data", "data", "--json", "--backend", "onnx")).out)
     assert by_torch["strict"]["mean"] == pytest.approx(by_onnx["strict"]["mean"], abs=1e-4)
@@ -83,6 +85,7 @@ def test_classes_come_from_folders(hflow: Command, tmp_path: Path, monkeypatch: 
     ok(hflow("export"))
     ok(hflow("sample", "-n", 4, "--label", "red", "-o", "red.png", "--latents", "red.safetensors"))
     assert np.array_equal(load_latents(Path("red.safetensors"))[0]["labels"], np.tile([1, 0], (4, 1)))
+    assert "  labels: red, blue\n" in ok(hflow("info")).out
     ok(hflow("sample", "-n", 4, "-o", "both.png", "--latents", "both.safetensors"))
     assert load_latents(Path("both.safetensors"))[0]["labels"].argmax(1).tolist() == [0, 1, 0, 1]
     ok(hflow("encode", "data", "-o", "z.safetensors"))
@@ -97,13 +100,53 @@ def test_classes_come_from_folders(hflow: Command, tmp_path: Path, monkeypatch: 
     ok(hflow("interpolate", "--label", "blue", "--frames", 3, "-o", "walk.png"))
     measured = json.loads(ok(hflow("eval", "bpd", "--data", "data", "--json")).out)
     assert measured["strict"] is not None
+    classes_by_place(hflow)
+    latent_tools_of_classes(hflow)
+    shutil.copy("data/red/0.png", "0.png")
     for arguments, message in (
-        (("encode", "data/red/0.png"), "images need a folder named after one of the labels (red, blue)"),
+        (("encode", "0.png"), "images need a folder named after one of the labels (red, blue); '0.png' is in none;"),
+        (("zeroing",), "put it there, or say --label"),
         (("sample", "--label", "green"), "unknown option 'green' of labels; known: red, blue"),
     ):
         result = hflow(*arguments)
         assert result.code == 1
         assert message in result.err
+
+
+def classes_by_place(hflow: Command) -> None:
+    """A file and a class's own folder are of that class, as they are within the whole set; --label overrules."""
+    for place, count, expected in (("data/red/0.png", 1, 0), ("data/blue/0.png", 1, 1), ("data/blue", 10, 1)):
+        ok(hflow("encode", place, "-o", "z.safetensors"))
+        assert load_latents(Path("z.safetensors"))[0]["labels"].argmax(1).tolist() == [expected] * count
+    ok(hflow("encode", "data/red/0.png", "--label", "blue", "-o", "z.safetensors"))
+    assert load_latents(Path("z.safetensors"))[0]["labels"].tolist() == [[0, 1]]
+
+
+def latent_tools_of_classes(hflow: Command) -> None:
+    for backend in ("onnx", "torch"):
+        for words in (
+            "walk --rows 1 --columns 1 --keyframes 2 --frames 2 -o w.png",
+            "walk --rows 1 --columns 1 --keyframes 2 --frames 2 --label blue -o w.png",
+            "seeds 0-3 --label blue -o s.png",
+            "heatmap -n 2 --draws 2 -o h.png",
+            "heatmap data/red/0.png --draws 2 -o h.png",
+            "zeroing data/red data/blue -n 4 -o zero.png",
+            "zeroing --samples -n 2 --label red -o zero.png",
+            "mix --rows 0-1 --columns 2-3 -o m.png",
+            "mix --row-images data/red/0.png --column-images data/blue -o m.png",
+            "neighbours --samples 3 --data data -k 2 -o n.png",
+            "neighbours data/red/1.png --data data/red -k 2 -o n.png",
+            "neighbours --samples 1 --label red -k 2 -o n.png",
+            "attribute make data/red data/blue -o a.safetensors",
+            "attribute apply a.safetensors data/red/2.png --gain -1,0,1 -o a.png",
+            "attribute apply a.safetensors -n 2 --label blue --gain 1 -o a.png",
+            "temperature data/blue -n 2 --at 0,1 -o t.png",
+            "interpolate data/red/0.png data/blue/0.png --mode slerp --frames 3 -o i.png",
+            "interpolate --mode slerp --frames 3 -o i.png",
+        ):
+            ok(hflow(*words.split(), "--backend", backend))
+    found = json.loads(ok(hflow("neighbours", "data/red/1.png", "--data", "data", "-k", 1, "--json")).out)
+    assert found["nearest"][0][found["in"]][0] == {"image": "red/1.png", "distance": 0.0}
 
 
 def test_training_needs_the_folders_of_its_classes(

@@ -119,6 +119,24 @@ def test_what_the_model_is_told_must_fit(exported: Exported) -> None:
         session.forward(latents | {"size": np.ones((2, 1), np.float32)})
 
 
+def test_labels_that_are_no_class(exported: Exported) -> None:
+    model, session, _ = exported
+    x, given = photographs(2, 40), told(model, 2)
+    if not given:
+        assert not session.choices
+        return
+    latents = next(session.draw(range(2)))
+    half = np.full((2, 3), 1 / 3, np.float32)
+    session.forward(latents | {"labels": half})
+    for wrong in (np.full((2, 3), np.nan, np.float32), given["labels"] * 2, given["labels"] * 0):
+        with pytest.raises(DataError, match=r"^labels must be one-hot, or a mixture"):
+            session.inverse(x, {"labels": wrong})
+        with pytest.raises(DataError, match=r"labels must be one-hot|labels holds NaN"):
+            session.forward(latents | {"labels": wrong})
+        with pytest.raises(DataError, match="labels must be one-hot"):
+            session.inverse(torch.from_numpy(x), {"labels": torch.from_numpy(wrong)})
+
+
 def test_torch_backend_runs_the_same_graphs(exported: Exported) -> None:
     model, session, _ = exported
     other = load(session.bundle.path, backend="torch", device="cpu")

@@ -44,6 +44,20 @@ def test_the_same_constant(scale: float) -> None:
     assert (np.abs(run(changed, x) - run(proto, x)) <= 3e-7 * scale_of_sum).all()
 
 
+def test_a_scale_for_each_channel() -> None:
+    """As folding an actnorm leaves them; scales of another length, or of another layer, fit nothing."""
+    rng = np.random.default_rng(2)
+    weights, scale = rng.standard_normal((40, 30)).astype(np.float16), rng.uniform(0.3, 3, 40)
+    values = (weights * scale[:, None]).astype(np.float32)
+    proto, changed = product(values), product(values)
+    assert halve(changed, [1.0, scale[:30], rng.uniform(0.3, 3, 40)]) == 0
+    assert halve(changed, [1.0, scale[:30], rng.uniform(0.3, 3, 40), scale]) == 1
+    kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in changed.graph.initializer}
+    assert (kept["w.half"] == weights).all()
+    x = rng.standard_normal((3, 40)).astype(np.float32)
+    assert (np.abs(run(changed, x) - run(proto, x)) <= 3e-7 * (np.abs(x) @ np.abs(values))).all()
+
+
 def test_other_constants_stay() -> None:
     rng = np.random.default_rng(1)
     single = rng.standard_normal((40, 30)).astype(np.float32)

@@ -211,6 +211,66 @@ def test_zeroing_goes_from_the_image_to_the_mean_image(session: Session) -> None
     assert latents["z0"].any()  # the caller's are as they were
 
 
+# temperatures
+
+
+def test_temperatures_scale_every_latent(session: Session, toy: Session) -> None:
+    latents = drawn(session, range(3))
+    cold, same, half = explore.temperatures(session, latents, [0, 1, 0.5])
+    assert np.abs(cold - cold[:1]).max() < CLOSE  # nothing of the images is left
+    assert np.abs(same - session.forward(latents)).max() < CLOSE
+    assert np.abs(half - session.forward({name: values / 2 for name, values in latents.items()})).max() < CLOSE
+    base = drawn(toy, range(2))
+    for factor, images in zip((0.25, 2.0), explore.temperatures(toy, base, [0.25, 2.0]), strict=True):
+        np.testing.assert_allclose(images, 0.5 + 0.05 * factor * (base["a"] + base["b"]), atol=1e-6)
+
+
+# a model of classes
+
+
+class ToyClasses(ToyEngine):
+    """The toy, brighter by 0.25 for the second class."""
+
+    def run(self, graph: str, inputs: Any) -> list[Array]:
+        *latents, kind = inputs
+        return [super().run(graph, latents)[0] + np.float32(0.25) * kind[:, 1, None, None, None]]
+
+
+@pytest.fixture
+def classes(toy: Session, tmp_path: Path) -> Session:
+    graph = toy.manifest.graphs["forward"]
+    graph = graph.model_copy(update={"inputs": (*graph.inputs, Tensor(name="kind", shape=(2,)))})
+    update = {"choices": {"kind": ("dark", "light")}, "graphs": {"forward": graph}}
+    return Session(Bundle(tmp_path, toy.manifest.model_copy(update=update)), ToyClasses())
+
+
+def test_classes_stay_and_go_with_the_coarsest_latent(classes: Session) -> None:
+    latents = drawn(classes, range(4))  # dark and light in turn
+    bright = np.array([0, 0.25, 0, 0.25]).reshape(4, 1, 1, 1)
+    for images in (next(explore.temperatures(classes, latents, [0])), [*explore.zeroing(classes, latents)][-1][1]):
+        np.testing.assert_allclose(images, (0.5 + bright) * np.ones_like(images), atol=1e-6)
+    row, columns = explore.select(latents, 1), explore.select(latents, 2, 4)
+    coarse = explore.style_row(classes, row, columns, ["a"])
+    np.testing.assert_allclose(coarse, 0.75 + 0.05 * (row["a"] + columns["b"]), atol=1e-6)
+    fine = explore.style_row(classes, row, columns, ["b"])
+    np.testing.assert_allclose(fine, 0.5 + bright[2:] + 0.05 * (columns["a"] + row["b"]), atol=1e-6)
+
+
+def test_walks_and_seeds_of_one_class(classes: Session) -> None:
+    with pytest.raises(DataError, match="unknown option 'grey' of kind"):
+        explore.latents_of_seeds(classes, [1], 0.7, "grey")
+    assert explore.latents_of_seeds(classes, [1, 2], 0.7, "light")["kind"].tolist() == [[0, 1], [0, 1]]
+    flat = {"mode": "lerp", "std": ["a=0.001", "b=0.001"]}
+    between = np.stack(list(explore.walk(classes, 1, 2, 4, **flat)))
+    np.testing.assert_allclose(
+        between.mean((1, 2, 3, 4)), [0.5, 0.5625, 0.625, 0.6875, 0.75, 0.6875, 0.625, 0.5625], atol=1e-3
+    )
+    light = np.stack(list(explore.walk(classes, 1, 2, 4, option="light", **flat)))
+    np.testing.assert_allclose(light, 0.75, atol=1e-3)
+    assert explore.heat_map(classes, explore.select(latents := drawn(classes, range(2)), 1), "ignored", 4).max() == 0
+    assert latents["kind"].tolist() == [[1, 0], [0, 1]]
+
+
 # seeds
 
 

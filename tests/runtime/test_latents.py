@@ -156,6 +156,20 @@ def test_joined_latents_turn_as_one_vector():
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_classes_take_the_straight_line(mode):
+    """On the arc between two classes both would be 0.7 at once."""
+    told = [{"labels": np.eye(3, dtype=np.float32)[[i]]} for i in (0, 2)]
+    a, b = ({name: values[:1] for name, values in x.items()} | label for x, label in zip(pair(5), told, strict=True))
+    path = interpolate(a, b, 3, mode, [("end", "z1")], ["labels"])
+    np.testing.assert_allclose(path[1]["labels"], [[0.5, 0, 0.5]], atol=1e-7)
+    frames = list(random_walk([a, b], 2, True, mode, [("end", "z1")], (), ["labels"]))
+    np.testing.assert_allclose(frames[1]["labels"], [[0.5, 0, 0.5]], atol=1e-7)
+    for name in SHAPES:
+        np.testing.assert_array_equal(frames[1][name], path[1][name])
+    assert list(path[1]) == list(a)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_interpolation_of_the_original(mode):
     stored = load_file(GOLDEN / "tiny32.io.safetensors")
     names = ("z2", "z1", "z0")

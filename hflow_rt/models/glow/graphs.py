@@ -1,15 +1,22 @@
 """What export writes for Glow: both directions and the bound; a model of classes takes `labels` as an input."""
 
+import copy
+import dataclasses
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from hflow_rt.models.family import GraphSpec, TensorSpec
+from hflow_rt.models.glow.coupling import HiddenConv2d, ZeroConv2d
 
 if TYPE_CHECKING:
     from hflow_rt.models.glow.network import Glow
 
 __all__ = ["graphs"]
+
+# In float16 where precision is mixed: the subnets of couplings, but not what yields shifts and scales
+_NETS = ("*.couplings.*.net.*",)
+_HEADS = ("*.couplings.*.net.4.*",)
 
 
 class _Forward(nn.Module):
@@ -65,4 +72,6 @@ def graphs(model: "Glow") -> dict[str, GraphSpec]:
             tuple(TensorSpec(name, ()) for name in (*terms, "z0.bins")),
         ),
     )
-    return {spec.name: spec for spec in specs}
+    layers = [copy.deepcopy(m).double() for m in model.modules() if isinstance(m, (HiddenConv2d, ZeroConv2d))]
+    scales = tuple(layer.gain().detach().cpu().numpy() for layer in layers)
+    return {spec.name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS, scales=scales) for spec in specs}

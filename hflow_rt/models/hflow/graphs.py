@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from hflow_rt.layers.equalized import EqualizedConv2d, EqualizedLinear
 from hflow_rt.models.family import GraphSpec, TensorSpec
 from hflow_rt.models.hflow.bound import bound_shapes
 
@@ -88,4 +89,6 @@ def graphs(model: "HFlow") -> dict[str, GraphSpec]:
         GraphSpec("end_forward", _EndForward(folded), ends, parts),
         GraphSpec("end_inverse", _EndInverse(folded), parts, ends),
     )
-    return {spec.name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS) for spec in specs}
+    layers = (module for module in model.modules() if isinstance(module, (EqualizedConv2d, EqualizedLinear)))
+    scales = tuple({layer.weight_scale for layer in layers})
+    return {spec.name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS, scales=scales) for spec in specs}

@@ -1,0 +1,17 @@
+"""`hflow-rt export --tune`."""
+
+from pathlib import Path
+from typing import Any
+
+from hflow_rt.runtime.bundle import find_bundle
+
+
+def test_the_command_keeps_it_and_says_so(run: Path, hflow: Any) -> None:
+    assert hflow("export", run, "--tune", "cpu").code == 0
+    assert ", for a CPU, opset" in hflow("info", run).out
+    again = hflow("export", run, "--std", "0.5")
+    assert "exported again as it was:" in again.err
+    assert "--tune cpu" in again.err
+    assert find_bundle(run).manifest.tuning == "cpu"
+    assert hflow("export", run, "--tune", "any").code == 0
+    assert "for a CPU" not in hflow("info", run).out

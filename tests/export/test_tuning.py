@@ -18,7 +18,8 @@ def tuned(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """The bundle of the tiny run with its convolutions of 6 and 8 channels taken for wide ones."""
     monkeypatch.setattr(exporter, "_NARROWEST", 6)
     monkeypatch.setattr(exporter, "_SMALLEST", 16)
-    images = np.rint(np.random.default_rng(0).random((2, 3, 16, 16)) * 255).astype(np.float32) / np.float32(255)
+    ramp = np.rint(np.linspace(0, 255, 16)).astype(np.float32) / np.float32(255)
+    images = np.stack([np.broadcast_to(ramp, (3, 16, 16)), np.broadcast_to(ramp[:, None], (3, 16, 16))])
     manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "tuned", images, tuning="cpu")
     assert manifest.verified, manifest.parity
     return tmp_path / "tuned"

@@ -31,7 +31,8 @@ from hflow_rt.kernels import dispatch
 
 Run = Callable[[], Any]
 TARGETS = {"result": 0.85, "gradient": 0.80}  # of a copy's bandwidth
-TRAINING_TARGET = 1.5  # times eager
+TRAINING_TARGET = 1.5  # times eager, of hflow; nearly all of a Glow step is its subnets' convolutions
+DEMOS = ("hflow-demo", "glow-demo")  # small enough for a CPU
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # between variants, relative to the largest number
 PREPARE_SECONDS = 150.0  # for a variant, most of which torch.compile may need
 CALLS = 10  # of an op in a CUDA graph
@@ -45,7 +46,7 @@ class Plan:
     ops: list[Op]
     sizes: dict[torch.dtype, Size]
     decodes: tuple[tuple[str, int], ...]  # preset and batch, the most telling first
-    training: tuple[str, int]
+    training: tuple[tuple[str, int], ...]
     rounds: int
     fill: float
     ends: float
@@ -60,6 +61,10 @@ class Plan:
         return self.ends - time.monotonic()
 
 
+def at_batch(batch: int, presets: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    return tuple((preset, batch) for preset in presets)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the Triton kernels; the head of the file says how.")
     parser.add_argument("--part", choices=PARTS, action="append")
@@ -72,15 +77,17 @@ def main() -> int:
     ops = [op for op in OPS if re.search(arguments.ops, op.name)]
     if arguments.dry_run:
         sizes = dict.fromkeys(TOLERANCE, Size("cpu", 4096, 8))
-        plan = Plan("cpu", ops, sizes, (("hflow-demo", 1),), ("hflow-demo", 2), 2, 0.0, ends, "eager")
+        plan = Plan("cpu", ops, sizes, at_batch(1, DEMOS), at_batch(2, DEMOS), 2, 0.0, ends, "eager")
         report = Report()
     elif parts == ["dispatch"]:
-        plan = Plan("cpu", [], {}, (("hflow-demo", 1),), ("hflow-demo", 16), 60, 0.0, ends, "eager")
+        plan = Plan("cpu", [], {}, at_batch(1, DEMOS), at_batch(16, DEMOS), 60, 0.0, ends, "eager")
         report = Report(RESULTS / "dispatch-cpu")
     elif torch.cuda.is_available() and dispatch.INSTALLED and not dispatch.INTERPRETED:
-        decodes = tuple((preset, batch) for batch in (1, 16, 64, 4) for preset in ("hflow-128", "hflow-256"))
+        presets = ("hflow-128", "hflow-256", "glow-64")
+        decodes = tuple(sized for batch in (1, 16, 64, 4) for sized in at_batch(batch, presets))
+        steps = at_batch(16, ("hflow-128", "glow-64"))
         sizes = dict.fromkeys(TOLERANCE, Size("cuda", 128 << 20, 256))
-        plan = Plan("cuda", ops, sizes, decodes, ("hflow-128", 16), 15, 0.01, ends, "inductor")
+        plan = Plan("cuda", ops, sizes, decodes, steps, 15, 0.01, ends, "inductor")
         gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
         report = Report(RESULTS / f"kernels-{gpu}")
     else:
@@ -279,8 +286,14 @@ def measure_decode(plan: Plan, report: Report, what: str, model: Any, batch: int
 
 
 def training(plan: Plan, report: Report) -> None:
-    """A step of Adam: seconds, and the most memory a variant holds, weights and moments included."""
-    preset, batch = plan.training
+    """A step of Adam with every preset of the plan."""
+    for preset, batch in plan.training:
+        with failing(report, f"{preset} training step, batch {batch}", "all"):
+            measure_training(plan, report, preset, batch)
+
+
+def measure_training(plan: Plan, report: Report, preset: str, batch: int) -> None:
+    """Seconds, and the most memory a variant holds, weights and moments included."""
     base = model_of(preset, plan.device)
     side = base.resolution
     generator = torch.Generator().manual_seed(0)
@@ -312,7 +325,7 @@ def training(plan: Plan, report: Report) -> None:
         return run
 
     def more(name: str, seconds: dict[str, float]) -> dict[str, Any]:
-        target = {"target": f"{TRAINING_TARGET}x"} if name == "kernels" else {}
+        target = {"target": f"{TRAINING_TARGET}x"} if name == "kernels" and preset.startswith("hflow") else {}
         return {"peak_mib": round(peaks.get(name, 0)), "images/s": round(batch / seconds[name], 1)} | target
 
     makers = {"eager": lambda: variant("eager", "reference"), "kernels": lambda: variant("kernels", "triton")}
@@ -324,23 +337,26 @@ def training(plan: Plan, report: Report) -> None:
 
 def switch(plan: Plan, report: Report) -> None:
     """Calls of `dispatch.takes` in a decode and in a training step on the CPU, times what one costs."""
-    model = model_of(plan.decodes[0][0], "cpu")
+    for preset, batch in plan.training:
+        price_switch(plan, report, preset, batch)
+
+
+def price_switch(plan: Plan, report: Report, preset: str, batch: int) -> None:
+    model = model_of(preset, "cpu")
     latents = {name: torch.randn(1, *shape) for name, shape in model.latent_shapes().items()}
-    images = torch.rand(plan.training[1], 3, model.resolution, model.resolution) - 0.5
+    images = torch.rand(batch, 3, model.resolution, model.resolution) - 0.5
     folded = model.folded()
     works: dict[str, Run] = {
         "decode, batch 1": torch.no_grad()(lambda: model.decode(latents)),
         "folded decode, batch 1": torch.no_grad()(lambda: folded.decode(latents)),
-        f"training step, batch {plan.training[1]}": lambda: model.loss(images).loss.backward(),
+        f"training step, batch {batch}": lambda: model.loss(images).loss.backward(),
     }
     for name, work in works.items():
         run = on("reference", work)
         asked = calls_of_takes(run)
         seconds = take_turns({"plain torch": run, "the switch alone": lambda n=asked: ask(n)}, plan.rounds)
         share = min(seconds["the switch alone"]) / min(seconds["plain torch"])
-        report.compare(
-            f"{plan.decodes[0][0]} {name}", seconds, {"the switch alone": {"calls": asked, "share": f"{share:.3%}"}}
-        )
+        report.compare(f"{preset} {name}", seconds, {"the switch alone": {"calls": asked, "share": f"{share:.3%}"}})
 
 
 def ask(calls: int) -> None:

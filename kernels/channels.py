@@ -60,7 +60,7 @@ def channel_map(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
         if x.is_cuda and x.dim() == 4:  # a convolution would round to TF32 there unless it is switched off
             y: Tensor = torch.matmul(weight, x.flatten(2)).view(x.shape)
             return y if bias is None else y + bias.view(-1, 1, 1)
-        return F.linear(x, weight, bias) if x.dim() == 2 else F.conv2d(x, weight[:, :, None, None], bias)
+        return F.linear(x, weight, bias) if x.dim() == 2 else F.conv2d(x, weight.view(*weight.shape, 1, 1), bias)
     sides = [1] * (x.dim() - 2)
     x = x * weight.view(-1, *sides)
     return x if bias is None else x + bias.view(-1, *sides)

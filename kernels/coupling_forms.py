@@ -30,6 +30,8 @@ __all__ = [
     "coupling_inverse",
     "coupling_reference",
     "gradients_from_result",
+    "log_det_of",
+    "moved",
 ]
 
 LOG_SCALE_BOUND = 3.0
@@ -84,15 +86,42 @@ def coupling_inverse(x: Tensor, log_scale: Tensor, shift: Tensor, mask: Tensor |
     return (x - b) * torch.exp(-s), -s.flatten(1).sum(1)
 
 
-def _terms(log_scale: Tensor | None, shift: Tensor, inverse: bool, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    """e^s (where `inverse` e^-s), b and s."""
+def _terms(
+    log_scale: Tensor | None, shift: Tensor, inverse: bool, form: str
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """e^s (where `inverse` e^-s), -b and -s, as Glow's nets give them; None for ones and zeros."""
     if log_scale is None:
-        return torch.ones_like(shift), -shift, torch.zeros_like(shift)
+        return None, shift, None
+    if form == "clipped":
+        s, b = bound(log_scale, shift, None)
+        return torch.exp(-s if inverse else s), -b, -s
+    logits = log_scale + 2
     if form == "sigmoid":
-        factor = torch.sigmoid(log_scale + 2) if inverse else 1 + torch.exp(-2 - log_scale)
-        return factor, -shift, -F.logsigmoid(log_scale + 2)
-    s, b = bound(log_scale, shift, None) if form == "clipped" else (-torch.sigmoid(log_scale + 2), -shift)
-    return torch.exp(-s if inverse else s), b, s
+        factor = torch.sigmoid(logits) if inverse else 1 + torch.exp(-2 - log_scale)
+        return factor, shift, F.logsigmoid(logits)
+    minus_s = torch.sigmoid(logits)
+    return torch.exp(minus_s if inverse else -minus_s), shift, minus_s
+
+
+def moved(
+    x: Tensor, log_scale: Tensor | None, shift: Tensor, *, inverse: bool, form: Form
+) -> tuple[Tensor, Tensor | None]:
+    """`x`, all of it, as the form couples it with a net's output of the same shape and type; with -s, None for zeros.
+
+    Latent to image, or where `inverse` image to latent.
+    """
+    factor, minus_b, minus_s = _terms(log_scale, shift, inverse, form)
+    if factor is None:
+        return x + minus_b if inverse else x - minus_b, None
+    return (x + minus_b) * factor if inverse else x * factor - minus_b, minus_s
+
+
+def log_det_of(x: Tensor, minus_s: Tensor | None, inverse: bool) -> Tensor:
+    """The log-determinant `[B]` for the -s of `moved`, `[B, ...]` as `x`."""
+    if minus_s is None:
+        return x.new_zeros(x.shape[0])
+    total = minus_s.flatten(1).sum(1)
+    return total if inverse else -total
 
 
 def _slopes(log_scale: Tensor | None, shift: Tensor, form: str) -> tuple[Tensor, Tensor]:
@@ -129,13 +158,13 @@ def coupling_reference(
     r, t = _within(x, log_scale, region), _within(x, shift, region)
     assert t is not None
     old = x[:, region.low : region.high]
-    factor, b, s = _terms(r, t, inverse, form)
-    new, cells = (old - b) * factor if inverse else old * factor + b, region.cells(x)
+    new, minus_s = moved(old, r, t, inverse=inverse, form=form)
+    cells = region.cells(x)
     if cells is not None:
-        new, s = torch.where(cells, new, old), torch.where(cells, s, 0)
+        new = torch.where(cells, new, old)
+        minus_s = None if minus_s is None else torch.where(cells, minus_s, 0)
     u = torch.cat([x[:, : region.low], new, x[:, region.high :]], 1)
-    log_det = s.flatten(1).sum(1)
-    return element_map(channel_map(u, weight, bias), post, inverse), -log_det if inverse else log_det
+    return element_map(channel_map(u, weight, bias), post, inverse), log_det_of(u, minus_s, inverse)
 
 
 def gradients_from_result(
@@ -172,11 +201,11 @@ def gradients_from_result(
     r, t = _within(y, log_scale, region), _within(y, shift, region)
     assert t is not None
     channels, cells = slice(region.low, region.high), region.cells(y)
-    factor, b, _ = _terms(r, t, inverse, form)
+    factor, minus_b, _ = _terms(r, t, inverse, form)
     by_s, by_b = _slopes(r, t, form)
     above, total = d_u[:, channels], g_log_det.to(y.dtype).view(-1, 1, 1, 1)
-    d_x = above * factor
-    d_r = (-above * u[:, channels] - total if inverse else above * (u[:, channels] - b) + total) * by_s
+    d_x = above if factor is None else above * factor
+    d_r = (-above * u[:, channels] - total if inverse else above * (u[:, channels] + minus_b) + total) * by_s
     d_t = (-d_x if inverse else above) * by_b
     if cells is not None:
         d_x, d_r, d_t = torch.where(cells, d_x, above), torch.where(cells, d_r, 0), torch.where(cells, d_t, 0)

@@ -23,7 +23,7 @@ from hflow_rt.kernels.dispatch import Launch, recorded
 
 __all__ = ["CAPABILITIES", "Compiled", "compiled", "launches", "main"]
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -102,17 +102,23 @@ def _coupling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         calls += [((3, 256, "board"), form, True) for form in ("sigmoid", "exp_sigmoid", "additive")]
         calls += [((3, 256, "split"), "sigmoid", False), ((5, 30, "board"), "clipped", True)]
         calls += [((16, 64, "post"), form, inverse) for form, inverse in (("clipped", True), ("sigmoid", False))]
+        # Glow, whose nets give one half only: with the map that follows on the finest level, and alone as it trains
+        for form in ("sigmoid", "exp_sigmoid", "additive"):
+            sizes = [(12, 32, "half"), (12, 32, "half alone")]
+            sizes += [(c, 384 // c, "half alone") for c in (24, 48, 96) if form == "sigmoid"]
+            calls += [(size, form, inverse) for size in sizes for inverse in (False, True)]
     for (channels, side, what), form, inverse in calls:
         x = torch.empty(2, channels, side, side, device="meta")
-        r, t = torch.empty(2, 2 * channels, side, side, dtype=dtype, device="meta").chunk(2, 1)
+        given = channels // 2 if what.startswith("half") else channels
+        r, t = torch.empty(2, 2 * given, side, side, dtype=dtype, device="meta").chunk(2, 1)
         weight, bias = x.new_empty(channels, channels), x.new_empty(channels)
         region = [0, channels, 2, 2, 1] if what in ("board", "post") else [channels // 2, channels, 0, 0, 0]
-        maps = (None, None, None) if what == "alone" else (weight, bias, weight)
+        maps = (None, None, None) if what.endswith("alone") else (weight, bias, weight)
         outer = (x, x) if what == "post" else (None, None)
         rest = (None if form == "additive" else r, t, *maps, *outer, region, inverse, form)
         name = f"{what} {form} {'inverse' if inverse else 'forward'} {channels}x{side}"
         yield f"coupling {name}", lambda x=x, rest=rest: coupling_kernels.couple(x, *rest)
-        if channels <= SUMMED:
+        if channels <= SUMMED or what.endswith("alone"):
             g = (x, x[:, 0, 0, 0], x)
             yield f"coupling_backward {name}", lambda g=g, rest=rest: coupling_kernels.couple_backward(*g, *rest)
     if not half:
@@ -121,11 +127,16 @@ def _coupling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
 
 def _mixing_calls() -> Iterator[tuple[str, Any]]:
     """The first map of a level, and a map by itself."""
-    for channels, side, what in ((3, 256, "full"), (3, 256, "diagonal"), (8, 32, "full"), (16, 64, "full")):
+    sizes = ((3, 256, "full"), (3, 256, "diagonal"), (8, 32, "full"), (16, 64, "full"), (12, 32, "full"))
+    for channels, side, what in sizes:
         x = torch.empty(2, channels, side, side, device="meta")
         bias = x.new_empty(channels)
         weight = bias if what == "diagonal" else x.new_empty(channels, channels)
-        for name, maps in (("pre", (bias, x, x)), ("alone", (None, None, None))):
+        kinds = (
+            ("bias", (bias, None, None)) if channels == 12 else ("pre", (bias, x, x)),
+            ("alone", (None, None, None)),
+        )
+        for name, maps in kinds:
             rest = (weight, *maps, what == "diagonal")
             yield f"mixing {what} {name} {channels}x{side}", lambda x=x, rest=rest: mixing._mixing_triton(x, *rest)
             if channels <= SUMMED:

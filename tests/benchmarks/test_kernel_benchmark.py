@@ -45,9 +45,10 @@ def test_a_dry_run_goes_through_every_part() -> None:
         for name in ("blur_up", "mixing forward, C = 4"):
             ops = {variant for what, variant in timed if what.startswith(f"{name}, {direction}, float32, ")}
             assert ops == {"eager", "torch.compile", "copy"}
-    decodes = {variant for what, variant in timed if what == "hflow-demo decode, batch 1"}
-    assert decodes == {"eager", "folded", "folded, CUDA graph", "torch.compile"}
-    assert ("hflow-demo training step, batch 2", "eager") in timed
+    for preset in ("hflow-demo", "glow-demo"):
+        decodes = {variant for what, variant in timed if what == f"{preset} decode, batch 1"}
+        assert decodes == {"eager", "folded", "folded, CUDA graph", "torch.compile"}
+        assert (f"{preset} training step, batch 2", "eager") in timed
     failed = [row for row in found if "failed" in row[-1]]
     assert {row[1] for row in failed} == {"kernels", "kernels, CUDA graph"}
     assert all("BackendUnavailable" in row[-1] for row in failed)
@@ -65,13 +66,13 @@ def test_a_dry_run_under_the_interpreter_has_kernels_that_agree() -> None:
 
 def test_what_has_no_time_left_is_a_row() -> None:
     found = rows(run("--dry-run", "--budget", "0", "--part", "decode"))
-    assert [row[-1] for row in found] == ["left out: no time left"]
+    assert [row[-1] for row in found] == ["left out: no time left"] * 2
 
 
 def test_the_switch_is_priced() -> None:
     found = rows(run("--dry-run", "--part", "dispatch"))
     shares = [float(match[1]) for row in found if (match := re.search(r"share ([\d.]+)%", row[-1]))]
-    assert len(shares) == 3
+    assert len(shares) == 6
     assert all(0 < share < 2 for share in shares)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hflow_rt.kernels import dispatch
 from hflow_rt.kernels.blur import blur_down, blur_up
+from hflow_rt.kernels.coupling import Region, coupling
 from hflow_rt.kernels.instance_norm import instance_norm_act
+from hflow_rt.kernels.mixing import mixing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,20 +25,32 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def large_model() -> Any:
-    """`hflow-128`, seeded, its heads small and its actnorms fitted to smooth images."""
+def smooth_images(count: int, side: int) -> Tensor:
+    """In 0..255, on the CPU."""
+    corners = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.interpolate(255 * corners, size=side, mode="bilinear")
+
+
+@pytest.fixture(scope="module", params=["hflow-128", "glow-64"])
+def trained_model(request: pytest.FixtureRequest) -> Any:
+    """Seeded, its heads small and its actnorms fitted to smooth images."""
     from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.hflow.presets import PRESETS
+    from hflow_rt.models.family import family
 
     torch.manual_seed(0)
-    model: Any = build_model("hflow", PRESETS["hflow-128"]["model"])
+    name = request.param.partition("-")[0]
+    model: Any = build_model(name, family(name).presets[request.param]["model"])
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = 1e-3 * torch.randn(parameter.shape)
-    pixels = torch.nn.functional.interpolate(255 * torch.rand(8, 3, 4, 4), size=128, mode="bilinear")
-    model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
-    return model.eval().folded().cuda()
+    pixels = smooth_images(8, model.resolution).to(torch.uint8)
+    model.initialize(pixels, torch.Generator().manual_seed(0))
+    return model.eval().cuda()
+
+
+@pytest.fixture(scope="module")
+def large_model(trained_model: Any) -> Any:
+    return trained_model.folded()
 
 
 def latents_for(model: Any, batch: int) -> dict[str, Tensor]:
@@ -45,6 +59,30 @@ def latents_for(model: Any, batch: int) -> dict[str, Tensor]:
         name: 0.7 * torch.randn(batch, *shape, generator=generator).cuda()
         for name, shape in model.latent_shapes().items()
     }
+
+
+WEIGHT = torch.tensor([[0.8, 0.6], [-0.6, 0.8]])
+
+
+def coupled(x: Tensor) -> Tensor:
+    """With a map of its two channels, of which one moves by all that the other holds, and the state as its own net."""
+    weight = WEIGHT.to(x.device)
+    return coupling(x, x, x, weight, weight[0], Region(1, 2), inverse=True, form="sigmoid")[0]
+
+
+def mixed(x: Tensor) -> Tensor:
+    return mixing(x, WEIGHT.to(x.device), WEIGHT[0].to(x.device))
+
+
+@pytest.mark.parametrize("f", [coupled, mixed])
+def test_states_past_2_31_numbers(f: Callable[[Tensor], Tensor]) -> None:
+    images = 2**31 // (2 * 256**2) + 3
+    if torch.cuda.mem_get_info()[0] < 3 * 4 * 2**31:
+        pytest.skip("needs more memory than is free")
+    x = torch.zeros(images, 2, 256, 256, device="cuda")
+    x[-1].normal_(generator=torch.Generator("cuda").manual_seed(0))
+    with dispatch.using("triton"), torch.no_grad():
+        assert torch.equal(f(x)[-1], f(x[-1:])[0])
 
 
 @pytest.mark.parametrize("f", [blur_down, blur_up, instance_norm_act])
@@ -76,6 +114,31 @@ def test_a_model_of_full_size(large_model: Any, batch: int, monkeypatch: pytest.
     for name, value in encoding.latents.items():
         assert (found.latents[name] - value).abs().max() < 1e-2 * max(1.0, float(value.abs().max()))
     assert (found.log_prob - encoding.log_prob).abs().max() < 1e-4 * encoding.log_prob.abs().max()
+
+
+def test_a_training_step_of_full_size(trained_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    x = smooth_images(2, trained_model.resolution).cuda() / 256 - 0.5
+    generator = torch.Generator().manual_seed(3)
+    noise = {
+        name: torch.randn(2, *shape, generator=generator).cuda() for name, shape in trained_model.noise_shapes().items()
+    }
+
+    def step(choice: str) -> tuple[Tensor, list[Tensor]]:
+        trained_model.zero_grad()
+        with dispatch.using(choice):
+            loss = trained_model.loss(x, noise).loss
+            loss.backward()
+        return loss.detach(), [p.grad for p in trained_model.parameters() if p.grad is not None]
+
+    found, mine = step("triton")
+    expected, plain = step("reference")
+    trained_model.zero_grad()
+    assert abs(found - expected) <= 1e-4 * expected.abs()
+    size = torch.stack([g.norm() for g in plain]).norm()
+    off = torch.stack([(a - b).norm() for a, b in zip(mine, plain, strict=True)]).norm()
+    assert 0 < size < torch.inf
+    assert off <= 3e-2 * size
 
 
 def test_a_cuda_graph_decodes_the_same(large_model: Any) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.kernels.coupling import coupling
 from hflow_rt.layers.actnorm import ActNorm
-from hflow_rt.layers.fold import fold_children
+from hflow_rt.layers.fold import fold_children, folded_copy
 from hflow_rt.models.bins import in_bins, public_levels, to_model
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.family import family
+from hflow_rt.models.glow import coupling as coupling_file
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.network import Glow
 
@@ -206,6 +208,37 @@ def test_labels_move_the_top_prior() -> None:
         model.encode(x)
     with pytest.raises(DataError, match="labels must be one-hot"):
         model.decode(first.latents)
+
+
+def test_a_cpu_takes_plain_torch(model: Glow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the operator's detours: it is not even called, for small models would feel it."""
+
+    def called(*_: Any, **__: Any) -> None:
+        raise AssertionError("the operator was called")
+
+    monkeypatch.setattr(coupling_file, "coupling", called)
+    model.float().requires_grad_()
+    given = {name: value.float() for name, value in conditions(model, 2).items()}
+    encoding = model.encode(images(2).float(), given)
+    for one in (model, folded_copy(model)):
+        one.decode(one.encode(images(2).float(), given).latents | given)
+    encoding.log_prob.sum().backward()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_plain_couplings_are_the_operators(model: Glow, inverse: bool) -> None:
+    """With the map that follows, number by number."""
+    for level in model.levels:
+        one = level.chain.steps[0].coupling
+        channels, side = 2 * (one.region.high - one.region.low), level.chain.side
+        torch.manual_seed(channels)
+        x, weight, bias = torch.randn(3, channels, side, side), torch.randn(channels, channels), torch.randn(channels)
+        raw = torch.randn(3, channels if one.affine else channels // 2, side, side)
+        shift, logits = raw.chunk(2, 1) if one.affine else (raw, None)
+        found = one.move(x, one.halves(x), raw, weight, bias, inverse=inverse)
+        expected = coupling(x, logits, shift, weight, bias, one.region, inverse=inverse, form=one.form)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
 
 
 def test_shuffles_are_saved() -> None:

@@ -1,20 +1,23 @@
 """The coupling of a flow step and its subnet (spec 2.5 and 2.6).
 
 The subnet reads the half of the channels that stays. Its output is `[shift]`, or `[shift | scale logits]` for an
-affine coupling; other orders of these channels, as in published weights, are permuted when they are read.
+affine coupling; other orders of these channels, as in published weights, are permuted when they are read. The coupling
+itself is the operator of `kernels/coupling.py`.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hflow_rt.kernels.channels import channel_map
+from hflow_rt.kernels.coupling import Form, Region, coupling
+from hflow_rt.kernels.coupling_forms import log_det_of, moved
+from hflow_rt.kernels.dispatch import takes
 from hflow_rt.layers.actnorm import ActNorm
 from hflow_rt.layers.border import border_map
 from hflow_rt.models.glow.config import Edge, GlowConfig
 
-__all__ = ["LOGIT_SHIFT", "BatchNormalizer", "Coupling", "HiddenConv2d", "Subnet", "ZeroConv2d"]
-
-LOGIT_SHIFT = 2.0  # added to scale logits, so that a fresh coupling nearly keeps its input
+__all__ = ["BatchNormalizer", "Coupling", "HiddenConv2d", "Subnet", "ZeroConv2d"]
 
 
 class BatchNormalizer(ActNorm):
@@ -113,53 +116,50 @@ class Subnet(nn.Module):
 
 
 class Coupling(nn.Module):
-    """One half of the channels moves by what the subnet makes of the other."""
+    """One half of the channels moves by what the subnet makes of the other.
+
+    Both directions take the map of the channels that follows, `weight y + bias`: up to 16 channels it is no pass of its
+    own on CUDA.
+    """
 
     def __init__(self, channels: int, config: GlowConfig) -> None:
         super().__init__()
         half = channels // 2
         self.affine = config.coupling == "affine"
-        self.plain = config.scale == "sigmoid"
-        self.first_moves = config.moving == "first"
-        self.net = Subnet(half, channels if self.affine else half, config)
+        self.form: Form = config.scale if config.coupling == "affine" else "additive"
+        self.region = Region(0, half) if config.moving == "first" else Region(half, channels)
+        self.net: nn.Module = Subnet(half, channels if self.affine else half, config)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The half that stays and the half that moves."""
+        """The half of `[B, C, H, W]` that stays, which the subnet reads, and the half that moves."""
         first, second = x.chunk(2, 1)
-        return (second, first) if self.first_moves else (first, second)
+        return (first, second) if self.region.low else (second, first)
 
-    def join(self, stays: Tensor, moved: Tensor) -> Tensor:
-        """The inverse of `halves`."""
-        return torch.cat([moved, stays] if self.first_moves else [stays, moved], 1)
+    def move(
+        self, x: Tensor, halves: tuple[Tensor, Tensor], raw: Tensor, weight: Tensor | None = None,
+        bias: Tensor | None = None, *, inverse: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`x`, whose `halves` they are, with one moved by what the subnet gave, and the log-determinant `[B]`.
 
-    def move(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Data to latent, `(x + shift) exp(l)` for the moving half, and its log-determinant `[B]`."""
-        if not self.affine:
-            return x + raw, x.new_zeros(x.shape[0])
-        shift, log_scale = self._affine(raw)
-        return (x + shift) * torch.exp(log_scale), log_scale.flatten(1).sum(1)
+        Data to latent, `inverse`, is `(x + shift) exp(l)`, with `l` made of the scale logits. The subnet may have run
+        in half precision, the flow never does.
+        """
+        if takes(x):
+            shift, logits = raw.chunk(2, 1) if self.affine else (raw, None)
+            return coupling(x, logits, shift, weight, bias, self.region, inverse=inverse, form=self.form)
+        raw = raw.to(x.dtype)
+        shift, logits = raw.chunk(2, 1) if self.affine else (raw, None)
+        stays, moving = halves
+        moving, minus_s = moved(moving, logits, shift, inverse=inverse, form=self.form)
+        y = torch.cat([stays, moving] if self.region.low else [moving, stays], 1)
+        return channel_map(y, weight, bias), log_det_of(x, minus_s, inverse)
 
-    def move_back(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent to data, `y exp(-l) - shift`, and its log-determinant `[B]`."""
-        if not self.affine:
-            return y - raw, y.new_zeros(y.shape[0])
-        shift, log_scale = self._affine(raw)
-        return y * torch.exp(-log_scale) - shift, -log_scale.flatten(1).sum(1)
-
-    def _affine(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        shift, logits = raw.chunk(2, 1)
-        logits = logits + LOGIT_SHIFT
-        return shift, F.logsigmoid(logits) if self.plain else torch.sigmoid(logits)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: `[B, C, H, W]` and the log-determinant `[B]`."""
-        stays, moving = self.halves(x)
-        # the subnet may run in half precision, the flow never
-        moved, log_det = self.move_back(moving, self.net(stays).to(x.dtype))
-        return self.join(stays, moved), log_det
+        halves = self.halves(x)
+        return self.move(x, halves, self.net(halves[0]), weight, bias, inverse=False)
 
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent."""
-        stays, moving = self.halves(x)
-        moved, log_det = self.move(moving, self.net(stays).to(x.dtype))
-        return self.join(stays, moved), log_det
+        halves = self.halves(x)
+        return self.move(x, halves, self.net(halves[0]), weight, bias, inverse=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hflow_rt.kernels.mixing import mixing
 from hflow_rt.layers.border import border_map
-from hflow_rt.models.glow.coupling import LOGIT_SHIFT, Coupling, HiddenConv2d, ZeroConv2d
+from hflow_rt.models.glow.coupling import Coupling, HiddenConv2d, Subnet, ZeroConv2d
 from hflow_rt.models.glow.flow import ChainResult, FlowChain, FlowStep
 from hflow_rt.models.glow.prior import Gaussian, SplitPrior, TopPrior, standard_log_prob
 
@@ -46,62 +47,27 @@ def _hidden(conv: HiddenConv2d) -> FoldedConv2d:
     return FoldedConv2d(torch.cat([weight, -taps[:, None]], 1), bias + taps.sum((1, 2)), ones=True)
 
 
-def _zero_conv(conv: ZeroConv2d, side: int, shift: Tensor | None = None) -> FoldedConv2d:
-    """`shift` `[C]` is added to the output."""
+def _zero_conv(conv: ZeroConv2d, side: int) -> FoldedConv2d:
     weight, bias, taps = conv.effective()
     border = None if taps is None else border_map(taps, side, side)[None]
-    return FoldedConv2d(weight, bias if shift is None else bias + shift, border=border)
+    return FoldedConv2d(weight, bias, border=border)
 
 
-class FoldedCoupling(nn.Module):
-    """`Coupling` with all gains in the weights; `raw` is `[shift | logits + 2]`."""
+def _folded(coupling: Coupling, side: int) -> Coupling:
+    """`coupling` itself, its net with all gains in the weights."""
+    net = coupling.net
+    assert isinstance(net, Subnet)
+    layers = (_hidden(net.conv1), nn.ReLU(), _hidden(net.conv2), nn.ReLU(), _zero_conv(net.out, side))
+    coupling.net = nn.Sequential(*layers)
+    return coupling
 
-    def __init__(self, coupling: Coupling, side: int) -> None:
+
+class ChannelMap(nn.Module):
+    """What `weight x + bias` needs to know, `[C, C]` and `[C]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.affine, self.plain, self.first_moves = coupling.affine, coupling.plain, coupling.first_moves
-        net = coupling.net
-        shift = torch.zeros_like(net.out.bias)
-        if self.affine:
-            shift[len(shift) // 2 :] = LOGIT_SHIFT
-        self.net = nn.Sequential(
-            _hidden(net.conv1), nn.ReLU(), _hidden(net.conv2), nn.ReLU(), _zero_conv(net.out, side, shift)
-        )
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent to data, with the log-determinant `[B]`."""
-        stays, moving = self._halves(x)
-        raw = self.net(stays)
-        if not self.affine:
-            return self._join(stays, moving - raw), x.new_zeros(x.shape[0])
-        shift, logits = raw.chunk(2, 1)
-        if self.plain:
-            # 1 / sigmoid
-            moved, log_scale = moving * (1 + torch.exp(-logits)) - shift, F.logsigmoid(logits)
-        else:
-            log_scale = torch.sigmoid(logits)
-            moved = moving * torch.exp(-log_scale) - shift
-        return self._join(stays, moved), -log_scale.flatten(1).sum(1)
-
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Data to latent, with the log-determinant `[B]`."""
-        stays, moving = self._halves(x)
-        raw = self.net(stays)
-        if not self.affine:
-            return self._join(stays, moving + raw), x.new_zeros(x.shape[0])
-        shift, logits = raw.chunk(2, 1)
-        if self.plain:
-            moved, log_scale = (moving + shift) * torch.sigmoid(logits), F.logsigmoid(logits)
-        else:
-            log_scale = torch.sigmoid(logits)
-            moved = (moving + shift) * torch.exp(log_scale)
-        return self._join(stays, moved), log_scale.flatten(1).sum(1)
-
-    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = x.chunk(2, 1)
-        return (second, first) if self.first_moves else (first, second)
-
-    def _join(self, stays: Tensor, moved: Tensor) -> Tensor:
-        return torch.cat([moved, stays] if self.first_moves else [stays, moved], 1)
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
 
 
 class FoldedChain(nn.Module):
@@ -112,31 +78,32 @@ class FoldedChain(nn.Module):
     def __init__(self, chain: FlowChain) -> None:
         super().__init__()
         steps = [step for step in chain.steps if isinstance(step, FlowStep)]
-        self.couplings = nn.ModuleList(FoldedCoupling(step.coupling, chain.side) for step in steps)
+        self.couplings = nn.ModuleList(_folded(step.coupling, chain.side) for step in steps)
         self.into, self.back = nn.ModuleList(), nn.ModuleList()
         like = torch.zeros(1, 1, chain.side, chain.side, dtype=torch.float64)
         for step in steps:
             matrix, undone = step.mixing.matrices()
             scale, shift = step.actnorm.log_scale.exp(), step.actnorm.shift
             scaled = matrix / scale
-            self.into.append(_pointwise(scaled, -scaled @ shift))
-            self.back.append(_pointwise(undone * scale[:, None], shift))
+            self.into.append(ChannelMap(scaled, -scaled @ shift))
+            self.back.append(ChannelMap(undone * scale[:, None], shift))
         self.register_buffer("constant", torch.stack([step.constant(like) for step in steps]).sum())
 
     def forward(self, x: Tensor) -> ChainResult:
         """Latent to data."""
         log_dets: list[Tensor] = []
         for coupling, back in zip(reversed(self.couplings), reversed(self.back), strict=True):
-            x, log_det = coupling(x)
+            x, log_det = coupling(x, back.weight, back.bias)
             log_dets.insert(0, log_det)
-            x = back(x)
         return ChainResult(x, torch.stack(log_dets), -self.constant)
 
     def inverse(self, x: Tensor) -> ChainResult:
-        """Data to latent."""
+        """Data to latent: every coupling goes on to the map of the next step."""
         log_dets: list[Tensor] = []
-        for coupling, into in zip(self.couplings, self.into, strict=True):
-            x, log_det = coupling.inverse(into(x))  # type: ignore[operator]
+        (weight, bias), *following = [(into.weight, into.bias) for into in self.into]
+        x = mixing(x, weight, bias)
+        for coupling, after in zip(self.couplings, [*following, (None, None)], strict=True):
+            x, log_det = coupling.inverse(x, *after)
             log_dets.append(log_det)
         return ChainResult(x, torch.stack(log_dets), self.constant)
 
@@ -202,7 +169,3 @@ class FoldedClassPrior(nn.Module):
         shift = self.label(labels)[:, :, None, None]
         prior = shift if self.base is None else self.base + shift
         return Gaussian(*prior.chunk(2, 1))
-
-
-def _pointwise(weight: Tensor, bias: Tensor) -> FoldedConv2d:
-    return FoldedConv2d(weight[:, :, None, None], bias)

@@ -57,21 +57,19 @@ def _step_backward(
 ) -> tuple[Tensor, Tensor]:
     """The step's input and its gradient from those of its output; gradients of parameters are put in `gradients`."""
     coupling = step.coupling
-    stays, moved = coupling.halves(y)
-    grad_stays, grad_moved = coupling.halves(grad_y)
     with torch.enable_grad():
-        stays = stays.detach().requires_grad_()
-        raw = coupling.net(stays).to(y.dtype)
+        halves = coupling.halves(y)
+        stays = halves[0].detach().requires_grad_()
+        raw = coupling.net(stays)
         with torch.no_grad():
-            moving, _ = coupling.move_back(moved, raw)
-        moving.requires_grad_()
-        outputs = coupling.move(moving, raw)
-    grad_more, grad_moving = _pull(
-        outputs, (grad_moved, grad_log_det), (stays, moving), coupling.parameters(), gradients
-    )
-    middle = coupling.join(stays.detach(), moving.detach())
-    grad_middle = coupling.join(grad_stays + grad_more, grad_moving)
+            middle, _ = coupling.move(y, halves, raw, inverse=False)
+        middle.requires_grad_()
+        outputs = coupling.move(middle, coupling.halves(middle), raw, inverse=True)
+    grad_stays, grad_middle = _pull(
+        outputs, (grad_y, grad_log_det), (stays, middle), coupling.parameters(), gradients
+    )  # fmt: skip
     with torch.no_grad():
+        coupling.halves(grad_middle)[0].add_(grad_stays)
         x = step.actnorm(step.mixing(middle))
     with torch.enable_grad():
         x.requires_grad_()

@@ -75,6 +75,11 @@ def run_parity(
             batch = len(chosen)
             told = in_turn(session.choices, range(batch))
             exact_all, plain_all = _encode(reference, chosen, told), _encode(single, chosen, told)
+            if not all(np.isfinite(values).all() for values in plain_all.values()):
+                raise DataError(
+                    "the model itself overflows on these images, in torch as in any engine: they are too far from what"
+                    " it was trained on; name images like those with --images"
+                )
             encoded = session.inverse(chosen, told)
             found = {**{name: encoded.latents[name] for name in names}, "log_prob": encoded.log_prob}
             outputs = {name: compare(found[name], exact_all[name], plain_all[name]) for name in found}

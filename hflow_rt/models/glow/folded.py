@@ -100,10 +100,10 @@ class FoldedChain(nn.Module):
     def inverse(self, x: Tensor) -> ChainResult:
         """Data to latent: every coupling goes on to the map of the next step."""
         log_dets: list[Tensor] = []
-        (weight, bias), *following = [(into.weight, into.bias) for into in self.into]
-        x = mixing(x, weight, bias)
+        first, *following = [(into.weight, into.bias) for into in self.into if isinstance(into, ChannelMap)]
+        x = mixing(x, *first)
         for coupling, after in zip(self.couplings, [*following, (None, None)], strict=True):
-            x, log_det = coupling.inverse(x, *after)
+            x, log_det = coupling.inverse(x, *after)  # type: ignore[operator]
             log_dets.append(log_det)
         return ChainResult(x, torch.stack(log_dets), self.constant)
 

@@ -57,7 +57,14 @@ def last_line(result: Any) -> str:
     return line
 
 
-KEPT = {"direction": "both", "bound": True, "half": True, "std": ["0.9", "z0=0.3"], "precision": "fp32"}
+KEPT = {
+    "direction": "both",
+    "bound": True,
+    "half": True,
+    "std": ["0.9", "z0=0.3"],
+    "precision": "fp32",
+    "tuning": "any",
+}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_another_model_takes_nothing(hflow: Command, bundle: Path, calls: list[d
     result = ok(hflow("export", bundle.parent))
     assert calls[0] | {"source": 0, "folder": 0} == {
         "source": 0, "folder": 0, "direction": "both", "bound": False, "half": False, "std": ["0.7"],
-        "precision": "fp32",
+        "precision": "fp32", "tuning": "any",
     }  # fmt: skip
     assert "as it was" not in result.err
 

@@ -3,6 +3,7 @@
 `choices` maps the name of a condition to its options, e.g. `labels` to ("boot", "coat").
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +30,7 @@ def by_folder(choices: Choices, names: Sequence[str]) -> _OneHot:
 
 def class_folder(choices: Choices, path: Path) -> str:
     """What to put before the names of images in `path`, a file or folder, for `by_folder`: `boot/` in a folder boot."""
-    path = path.resolve()
+    path = Path(os.path.abspath(path))  # a link has the name it was given
     name = path.name if path.is_dir() else path.parent.name
     return f"{name}/" if any(name in options for options in choices.values()) else ""
 

@@ -28,6 +28,8 @@ def test_a_folder_or_file_tells_its_class(tmp_path: Path, monkeypatch: pytest.Mo
     for path in (tmp_path / "boot", tmp_path / "boot" / "1.png", Path("."), Path("1.png"), Path("left/..")):
         assert class_folder(CHOICES, path) == "boot/"
         assert class_folder({}, path) == ""
+    Path("coat").symlink_to(tmp_path / "boot" / "left")
+    assert class_folder(CHOICES, Path("coat")) == class_folder(CHOICES, Path("coat/x.png")) == "coat/"
     for path in (tmp_path, Path("left")):
         assert class_folder(CHOICES, path) == ""
 

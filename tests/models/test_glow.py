@@ -19,6 +19,7 @@ from hflow_rt.models.family import family
 from hflow_rt.models.glow import coupling as coupling_file
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.network import Glow
+from hflow_rt.models.glow.prior import Gaussian
 
 BASE: dict[str, Any] = {
     "resolution": 8, "levels": 2, "steps": 2, "hidden_channels": 7, "invertible_backward": False,
@@ -192,6 +193,16 @@ def test_bound_is_minus_log_prob_at_the_drawn_point(model: Glow) -> None:
     expected = model.config.bits - found.log_prob / (192 * math.log(2))
     assert ((bits - expected) / expected).abs().max() < 1e-12
     assert model.loss(x, None, given).bits_per_dim == pytest.approx(float(expected.mean()), rel=1e-12)
+
+
+def test_densities_do_not_cancel_in_float32() -> None:
+    """At this std the sums of squares, of log-stds and of constants are thirty thousand, and their total a hundred."""
+    torch.manual_seed(0)
+    deviation = torch.randn(2, 6, 64, 64)
+    prior = Gaussian(torch.zeros(1), torch.tensor([-0.5 * math.log(2 * math.pi) - 0.5]))
+    exact = Gaussian(*(part.double() for part in prior)).log_prob(deviation.double())
+    assert exact.abs().max() < 300
+    assert (prior.log_prob(deviation) - exact).abs().max() < 5e-4
 
 
 def test_labels_move_the_top_prior() -> None:

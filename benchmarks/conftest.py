@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from measuring import RESULTS, UNSTABLE, exported_like, machine, spread, take_turns
+from measuring import RESULTS, exported_like, spread, take_turns
 
+from hflow_rt.runtime.bench.machine import machine
+from hflow_rt.runtime.bench.measure import UNSTABLE
 from hflow_rt.runtime.bench.report import markdown, write_report
 
 _ROWS: list[dict[str, Any]] = []

@@ -1,13 +1,9 @@
 """What all benchmarks share: models to measure, fair timing, and a report that survives being cut short."""
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +14,13 @@ import numpy as np
 import torch
 
 from hflow_rt.files import atomic_file
+from hflow_rt.runtime.bench.machine import machine
+from hflow_rt.runtime.bench.measure import UNSTABLE
 
 __all__ = [
     "RESULTS",
-    "UNSTABLE",
     "Report",
     "exported_like",
-    "machine",
     "reason",
     "spread",
     "take_turns",
@@ -33,7 +29,6 @@ __all__ = [
 ]
 
 RESULTS = Path(__file__).parent / "results"
-UNSTABLE = 0.025  # a larger spread of the rounds is pointed out
 
 
 def trained_like(preset: str) -> Any:
@@ -140,41 +135,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}".replace("|", "/")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "commit": _said("git", "describe", "--always", "--dirty"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        **{name: _version(name) for name in ("torch", "triton", "onnxruntime", "onnx", "numpy")},
-    }
-
-
-def _said(*command: str) -> str | None:
-    """The first line a command prints; nothing where it fails or is not there."""
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return lines[0].strip() if lines else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 class Report:
     """Rows by part, in `NAME.json` and `NAME.md`, written after each row.
 
@@ -191,7 +151,7 @@ class Report:
     def start(self, part: str, **settings: Any) -> None:
         """Rows that follow belong to `part`."""
         self.part = part
-        self.parts[part] = {"machine": machine() | settings, "rows": []}
+        self.parts[part] = {"machine": machine() | {"torch_threads": torch.get_num_threads()} | settings, "rows": []}
 
     def add(self, what: str, variant: str, **found: Any) -> None:
         """A row: `ms`, `ratio` and `cov` of a measurement, and anything else by name; or a `note` of why not."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hflow_rt.errors import BackendUnavailable
+from hflow_rt.errors import BackendUnavailable, HFlowError
 from hflow_rt.runtime.bench.floor import Work, count, floor_seconds
 from hflow_rt.runtime.bench.machine import machine
 from hflow_rt.runtime.bench.variants import REFERENCE, ROOF_OPERATIONS, ROOFS, VARIANTS, files_of, opened
@@ -29,7 +29,7 @@ _BUSY = 0.3  # of a core that others may use before it is pointed out
 Row = dict[str, Any]
 
 
-class Gone(Exception):  # noqa: N818 - the reason for a row without figures
+class Gone(HFlowError):  # noqa: N818 - the reason for a row without figures
     """Why a variant gives no figures."""
 
 
@@ -213,7 +213,10 @@ def _case(
             attempt(name, lambda worker: turn(worker, index + 1))  # noqa: B023 - called at once
     for name in list(workers):
         attempt(name, close)
-    _errors(bundle, workers, rows, case)
+    with tempfile.TemporaryDirectory() as folder, suppress(Gone):  # without torch there is nothing to hold against
+        exact = _exact(bundle, case, Path(folder))
+        for name in list(workers):
+            attempt(name, lambda worker: rows[worker.name].update(error=_error(worker, case, exact, Path(folder))))
     best = {device: ROOF_OPERATIONS[device] / statistics.median(seconds) for device, seconds in reached.items()}
     for device, roof in roofs.items():
         best[f"{device} bytes"] = roof.ask("bandwidth")["bytes_per_second"]
@@ -227,7 +230,8 @@ def _floors(bundle: Bundle, rows: list[Row], reached: Row, direction: str, batch
     except BackendUnavailable:
         return []  # without onnx nothing is counted, and the columns stay empty
     for row in rows:
-        if "p50_ms" in row:
+        # in tuned graphs torch has no part
+        if "p50_ms" in row and (bundle.manifest.tuning == "any" or VARIANTS[row["variant"]].files == "graphs"):
             row["gflops"] = work.operations * batch / row["p50_ms"] / 1e6
             if row["device"] in reached:
                 row["of_roof"] = row["gflops"] * 1e9 / reached[row["device"]]
@@ -260,22 +264,19 @@ def _until_stable(run: Callable[[int], list[float]]) -> int:
         before = median
 
 
-def _errors(bundle: Bundle, workers: dict[str, Worker], rows: dict[str, Row], case: dict[str, Any]) -> None:
-    """The largest difference of any output from float64, over its largest value or 1, on inputs of batch 1."""
-    one = case | {"batch": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            reference = Worker(REFERENCE, bundle.path)
-        except Gone:
-            return  # without torch there is none, and the column stays empty
-        try:
-            exact = _read(reference, one, Path(folder) / "exact.npz")
-        finally:
-            reference.close()
-        for name, worker in workers.items():
-            found = _read(worker, one, Path(folder) / "found.npz")
-            off = (np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(found, exact, strict=True))
-            rows[name]["error"] = float(max(off))
+def _exact(bundle: Bundle, case: dict[str, Any], folder: Path) -> list[Any]:
+    """Outputs in float64, of batch 1. Raises `Gone`."""
+    reference = Worker(REFERENCE, bundle.path)
+    try:
+        return _read(reference, case | {"batch": 1}, folder / "exact.npz")
+    finally:
+        reference.close()
+
+
+def _error(worker: Worker, case: dict[str, Any], exact: list[Any], folder: Path) -> float:
+    """The largest difference of any output from the exact one, over that one's largest value or 1. Raises `Gone`."""
+    found = _read(worker, case | {"batch": 1}, folder / "found.npz")
+    return float(max(np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(found, exact, strict=True)))
 
 
 def _read(worker: Worker, case: dict[str, Any], path: Path) -> list[Any]:

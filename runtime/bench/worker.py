@@ -53,9 +53,8 @@ def _first(running: Running, graph: str, batch: int) -> dict[str, Any]:
 
 
 def _time(running: Running, graph: str, batch: int, seed: int, calls: int) -> dict[str, Any]:
-    """Seconds of each call, and of queueing the last."""
-    arrays = inputs_of(running.manifest, graph, batch, seed)
-    placed = running.place(arrays)
+    """Seconds of each call."""
+    placed = running.place(inputs_of(running.manifest, graph, batch, seed))
     seconds = []
     for _ in range(calls):
         started = time.perf_counter()
@@ -80,12 +79,12 @@ def _overheads(running: Running, graph: str, batch: int) -> dict[str, Any]:
 
 
 def _peak(running: Running) -> dict[str, Any]:
-    """MiB of the host since `_first`, and of a CUDA device where torch holds any."""
+    """MiB of the host since `_first`, and of a CUDA device: of torch's tensors, else of all that is taken there."""
     device = None
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        device = max(torch.cuda.max_memory_allocated() / 2**20, 0.0) or (total - free) / 2**20
+        device = (torch.cuda.max_memory_allocated() or total - free) / 2**20
     return {"host_mib": _high_water(), "device_mib": device}
 
 

@@ -13,9 +13,9 @@ _PACKAGES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "o
 
 
 def machine() -> dict[str, Any]:
-    """Processor, GPU and driver, versions, and the commit where this is a checkout."""
+    """Processor, GPU and driver, versions, and the commit where this is a checkout; None for what is not there."""
     gpu = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    found = {
+    return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": gpu and gpu.partition(",")[0],
@@ -25,7 +25,6 @@ def machine() -> dict[str, Any]:
         "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         **{name: _version(name) for name in _PACKAGES},
     }
-    return {name: value for name, value in found.items() if value}
 
 
 def _processor() -> str:

@@ -31,7 +31,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Latency of {model['family']} {model['resolution']}x{model['resolution']}, {model['precision']}"
         + (f", graphs for a {model['tuning'].upper()}" if model.get("tuning", "any") != "any" else ""),
         "",
-        ", ".join(f"{name} {value}" for name, value in report["machine"].items()),
+        ", ".join(f"{name} {value}" for name, value in report["machine"].items() if value is not None),
         f"rounds {report['settings']['rounds']}; ratio: times as fast as {BASELINE} (or the first row); "
         "error: largest difference of any output from float64, over the output's largest value or 1",
         *(f"**Warning: {warning}**" for warning in report["warnings"]),

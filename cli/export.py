@@ -147,7 +147,7 @@ def export(
     tune: Annotated[
         _Tuning | None,
         typer.Option(
-            help="cpu writes wide convolutions in a form that CPUs run faster and GPUs slower; any is the default.",
+            help="cpu takes whatever form of each layer this machine runs fastest, by measurement; any is the default.",
             show_default=False,
         ),
     ] = None,

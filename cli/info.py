@@ -64,6 +64,8 @@ def info(
             f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}"
         )
         print(f"    {counts}")
+        if graph.rewrites:
+            print("    rewritten: " + ", ".join(f"{count} {what}" for what, count in graph.rewrites.items()))
     for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
         print(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
     for line in (*describe_engines(manifest), *(describe_layers(find_bundle(bundle)) if layers else ())):

@@ -14,6 +14,7 @@ from hflow_rt import __version__
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
+from hflow_rt.export.tuning import Stopwatch
 from hflow_rt.files import atomic_directory, atomic_file, sha256
 from hflow_rt.manifest import (
     HALF,
@@ -31,6 +32,7 @@ from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.noise import parse_std
+from hflow_rt.runtime.onnx import threads
 from hflow_rt.runtime.plans import PLANS, graph_sha256
 from hflow_rt.runtime.session import open_bundle
 
@@ -60,8 +62,8 @@ def export_bundle(
     them; it is this rounded model, computed in float32 as ever, that the bundle holds and that its engines are held
     against. std: what samples will be drawn at where nobody says, in the form of `parse_std`. precision: of the
     arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come out the same.
-    tuning: `cpu` for graphs that only a CPU runs fast. Raises `CheckpointError`, `BundleError`, `ConfigError`,
-    `DataError`.
+    tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU. Raises
+    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`.
     """
     if output.exists() and not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
@@ -86,12 +88,13 @@ def export_bundle(
             raise ConfigError("mixed precision is for GPUs and --tune cpu for CPUs; choose one of them")
         if precision == "mixed" and not all(spec.nets for spec in specs.values()):
             raise ConfigError(f"the {metadata['family']} family has no nets for mixed precision; use --precision fp32")
+        worth = Stopwatch(threads()).worth if tuning == "cpu" else None
         graphs, shared = {}, SharedWeights(folder / WEIGHTS)
         for name, spec in specs.items():
             scales = spec.scales if metadata.get("weights") == HALF else ()
-            progress(f"writing {name}.onnx")
+            progress(f"{'writing' if worth is None else 'measuring'} {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales, precision, tuning)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales, precision, worth)
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],

@@ -17,8 +17,8 @@ from onnx.external_data_helper import set_external_data
 from hflow_rt.errors import HFlowError
 from hflow_rt.export.half import halve
 from hflow_rt.export.precision import mix
-from hflow_rt.export.winograd import winograd
-from hflow_rt.manifest import MODULE, Graph, Precision, Tensor, Tuning
+from hflow_rt.export.tuning import Worth, tune
+from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
 from hflow_rt.models.family import GraphSpec, Scale, TensorSpec
 
 __all__ = ["MAX_BATCH", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
@@ -29,9 +29,6 @@ WEIGHTS = "weights.bin"
 # Smaller constants stay in the graph, where shape inference and graph viewers see them.
 _INLINE_BYTES = 1024
 _ALIGNMENT = 64  # bytes: of a cache line
-# Where tiles of 4x4 pay in ONNX Runtime: 2x for 512 channels of 32x32, 1.2x for 128; nothing for 64, or for 8x8 pixels,
-# which are bound by reading weights that are four times as many.
-_TILE, _NARROWEST, _SMALLEST = 4, 128, 16 * 16
 # every one of these means that something independent of the input was not folded
 _UNFOLDED = {
     "Inverse",
@@ -78,13 +75,13 @@ def export_graph(
     weights: SharedWeights,
     scales: Collection[Scale] = (),
     precision: Precision = "fp32",
-    tuning: Tuning = "any",
+    worth: Worth | None = None,
 ) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
 
     scales: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
-    `mixed` computes the nets of `spec` in float16 (see `mix`). tuning: for which machines, see `winograd`. Raises
-    `HFlowError` if the result is not valid.
+    `mixed` computes the nets of `spec` in float16 (see `mix`). worth: which rewrites to take (see `tune`), by default
+    none. Raises `HFlowError` if the result is not valid.
     """
     module = spec.module.eval()
     examples = tuple(_example(tensor) for tensor in spec.inputs)
@@ -111,8 +108,7 @@ def export_graph(
         proto.metadata_props.add(key=key, value=value)
     if precision == "mixed" and not mix(proto, spec.nets, spec.heads):
         raise HFlowError(f"graph '{spec.name}' has no nets to compute in half precision; export with --precision fp32")
-    if tuning == "cpu":
-        winograd(proto, _TILE, _NARROWEST, _SMALLEST)
+    rewrites = {} if worth is None else tune(proto, worth)
     if scales:
         halve(proto, scales)
     onnx.checker.check_model(proto, full_check=True)
@@ -132,6 +128,7 @@ def export_graph(
         outputs=tuple(_described(tensor) for tensor in spec.outputs),
         batch=(1, MAX_BATCH),
         operators=counts,
+        rewrites=rewrites,
     )
 
 

@@ -10,13 +10,15 @@ A tile of m x m outputs of a 3x3 convolution takes (m + 2)^2 products instead of
 What is exact in exact arithmetic rounds differently: parity decides whether an engine may use it, as always.
 """
 
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+
+from hflow_rt.export.rewriting import Rewrite, View, activation, attributes
 
 __all__ = ["minimal_filter", "winograd"]
 
@@ -58,98 +60,58 @@ def _product(roots: tuple[Fraction, ...] | list[Fraction]) -> list[float]:
     return [float(value) for value in found]
 
 
-def winograd(proto: onnx.ModelProto, m: int, narrowest: int, smallest: int) -> int:
-    """Rewrite, in place, the 3x3 convolutions between at least `narrowest` channels of at least `smallest` pixels.
-
-    m: side of a tile, 2 or 4; sizes that it does not divide stay. Returns how many there were.
-    """
-    sizes = _sizes(proto)
-    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    rewritten = 0
-    for node in proto.graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
-        shape = sizes.get(node.input[0], []) if node.input else []
-        if weight is None or not _fits(node, weight, shape, m, narrowest, smallest):
-            nodes.append(node)
-            continue
-        nodes += _tiled(proto.graph, node, numpy_helper.to_array(weight), (shape[2], shape[3]), m)
-        rewritten += 1
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend(nodes)
-    proto.graph.initializer.extend(kept)
-    return rewritten
+def winograd(view: View, m: int = 4) -> Iterator[Rewrite]:
+    """Every 3x3 convolution of images that tiles of `m` x `m` outputs cover; m is 2 or 4."""
+    for node in view.nodes:
+        weight = view.constant(node.input[1]) if node.op_type == "Conv" else None
+        if weight is not None and _fits(view, node, weight, m):
+            yield _tiled(view, node, weight, m)
 
 
-def _sizes(proto: onnx.ModelProto) -> dict[str, list[int]]:
-    inferred = onnx.shape_inference.infer_shapes(proto).graph
-    return {
-        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        for value in (*inferred.value_info, *inferred.input)
-    }
-
-
-def _fits(
-    node: onnx.NodeProto, weight: onnx.TensorProto, shape: list[int], m: int, narrowest: int, smallest: int
-) -> bool:
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+def _fits(view: View, node: onnx.NodeProto, weight: NDArray[Any], m: int) -> bool:
+    known, shape = attributes(node), view.shape(node.input[0])
     return (
-        list(weight.dims[2:]) == [_TAPS, _TAPS]
-        and min(weight.dims[:2]) >= narrowest
-        and attributes.get("group", 1) == 1
-        and list(attributes.get("strides", [1, 1])) == [1, 1]
-        and list(attributes.get("dilations", [1, 1])) == [1, 1]
-        and list(attributes.get("pads", [])) == [1, 1, 1, 1]
+        weight.shape[2:] == (_TAPS, _TAPS)
+        and known.get("group", 1) == 1
+        and known.get("strides", [1, 1]) == known.get("dilations", [1, 1]) == [1, 1]
+        and known.get("pads") == [1, 1, 1, 1]
         and len(shape) == 4
-        and shape[2] * shape[3] >= smallest
+        and min(shape[2:]) >= m
         and shape[2] % m == shape[3] % m == 0
     )
 
 
-def _tiled(
-    graph: onnx.GraphProto, node: onnx.NodeProto, weight: NDArray[np.floating[Any]], size: tuple[int, int], m: int
-) -> list[onnx.NodeProto]:
-    """The nodes that stand for a convolution, with constants computed in float64 and kept in the weights' type."""
+def _tiled(view: View, node: onnx.NodeProto, weight: NDArray[Any], m: int) -> Rewrite:
+    """What stands for a convolution, with constants computed in float64 and kept in the weights' type."""
     a, g, b = minimal_filter(m)
-    places, tiles = len(b) ** 2, (size[0] // m) * (size[1] // m)
+    height, width = view.shape(node.input[0])[2:]
+    places, tiles = len(b) ** 2, (height // m) * (width // m)
     rows, columns = weight.shape[:2]
-    name = node.output[0]
-    made: list[onnx.NodeProto] = []
+    rewrite = Rewrite([node, *activation(view, node)])
 
     def constant(what: str, values: Array) -> str:
-        graph.initializer.append(numpy_helper.from_array(values.astype(weight.dtype), f"{name}.{what}"))
-        return f"{name}.{what}"
+        return rewrite.constant(what, values.astype(weight.dtype))
 
-    def shape(what: str, *sides: int) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.array(sides, np.int64), f"{name}.{what}"))
-        return f"{name}.{what}"
-
-    def step(op: str, *inputs: str, **attributes: Any) -> str:
-        output = f"{name}.{len(made)}"
-        made.append(helper.make_node(op, list(inputs), [output], output, **attributes))
-        made[-1].metadata_props.extend(node.metadata_props)
-        return output
-
-    single = step("Reshape", node.input[0], shape("single", -1, 1, *size))
+    sizes, step = rewrite.sizes, rewrite.step
+    single = step("Reshape", node.input[0], sizes("single", -1, 1, height, width))
     corners = constant("input", np.einsum("ai,bj->abij", b, b).reshape(places, 1, *b.shape))
     spread = step("Conv", single, corners, strides=[m, m], pads=[1, 1, 1, 1])  # [B C, places, H/m, W/m]
-    by_channel = step("Reshape", spread, shape("by_channel", -1, columns, places, tiles))
+    by_channel = step("Reshape", spread, sizes("by_channel", -1, columns, places, tiles))
     by_place = step("Transpose", by_channel, perm=[2, 1, 0, 3])
-    mixed = step("Reshape", by_place, shape("by_place", places, columns, -1))
+    mixed = step("Reshape", by_place, sizes("by_place", places, columns, -1))
     kernels = np.einsum("ai,fcij,bj->abfc", g, weight.astype(np.float64), g, optimize=True)
     kernel = constant("weight", kernels.reshape(places, rows, columns))
     product = step("MatMul", kernel, mixed)  # [places, F, B tiles]
-    flat = step("Reshape", product, shape("flat", places, -1))
+    flat = step("Reshape", product, sizes("flat", places, -1))
     outputs = constant("output", np.einsum("ia,jb->ijab", a, a).reshape(m * m, places))
     inside = step("MatMul", outputs, flat)  # [m m, F B tiles]
-    by_output = step("Reshape", inside, shape("by_output", m * m, rows, -1, tiles))
+    by_output = step("Reshape", inside, sizes("by_output", m * m, rows, -1, tiles))
     by_image = step("Transpose", by_output, perm=[2, 0, 1, 3])
-    planes = step("Reshape", by_image, shape("planes", -1, m * m * rows, size[0] // m, size[1] // m))
+    planes = step("Reshape", by_image, sizes("planes", -1, m * m * rows, height // m, width // m))
     image = step("DepthToSpace", planes, blocksize=m, mode="DCR")
-    if len(node.input) > 2:
-        bias = next(tensor for tensor in graph.initializer if tensor.name == node.input[2])
-        image = step("Add", image, constant("bias", numpy_helper.to_array(bias).reshape(rows, 1, 1)))
-    made[-1].output[0] = name
-    return made
+    bias = view.constant(node.input[2]) if len(node.input) > 2 else None
+    if bias is not None:
+        image = step("Add", image, constant("bias", bias.reshape(rows, 1, 1)))
+    for active in rewrite.old[1:]:
+        image = step(active.op_type, image, **attributes(active))
+    return rewrite.end()

@@ -58,6 +58,7 @@ class Graph(_Entry):
     outputs: tuple[Tensor, ...]
     batch: tuple[int, int] = Field(description="smallest and largest batch of one call")
     operators: dict[str, int]
+    rewrites: dict[str, int] = Field(default={}, description="what tuning changed, and how often")
 
 
 class Latent(_Entry):

@@ -19,7 +19,7 @@ from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.lanes import Lane
 
-__all__ = ["OnnxEngine", "open_engine"]
+__all__ = ["OnnxEngine", "open_engine", "threads"]
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -121,7 +121,7 @@ class OnnxEngine:
                 path = self._bundle.graph(graph)
                 options = self._runtime.SessionOptions()
                 options.log_severity_level = 4  # ours is the one line that explains a failure
-                options.intra_op_num_threads = _threads()
+                options.intra_op_num_threads = threads()
                 try:
                     found = self._runtime.InferenceSession(
                         str(path), options, providers=self._providers(self._bundle.manifest.graphs[graph])
@@ -227,7 +227,7 @@ def _run_tensors(session: Any, graph: Graph, inputs: Sequence[Any], options: Any
     return results
 
 
-def _threads() -> int:
+def threads() -> int:
     """How many threads compute one call; 0 leaves it to ONNX Runtime, which counts the machine's cores.
 
     It heeds neither OMP_NUM_THREADS, as torch does, nor that this process may be held to fewer cores, and then its

@@ -5,38 +5,77 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from hflow_rt.errors import BundleError, ConfigError
-from hflow_rt.export import onnx as exporter
 from hflow_rt.export.bundle import export_bundle
+from hflow_rt.export.rewriting import Rewrite, View, apply
+from hflow_rt.export.tuning import PASSES, Stopwatch
 from hflow_rt.runtime import load
+from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bundle import find_bundle
 
 
-@pytest.fixture
-def tuned(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bundle of the tiny run with its convolutions of 6 and 8 channels taken for wide ones."""
-    monkeypatch.setattr(exporter, "_NARROWEST", 6)
-    monkeypatch.setattr(exporter, "_SMALLEST", 16)
+@pytest.fixture(scope="module")
+def tuned(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the tiny run with every rewrite, but of the smallest maps, whose few tiles round too coarsely."""
+
+    def worth(self: Stopwatch, view: View, rewrite: Rewrite) -> bool:
+        return rewrite.old[0].op_type != "Conv" or view.shape(rewrite.name)[2:] != [4, 4]
+
     ramp = np.rint(np.linspace(0, 255, 16)).astype(np.float32) / np.float32(255)
     images = np.stack([np.broadcast_to(ramp, (3, 16, 16)), np.broadcast_to(ramp[:, None], (3, 16, 16))])
-    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "tuned", images, tuning="cpu")
+    folder = tmp_path_factory.mktemp("tuned") / "bundle"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stopwatch, "worth", worth)
+        manifest = export_bundle(tiny_run / "model.safetensors", folder, images, tuning="cpu")
     assert manifest.verified, manifest.parity
-    return tmp_path / "tuned"
+    return folder
 
 
 def test_tuned_graphs_are_the_model(tiny_run: Path, tuned: Path) -> None:
     bundle = find_bundle(tuned)
     assert bundle.manifest.tuning == "cpu"
     for name in ("forward", "inverse"):
-        nodes = onnx.load(str(bundle.graph(name))).graph.node
-        assert any(node.op_type == "DepthToSpace" for node in nodes)
-        plain = onnx.load(str(find_bundle(tiny_run).graph(name))).graph.node
-        wide = sum(node.op_type == "MatMul" for node in nodes) - sum(node.op_type == "MatMul" for node in plain)
-        assert wide >= 4  # two a convolution
+        graph = bundle.manifest.graphs[name]
+        assert graph.rewrites.keys() == PASSES.keys()
+        assert "Resize" not in graph.operators
+        assert graph.operators["DepthToSpace"] == graph.rewrites["winograd"]
     with load(tuned) as session, load(tiny_run) as other:
         found, expected = session.sample(3, 0.7, seed=5), other.sample(3, 0.7, seed=5)
     assert 0 < np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["forward", "inverse"])
+def test_rewriting_changes_nothing_in_float64(tiny_run: Path, name: str) -> None:
+    bundle = find_bundle(tiny_run)
+    plain = in_double(onnx.load(str(bundle.graph(name))))
+    inputs = inputs_of(bundle.manifest, name, 2, seed=3)
+    feeds = {key: value.astype(np.float64) for key, value in inputs.items()}
+    expected = ReferenceEvaluator(plain).run(None, feeds)
+    for step, found in PASSES.items():
+        apply(plain, found, lambda view, rewrite: True)
+        for one, other in zip(expected, ReferenceEvaluator(plain).run(None, feeds), strict=True):
+            assert np.abs(one - other).max() < 1e-10 * max(1, np.abs(one).max()), step
+
+
+def in_double(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with all its numbers in float64."""
+    single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+    resized = {name for node in proto.graph.node if node.op_type == "Resize" for name in node.input[1:]}
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == single and tensor.name not in resized:
+            wide = numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.elem_type = double
+    for node in proto.graph.node:
+        assert node.op_type != "Cast"
+        if node.op_type == "ConstantOfShape":
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", numpy_helper.from_array(np.zeros(1))))
+    return proto
 
 
 def test_no_tensorrt_from_them(tuned: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hflow_rt.runtime import load
-from hflow_rt.runtime.onnx import _threads
+from hflow_rt.runtime.onnx import threads as chosen
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 
@@ -26,8 +26,8 @@ def test_a_process_held_to_fewer_cores_starts_no_more_threads(monkeypatch: pytes
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5})
-    assert _threads() == 3
+    assert chosen() == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    assert _threads() == 0  # ONNX Runtime knows better which cores are real ones
+    assert chosen() == 0  # ONNX Runtime knows better which cores are real ones
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert _threads() == 0
+    assert chosen() == 0

@@ -20,6 +20,7 @@ COMMANDS = (
     "interpolate",
     "evaluate",
     "bench",
+    "tune",
     "info",
     "walk",
     "seeds",

@@ -1,7 +1,8 @@
 """`hflow-rt sample`."""
 
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +22,10 @@ from hflow_rt.cli.common import (
     tracked,
     write_pictures,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @app.command()
@@ -50,7 +55,7 @@ def sample(
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import concatenate, save_latents
-    from hflow_rt.runtime.overlap import Behind, ahead
+    from hflow_rt.runtime.overlap import in_flight
     from hflow_rt.runtime.pictures import check_picture_name, to_uint8
 
     if number < 1:
@@ -59,18 +64,24 @@ def sample(
         check_picture_name(output)
     session = open_session(model, backend, device, json, cuda_graph)
     stds = std or session.std
-    parts = ahead(session.draw(range(first, first + number), stds, seed, batch, label))
+    parts = session.draw(range(first, first + number), stds, seed, batch, label)
+    starts = itertools.count(first, batch)
+
+    def decode(item: "tuple[int, dict[str, Any]]") -> "tuple[dict[str, Any], NDArray[np.uint8]]":
+        start, part = item
+        pixels = to_uint8(session.forward(part))
+        if not output.suffix:
+            write_pictures(output, pixels, start)
+        return part, pixels
+
     drawn, images, kept = 0, [], []
-    with Behind() as behind:
-        for part in tracked(parts, number, lambda p: len(next(iter(p.values()))), "sampling"):
-            pixels = to_uint8(session.forward(part))
-            if output.suffix:
-                images.append(pixels)
-            else:
-                behind.do(write_pictures, output, pixels, first + drawn)
-            if latents is not None:
-                kept.append(part)
-            drawn += len(pixels)
+    decoded = in_flight(decode, zip(starts, parts, strict=False))
+    for part, pixels in tracked(decoded, number, lambda done: len(done[1]), "sampling"):
+        if output.suffix:
+            images.append(pixels)
+        if latents is not None:
+            kept.append(part)
+        drawn += len(pixels)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
     if latents is not None:
         about = {

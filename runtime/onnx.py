@@ -8,6 +8,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 from hflow_rt.errors import BackendUnavailable, BundleError
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.cpu import Place, Settings, cores, default, place_of, shared_out
 from hflow_rt.runtime.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.lanes import Lane
 
-__all__ = ["OnnxEngine", "open_engine", "threads"]
+__all__ = ["OnnxEngine", "open_engine"]
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -43,13 +45,18 @@ _GRAPH_ID, _NO_GRAPH = "gpu_graph_id", "-1"
 class OnnxEngine:
     """Runs graphs of a bundle on one execution provider. Safe to share between threads.
 
-    device: a key of `_PROVIDERS`. cuda: where given, its work is replayed as CUDA graphs.
+    device: a key of `_PROVIDERS`. cuda: where given, its work is replayed as CUDA graphs. settings: how every graph
+    runs on the CPU, instead of what is known of each.
     """
 
-    def __init__(self, bundle: Bundle, device: str, runtime: Any, cuda: Cuda | None = None) -> None:
-        self._bundle, self._device, self._runtime = bundle, device, runtime
+    def __init__(
+        self, bundle: Bundle, device: str, runtime: Any, cuda: Cuda | None = None, settings: Settings | None = None
+    ) -> None:
+        self._bundle, self._device, self._runtime, self._given = bundle, device, runtime, settings
         self._provider = _PROVIDERS[device]
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[tuple[str, bool], Any] = {}
+        self._settings: dict[str, Settings] = {}
+        self._pool: ThreadPoolExecutor | None = None
         self._lock, self._running = Lock(), Lock()
         self._cuda = cuda
         self._lanes: dict[tuple[str, int], Lane] = {}
@@ -77,13 +84,41 @@ class OnnxEngine:
         with self._running, self._lock:
             _release(self._cuda, self._lanes)
             self._sessions.clear()
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
 
     def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        if self._device == "cpu" and isinstance(inputs[0], np.ndarray):
+            return self._run_on_cpu(graph, inputs)
         session, described = self.session(graph), self._bundle.manifest.graphs[graph]
         if self._cuda is not None:
             with self._running:
                 return self._replay(self._cuda, session, graph, inputs)
         return self._run(session, described, inputs)
+
+    def _run_on_cpu(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        described, parts = self._bundle.manifest.graphs[graph], self.settings(graph).parts
+        shared = 1 < parts <= len(inputs[0])
+        session = self.session(graph, alone=shared)
+        if not shared:
+            return self._run(session, described, inputs)
+        return shared_out(lambda piece: self._run(session, described, piece), inputs, parts, self._workers())
+
+    def _workers(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="images")
+            return self._pool
+
+    def settings(self, graph: str) -> Settings:
+        """How a graph runs on the CPU: as `hflow-rt tune` found it to run fastest here, or as most do."""
+        if graph not in self._settings:
+            self._settings[graph] = self._given or self._place(graph).read() or default()
+        return self._settings[graph]
+
+    def _place(self, graph: str) -> Place:
+        return place_of(self._bundle, graph, self._runtime.__version__)
 
     def _run(self, session: Any, described: Graph, inputs: Sequence[Any], options: Any = None) -> list[Any]:
         if not isinstance(inputs[0], np.ndarray):
@@ -114,22 +149,25 @@ class OnnxEngine:
                 self._lanes.pop(place).close()
                 raise
 
-    def session(self, graph: str) -> Any:
-        """The session of a graph on exactly the provider that was asked for."""
+    def session(self, graph: str, alone: bool = False) -> Any:
+        """The session of a graph on exactly the provider that was asked for; alone: of calls of one thread each."""
         with self._lock:
-            if graph not in self._sessions:
+            if (graph, alone) not in self._sessions:
                 path = self._bundle.graph(graph)
-                options = self._runtime.SessionOptions()
-                options.log_severity_level = 4  # ours is the one line that explains a failure
-                options.intra_op_num_threads = threads()
+                settings = self.settings(graph) if self._device == "cpu" else Settings()
+                options = settings.options(self._runtime, 1 if alone else settings.threads)
+                ready = self._place(graph).optimised if self._device == "cpu" and self._given is None else None
+                if ready is not None:
+                    path, options.graph_optimization_level = ready, self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
                 try:
                     found = self._runtime.InferenceSession(
                         str(path), options, providers=self._providers(self._bundle.manifest.graphs[graph])
                     )
                 except Exception as error:  # ONNX Runtime raises a dozen classes of its own, none public
                     reason = str(error).splitlines()[0]
+                    again = "; measure again with 'hflow-rt tune'" if ready is not None else ""
                     raise BundleError(
-                        f"ONNX Runtime {self._runtime.__version__} cannot open {path}: {reason}"
+                        f"ONNX Runtime {self._runtime.__version__} cannot open {path}: {reason}{again}"
                     ) from error
                 # ONNX Runtime falls back to the CPU without an exception
                 if found.get_providers()[0] != self._provider:
@@ -137,8 +175,8 @@ class OnnxEngine:
                         f"{self._provider} does not start here (ONNX Runtime fell back to {found.get_providers()[0]});"
                         f" it needs a CUDA driver, and: {_INSTALL[self._device]}"
                     )
-                self._sessions[graph] = found
-            return self._sessions[graph]
+                self._sessions[graph, alone] = found
+            return self._sessions[graph, alone]
 
     def _providers(self, graph: Graph) -> list[tuple[str, dict[str, str]]]:
         """The provider and its options; after one of TensorRT's, CUDA takes what that leaves over."""
@@ -225,19 +263,6 @@ def _run_tensors(session: Any, graph: Graph, inputs: Sequence[Any], options: Any
         torch.cuda.current_stream(device).synchronize()
     session.run_with_iobinding(binding, options)
     return results
-
-
-def threads() -> int:
-    """How many threads compute one call; 0 leaves it to ONNX Runtime, which counts the machine's cores.
-
-    It heeds neither OMP_NUM_THREADS, as torch does, nor that this process may be held to fewer cores, and then its
-    threads fight over them.
-    """
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdigit() and int(said) > 0:
-        return int(said)
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def _device_id() -> str:

@@ -1,50 +1,30 @@
-"""Keep the engine busy: what comes next is made ready, and what is done is written, while it computes."""
+"""Keep every processor busy: several batches under way at once, each from its latents to its files."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
-__all__ = ["Behind", "ahead"]
+__all__ = ["in_flight"]
 
 T = TypeVar("T")
-_END = object()
+R = TypeVar("R")
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """`items`, the next of which is made in a thread while the caller works on the last."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming: Future[Any] = pool.submit(next, items, _END)
-        while (item := coming.result()) is not _END:
-            coming = pool.submit(next, items, _END)
-            yield item
+def in_flight(work: Callable[[T], R], items: Iterable[T], number: int = 3) -> Iterator[R]:
+    """`work` of every item, in order, while up to `number` of them are under way in threads of their own.
 
-
-class Behind:
-    """Work that is done in threads behind the caller's back, at most `depth` pieces of it waiting.
-
-    A failure is raised by a later `do` or at the end. Leaving the block by an exception drops what has not begun.
+    The next items are made in the caller's thread meanwhile. A failure is raised in its place, and then, as when the
+    caller stops early, what has not begun is dropped.
     """
-
-    def __init__(self, threads: int = 2, depth: int = 4) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="behind")
-        self._depth = depth
-        self._waiting: deque[Future[Any]] = deque()
-
-    def do(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Queue `work(*arguments)`, after waiting for room."""
-        while len(self._waiting) >= self._depth:
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(work, *arguments))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for work in self._waiting:
-                work.result()
+    pool = ThreadPoolExecutor(number, thread_name_prefix="in-flight")
+    under_way: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) == number:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

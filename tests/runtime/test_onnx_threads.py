@@ -1,12 +1,13 @@
 """How many threads ONNX Runtime computes with."""
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
 
 from hflow_rt.runtime import load
-from hflow_rt.runtime.onnx import threads as chosen
+from hflow_rt.runtime.cpu import threads as chosen
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 
@@ -16,6 +17,7 @@ def test_the_pool_is_as_large_as_omp_num_threads_says(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    gc.collect()  # sessions of other tests, with their threads
     before = len(os.listdir("/proc/self/task"))
     with load(tiny_run, "onnx", "cpu") as session:
         session.sample(1)

@@ -1,81 +1,69 @@
-"""What runs ahead of and behind an engine."""
+"""Several batches under way at once."""
 
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from hflow_rt.runtime.overlap import Behind, ahead
+from hflow_rt.runtime.overlap import in_flight
 
 
-def test_the_next_item_is_made_while_the_last_is_worked_on() -> None:
-    made = threading.Event()
+def test_items_are_made_and_worked_on_at_once_and_come_in_order() -> None:
+    together = threading.Barrier(3, timeout=10)
+    made: list[int] = []
 
     def items() -> Iterator[int]:
-        yield 0
-        made.set()
-        yield 1
+        for index in range(6):
+            made.append(index)
+            yield index
 
-    found = ahead(items())
+    def work(index: int) -> int:
+        together.wait()  # breaks unless three are under way
+        return 10 * index
+
+    found = in_flight(work, items(), number=3)
     assert next(found) == 0
-    assert made.wait(10)  # without asking for it
-    assert list(found) == [1]
+    assert made == [0, 1, 2]  # no more than fit
+    assert list(found) == [10, 20, 30, 40, 50]
 
 
-def test_order_and_failures_of_what_is_ahead_are_kept() -> None:
-    assert list(ahead(iter(range(50)))) == list(range(50))
+def test_fewer_items_than_fit() -> None:
+    assert list(in_flight(str, range(2), number=8)) == ["0", "1"]
+    assert list(in_flight(str, [])) == []
 
-    def broken() -> Iterator[int]:
+
+def test_a_failure_comes_in_its_place_and_drops_what_has_not_begun() -> None:
+    begun: list[int] = []
+    gate = threading.Event()
+
+    def work(index: int) -> int:
+        begun.append(index)
+        gate.wait(10)
+        if index == 1:
+            raise OSError("disk full")
+        return index
+
+    found = in_flight(work, range(100), number=2)
+    gate.set()
+    assert next(found) == 0
+    with pytest.raises(OSError, match="disk full"):
+        list(found)
+    assert len(begun) < 5
+
+
+def test_a_failure_in_the_making_of_items_is_raised() -> None:
+    def items() -> Iterator[int]:
         yield 1
         raise ValueError("broken")
 
-    found = ahead(broken())
-    assert next(found) == 1
     with pytest.raises(ValueError, match="broken"):
-        next(found)
+        list(in_flight(str, items()))
 
 
-def test_work_behind_is_done_at_the_end_and_never_piles_up() -> None:
-    gate, done = threading.Event(), []
-
-    def work(index: int) -> None:
-        gate.wait(10)
-        done.append(index)
-
-    with Behind(threads=1, depth=2) as behind:
-        behind.do(work, 0)
-        behind.do(work, 1)
-        threading.Timer(0.05, gate.set).start()
-        behind.do(work, 2)  # waits for room
-        assert gate.is_set()
-        assert done[:1] == [0]
-    assert done == [0, 1, 2]
-
-
-def test_a_failure_behind_is_raised() -> None:
-    def fail() -> None:
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"), Behind() as behind:
-        behind.do(fail)
-
-
-def test_an_exception_drops_what_has_not_begun() -> None:
-    started, gate, done = threading.Event(), threading.Event(), []
-
-    def work(index: int) -> None:
-        started.set()
-        gate.wait(10)
-        done.append(index)
-
-    def interrupted() -> None:
-        with Behind(threads=1) as behind:
-            behind.do(work, 0)
-            behind.do(work, 1)
-            started.wait(10)
-            threading.Timer(0.05, gate.set).start()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert done == [0]
+def test_a_caller_that_stops_early_waits_for_what_runs_and_no_more() -> None:
+    done: list[int] = []
+    found = in_flight(done.append, range(100), number=2)
+    next(found)
+    found.close()
+    assert len(done) <= 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("in-flight")]

@@ -1,0 +1,59 @@
+"""`hflow-rt tune`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, named, print_json, say_next, status
+
+
+@app.command()
+def tune(
+    model: ModelArgument = None,
+    batch: Annotated[int, typer.Option(help="Images of a call, where they are shared out among threads.")] = 16,
+    rounds: Annotated[int, typer.Option(help="How often every way of running takes its turn.")] = 7,
+    forget: Annotated[bool, typer.Option("--forget", help="Measure nothing; remove what was kept.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure how ONNX Runtime runs the model fastest on this CPU; all commands then do so, and start sooner.
+
+    What was found is kept in your cache folder, with a copy of the graphs as ONNX Runtime optimised them.
+
+    Example: hflow-rt tune runs/my-run
+    """
+    from hflow_rt.errors import ConfigError
+    from hflow_rt.runtime.bench.variants import DIRECTIONS
+    from hflow_rt.runtime.tune import forget as forget_all
+    from hflow_rt.runtime.tune import tune as measure
+
+    if batch < 1 or rounds < 1:
+        raise ConfigError("--batch and --rounds must be at least 1")
+    bundle = locate_bundle(model, json)
+    graphs = [name for name in DIRECTIONS if name in bundle.manifest.graphs]
+    if forget:
+        gone = forget_all(bundle, graphs)
+        if json:
+            print_json({"forgotten": gone})
+        else:
+            print(f"forgotten: {', '.join(gone)}" if gone else f"nothing was kept of {bundle.path} on this machine")
+        return
+    with status(json) as progress:
+        found = measure(bundle, graphs, batch, rounds, progress)
+    if json:
+        print_json(found)
+        return
+    for graph, about in found.items():
+        _show(graph, about)
+    say_next(f"hflow-rt sample{named(model, '--model ')}", f"hflow-rt bench{named(model)} --variant onnx")
+
+
+def _show(graph: str, about: dict[str, Any]) -> None:
+    usual: dict[int, float] = {}
+    for trial in about["trials"]:
+        first = usual.setdefault(trial["batch"], trial["ms"])
+        mark = "  <- kept" if trial["kept"] else ""
+        number = f"{trial['batch']} image{'s' if trial['batch'] > 1 else ''}"
+        print(f"{graph}, {number:<10} {trial['what']:<30} {trial['ms']:9.2f} ms  {first / trial['ms']:.2f}x{mark}")
+    load = about["load_s"]
+    print(f"{graph} opens in {load['after']:.2f} s instead of {load['before']:.2f} s; kept in {about['path']}")

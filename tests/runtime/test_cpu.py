@@ -1,0 +1,118 @@
+"""How ONNX Runtime shares out images among threads, and what `tune` remembers of it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import pytest
+
+from hflow_rt.errors import BundleError
+from hflow_rt.runtime import cpu, load
+from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.cpu import OPTIMISED, Place, Settings, place_of, shared_out
+from hflow_rt.runtime.tune import forget, tune
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *name, **options: str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("images", "parts"), [(5, 2), (7, 3), (4, 4)])
+def test_every_image_is_computed_once_and_in_its_place(images: int, parts: int) -> None:
+    seen: list[int] = []
+
+    def run(inputs: Any) -> list[Any]:
+        seen.append(len(inputs[0]))
+        return [inputs[0] + inputs[1], inputs[1].sum(1)]
+
+    x, y = np.arange(images * 2.0).reshape(images, 2), np.ones((images, 2))
+    with ThreadPoolExecutor(parts) as pool:
+        total, sums = shared_out(run, [x, y], parts, pool)
+    assert np.array_equal(total, x + y)
+    assert np.array_equal(sums, y.sum(1))
+    assert sorted(seen) == sorted(len(piece) for piece in np.array_split(np.arange(images), parts))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_batch_that_is_shared_out_is_the_same_batch(
+    tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with load(tiny_run, "onnx", "cpu") as session:
+        expected = session.sample(count, 0.7, seed=3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with load(tiny_run, "onnx", "cpu") as session:
+        np.testing.assert_allclose(session.sample(count, 0.7, seed=3), expected, atol=1e-5)
+        encoded = session.inverse(expected)
+        assert encoded.log_prob.shape == (count,)
+        opened = {alone for _, alone in session._engine._sessions}  # type: ignore[attr-defined]
+        assert opened == {count >= 3}  # a smaller batch takes all threads together
+
+
+def test_threads_may_share_the_workers(tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with load(tiny_run, "onnx", "cpu") as session, ThreadPoolExecutor(4) as pool:
+        wanted = [session.sample(3, 0.7, seed) for seed in range(8)]
+        found = list(pool.map(lambda seed: session.sample(3, 0.7, seed), range(8)))
+    assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_what_was_measured_is_kept_and_used(tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    bundle = find_bundle(tiny_run)
+    found = tune(bundle, ["forward"], batch=3, rounds=1)["forward"]
+    kept = [trial["what"] for trial in found["trials"] if trial["kept"]]
+    assert [trial["batch"] for trial in found["trials"] if trial["kept"]] == [1, 3]
+    assert len(found["trials"]) == 7
+    assert ("shared out among 2" in kept) == (found["settings"]["parts"] == 2)
+    place = place_of(bundle, "forward", onnxruntime.__version__)
+    assert str(place.path) == found["path"]
+    assert place.read() == Settings(**found["settings"])
+    assert place.optimised is not None
+    with load(tiny_run, "onnx", "cpu") as session:
+        tuned = session.sample(3, 0.7)
+    place.optimised.unlink()  # the settings hold without it
+    with load(tiny_run, "onnx", "cpu") as session:
+        assert session._engine.settings("forward") == place.read()  # type: ignore[attr-defined]
+        np.testing.assert_allclose(session.sample(3, 0.7), tuned, atol=1e-5)
+    assert forget(bundle, ["forward", "inverse"]) == ["forward"]
+    assert place.read() is None
+    assert not list(place.path.parent.iterdir())
+
+
+def test_other_threads_runtimes_and_graphs_have_places_of_their_own(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    places = [Place("a", "1"), Place("b", "1"), Place("a", "2")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    places.append(Place("a", "1"))
+    monkeypatch.setattr(cpu, "_processor", lambda: "another")
+    places.append(Place("a", "1"))
+    assert len({place.path for place in places}) == 5
+    assert {place.path.parent for place in places} == {cache / "tuned"}
+
+
+@pytest.mark.parametrize("text", ["{", '{"width": 3}', "[]"])
+def test_damaged_settings_are_one_line(tiny_run: Path, cache: Path, text: str) -> None:
+    place = place_of(find_bundle(tiny_run), "forward", onnxruntime.__version__)
+    place.path.mkdir(parents=True)
+    (place.path / "settings.json").write_text(text)
+    with pytest.raises(BundleError, match="is damaged; measure again with 'hflow-rt tune'"):
+        load(tiny_run, "onnx", "cpu").sample(1)
+
+
+def test_a_damaged_optimised_graph_is_one_line(tiny_run: Path, cache: Path) -> None:
+    place = place_of(find_bundle(tiny_run), "forward", onnxruntime.__version__)
+    place.write(Settings(threads=1), lambda path: path.write_bytes(b"no graph") and None)  # type: ignore[func-returns-value]
+    assert json.loads((place.path / "settings.json").read_text())["threads"] == 1
+    assert (place.path / OPTIMISED).is_file()
+    with pytest.raises(BundleError, match=r"cannot open .*; measure again with 'hflow-rt tune'"):
+        load(tiny_run, "onnx", "cpu").sample(1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def photographs(count: int, resolution: int, seed: int = 0) -> NDArray[np.uint8]
         + corners[:, :, 2] * (1 - x) * y + corners[:, :, 3] * x * y
     )  # fmt: skip
     return np.rint(mixed).astype(np.uint8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `hflow-rt tune` kept on this machine is not tested, nor touched."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -124,8 +124,9 @@ def _run(view: View, chain: list[onnx.NodeProto], x: Array, kind: type[np.floati
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", view.opset)], ir_version=view.ir_version)
     run: Any = ReferenceEvaluator(model)
+    runtime: Any = onnxruntime
     if kind is np.float32:
-        run = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        run = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found: Array = run.run(None, {begin: x.astype(kind)})[0].astype(np.float64)
     return found
 

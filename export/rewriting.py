@@ -37,7 +37,7 @@ class Rewrite:
     @property
     def name(self) -> str:
         """The tensor that comes out, after which what is new can be named."""
-        return self.old[-1].output[0]
+        return str(self.old[-1].output[0])
 
     def add(self, name: str, values: Array) -> str:
         """Add a constant, `values` as they are; returns its name."""
@@ -66,7 +66,7 @@ class Rewrite:
 
 
 class View:
-    """Who makes and who reads each tensor of a graph, its constants and its sizes; 0 where a size is not fixed."""
+    """Who reads each tensor of a graph, its constants and its sizes; 0 where a size is not fixed."""
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph  # sizes that are computed, too
@@ -75,7 +75,6 @@ class View:
         self.types = {
             value.name: value.type.tensor_type for value in (*inferred.value_info, *inferred.input, *inferred.output)
         }
-        self._makers = {name: node for node in self.nodes for name in node.output}
         self._readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
             for name in dict.fromkeys(node.input):
@@ -110,10 +109,6 @@ class View:
     def proto(self, name: str) -> onnx.TensorProto | None:
         """A constant as the graph has it."""
         return self._constants.get(name)
-
-    def maker(self, name: str) -> onnx.NodeProto | None:
-        """The node that makes a tensor."""
-        return self._makers.get(name)
 
     def readers(self, name: str) -> list[onnx.NodeProto]:
         """The nodes that read a tensor."""

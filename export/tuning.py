@@ -12,6 +12,7 @@ from hflow_rt.export.algebra import branches, concatenation, resampling, sizes
 from hflow_rt.export.rewriting import Pass, Rewrite, View, apply
 from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
+from hflow_rt.runtime.cpu import Settings
 
 __all__ = ["PASSES", "Stopwatch", "Worth", "tune"]
 
@@ -85,9 +86,9 @@ class Stopwatch:
         graph = helper.make_graph(nodes, "form", inputs, outputs, constants)
         opset = helper.make_opsetid("", view.opset)
         model = helper.make_model(graph, opset_imports=[opset], ir_version=view.ir_version)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 4, self.threads
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        runtime: Any = onnxruntime
+        options = Settings().options(runtime, self.threads)
+        return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _read(view: View, nodes: list[onnx.NodeProto]) -> list[str]:

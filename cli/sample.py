@@ -1,7 +1,9 @@
 """`hflow-rt sample`."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,10 +68,13 @@ def sample(
     stds = std or session.std
     parts = session.draw(range(first, first + number), stds, seed, batch, label)
     starts = itertools.count(first, batch)
+    turn = nullcontext() if session.side_by_side else Lock()
 
     def decode(item: "tuple[int, dict[str, Any]]") -> "tuple[dict[str, Any], NDArray[np.uint8]]":
         start, part = item
-        pixels = to_uint8(session.forward(part))
+        with turn:
+            found = session.forward(part)
+        pixels = to_uint8(found)
         if not output.suffix:
             write_pictures(output, pixels, start)
         return part, pixels

@@ -196,6 +196,8 @@ def _alike(view: View, left: str, right: str) -> Iterator[tuple[onnx.NodeProto, 
                 return
             if attributes(first).get("group", 1) != 1 or len(first.input) != len(second.input):
                 return
+            if any(view.constant(name) is None for name in (*first.input[2:], *second.input[2:])):
+                return
         yield first, second
         left, right = first.output[0], second.output[0]
 

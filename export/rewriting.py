@@ -19,11 +19,12 @@ __all__ = ["ACTIVATIONS", "Pass", "Rewrite", "View", "activation", "apply", "att
 
 Array = NDArray[Any]
 ACTIVATIONS = ("LeakyRelu", "Relu", "Tanh")
+_MOST = 2**31 - 2**26  # bytes
 
 
 @dataclass
 class Rewrite:
-    """`new` nodes for `old` ones, in the order of running; the last of each makes the same tensors.
+    """`new` nodes for `old` ones: what these make for others, those make under the same names.
 
     constants: what the new nodes read besides the tensors that the old ones read. sure: whether it is less work for
     any runtime, so that nobody needs to ask what it is worth.
@@ -36,7 +37,7 @@ class Rewrite:
 
     @property
     def name(self) -> str:
-        """The tensor that comes out, after which what is new can be named."""
+        """The tensor that the last old node makes, after which what is new can be named."""
         return str(self.old[-1].output[0])
 
     def add(self, name: str, values: Array) -> str:
@@ -93,9 +94,9 @@ class View:
         """Of a tensor whose type is known."""
         return helper.tensor_dtype_to_np_dtype(self.types[name].elem_type)
 
-    def ends(self) -> list[str]:
-        """Tensors that come into the graph or leave it."""
-        return [*self._inputs, *self._results]
+    def fixed(self) -> list[str]:
+        """Tensors that come into the graph or leave it, and constants."""
+        return [*self._inputs, *self._results, *self._constants]
 
     def is_result(self, name: str) -> bool:
         """Whether a tensor leaves the graph."""
@@ -138,14 +139,18 @@ def activation(view: View, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 def apply(proto: onnx.ModelProto, found: Pass, worth: Callable[[View, Rewrite], bool]) -> int:
     """Rewrite `proto` in place wherever `found` knows a way that is `worth` it; how often that was.
 
-    Rewrites that share nodes exclude each other, and the first is asked first.
+    Rewrites that share nodes exclude each other, and the first is asked first. None is taken whose constants would make
+    the graph larger than a message of protobuf can be.
     """
     view = View(proto)
+    room = _MOST - sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     gone: set[int] = set()
     taken: list[Rewrite] = []
     for rewrite in found(view):
         ids = {id(node) for node in rewrite.old}
-        if not ids & gone and (rewrite.sure or worth(view, rewrite)):
+        size = sum(len(tensor.raw_data) for tensor in rewrite.constants)
+        if not ids & gone and size < room and (rewrite.sure or worth(view, rewrite)):
+            room -= size
             gone |= ids
             taken.append(rewrite)
     if taken:

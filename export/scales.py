@@ -18,18 +18,7 @@ __all__ = ["scales"]
 
 _PLAIN = ""  # the tensor of factor 1
 # the first input, or all of them, by the same factor as the output
-_HAND_ON = {
-    "LeakyRelu",
-    "Relu",
-    "Pad",
-    "Resize",
-    "Slice",
-    "AveragePool",
-    "Split",
-    "Reshape",
-    "Transpose",
-    "DepthToSpace",
-}
+_HAND_ON = {"LeakyRelu", "Relu", "Resize", "Slice", "AveragePool", "Split", "Reshape", "Transpose", "DepthToSpace"}
 _ALIKE = {"Add", "Sub", "Concat"}
 
 
@@ -51,7 +40,7 @@ class _Factors:
         """Let the factor of `other` be so many times that of `name`; False if they are known to differ."""
         (root, own), (other_root, others) = self.find(name), self.find(other)
         if root == other_root:
-            return bool(np.isclose(others, own * times, rtol=1e-12))
+            return _same(others, own * times)
         if other_root == _PLAIN:  # stays a root
             self._parents[root] = other_root, others / (own * times)
         else:
@@ -63,10 +52,14 @@ class _Factors:
         return self.find(name)[1]
 
 
+def _same(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-12 * abs(other)
+
+
 def scales(view: View) -> Iterator[Rewrite]:
     """One rewrite, of every division and multiplication by a constant that the weights around it can take over."""
     factors = _Factors()
-    for name in view.ends():
+    for name in view.fixed():
         factors.tie(_PLAIN, name)
     divisors = {}
     for node in view.nodes:
@@ -91,17 +84,20 @@ def _divisor(view: View, node: onnx.NodeProto) -> float | None:
     if node.op_type not in ("Div", "Mul") or view.proto(node.input[0]) is not None:
         return None
     constant = view.constant(node.input[1])
-    if constant is None or constant.size != 1 or not constant.item() > 0:
+    if constant is None or constant.size != 1 or constant.dtype.kind != "f" or not constant.item() > 0:
         return None
     return float(constant.item()) if node.op_type == "Div" else 1 / float(constant.item())
 
 
 def _constrain(view: View, node: onnx.NodeProto, factors: _Factors) -> None:
-    if node.op_type == "Shape" or _takes_factors(view, node):
+    if _takes_factors(view, node):
         return
     data = [name for name in node.input if name and view.proto(name) is None]
-    if node.op_type in _HAND_ON:
-        tied: Iterable[str] = (node.input[0], *node.output)
+    tied: Iterable[str]
+    if node.op_type == "Shape":
+        tied = (_PLAIN, *node.output)
+    elif node.op_type in _HAND_ON or (node.op_type == "Pad" and _with_zeros(view, node)):
+        tied = (node.input[0], *node.output)
     elif node.op_type in _ALIKE and len(data) == len(node.input):
         tied = (*data, *node.output)
     else:
@@ -109,6 +105,14 @@ def _constrain(view: View, node: onnx.NodeProto, factors: _Factors) -> None:
     first, *others = tied
     for other in others:  # all by the same factor, for divisions come later; so none of these can fail
         factors.tie(first, other)
+
+
+def _with_zeros(view: View, node: onnx.NodeProto) -> bool:
+    """Whether a node pads with zeros or with what is there, not with a value of its own."""
+    if attributes(node).get("mode", b"constant") != b"constant" or len(node.input) < 3 or not node.input[2]:
+        return True
+    value = view.constant(node.input[2])
+    return value is not None and not value.any()
 
 
 def _takes_factors(view: View, node: onnx.NodeProto) -> bool:
@@ -155,7 +159,7 @@ def _take(view: View, old: onnx.NodeProto, new: onnx.NodeProto, rewrite: Rewrite
     def put(index: int, times: float) -> None:
         values = view.constant(old.input[index])
         assert values is not None
-        if not np.isclose(times, 1, rtol=1e-12):
+        if not _same(times, 1):
             new.input[index] = f"{old.output[0]}.times{index}"
             rewrite.add(new.input[index], (values.astype(np.float64) * times).astype(values.dtype))
 

@@ -70,8 +70,10 @@ def winograd(view: View, m: int = 4) -> Iterator[Rewrite]:
 
 def _fits(view: View, node: onnx.NodeProto, weight: NDArray[Any], m: int) -> bool:
     known, shape = attributes(node), view.shape(node.input[0])
+    bias_is_known = len(node.input) < 3 or view.constant(node.input[2]) is not None
     return (
-        weight.shape[2:] == (_TAPS, _TAPS)
+        bias_is_known
+        and weight.shape[2:] == (_TAPS, _TAPS)
         and known.get("group", 1) == 1
         and known.get("strides", [1, 1]) == known.get("dilations", [1, 1]) == [1, 1]
         and known.get("pads") == [1, 1, 1, 1]

@@ -7,10 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from hflow_rt.errors import DataError
 
 __all__ = ["atomic_directory", "atomic_file", "sha256"]
+
+_UMASK = Lock()
 
 
 @contextmanager
@@ -80,6 +83,8 @@ def sha256(path: Path | str) -> str:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    """It can only be read by setting it, and belongs to all threads."""
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

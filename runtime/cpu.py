@@ -1,7 +1,7 @@
 """How ONNX Runtime uses the processors of this machine, and where what `hflow-rt tune` found out about that is kept.
 
-One image is computed by all threads together. The images of a batch are shared out among as many calls of one thread
-each, which wait for nobody: that is 1.2 times as fast on two cores.
+One image is computed by all threads together. A batch of at least as many images as there are threads is shared out
+among as many calls of one thread each, which wait for nobody.
 """
 
 import functools
@@ -13,19 +13,22 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hflow_rt.errors import BundleError
-from hflow_rt.files import atomic_directory
+from hflow_rt.files import atomic_directory, atomic_file
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.plans import graph_sha256
 
 __all__ = ["OPTIMISED", "Place", "Settings", "cores", "default", "place_of", "shared_out", "threads"]
 
 _SETTINGS, OPTIMISED = "settings.json", "optimised.onnx"
+_FORMAT = 1  # of the settings; others are measured anew
+_KEPT = 16  # graphs, the last that were measured
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,33 @@ def shared_out(
 class Place:
     """Where the settings of one graph on this machine are kept, with the graph as ONNX Runtime optimised it.
 
-    graph: the digest of its file. Another processor, another ONNX Runtime or other threads have places of their own.
+    graph: its digest, constants included. Another processor, another ONNX Runtime or other threads have places of their
+    own.
     """
 
     def __init__(self, graph: str, version: str) -> None:
-        what = json.dumps([graph, version, threads(), cores(), _processor()])
+        what = json.dumps([_FORMAT, graph, version, threads(), cores(), _processor()])
         self.path = _cache() / hashlib.sha256(what.encode()).hexdigest()[:24]
 
     def read(self) -> Settings | None:
         """What was measured; None where nothing was. Raises `BundleError` for what nobody can read."""
         try:
-            text = (self.path / _SETTINGS).read_text()
+            found = Settings(**json.loads((self.path / _SETTINGS).read_text()))
         except OSError:
             return None
-        try:
-            return Settings(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise BundleError(f"{self.path} is damaged; measure again with 'hflow-rt tune'") from error
+        if any(
+            type(value) is not type(usual) for value, usual in zip(astuple(found), astuple(Settings()), strict=True)
+        ):
+            raise BundleError(f"{self.path} is damaged; measure again with 'hflow-rt tune'")
+        return found
+
+    def prepare(self) -> None:
+        """Raise `DataError` where nothing can be kept."""
+        with atomic_file(self.path.parent / ".writable") as temporary:
+            temporary.write_text("")
+        (self.path.parent / ".writable").unlink(missing_ok=True)
 
     @property
     def optimised(self) -> Path | None:
@@ -116,10 +129,16 @@ class Place:
         return self.path / OPTIMISED if (self.path / OPTIMISED).is_file() else None
 
     def write(self, settings: Settings, optimise: Callable[[Path], None]) -> None:
-        """Keep `settings`, and what `optimise` writes to the path it is given. Raises `DataError` on a full disk."""
+        """Keep `settings`, and what `optimise` writes to the path it is given; what was kept longest goes.
+
+        Raises `DataError` where the disk is full or nobody may write.
+        """
         with atomic_directory(self.path) as folder:
             optimise(folder / OPTIMISED)
             (folder / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1) + "\n")
+        others = sorted(self.path.parent.glob("[!.]*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in others[_KEPT:]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def forget(self) -> bool:
         """Remove what is kept; whether there was anything."""
@@ -130,8 +149,7 @@ class Place:
 
 def place_of(bundle: Bundle, graph: str, version: str) -> Place:
     """Where what is known of a graph of `bundle` in ONNX Runtime `version` is kept."""
-    manifest = bundle.manifest
-    return Place(manifest.files[manifest.graphs[graph].file].sha256, version)
+    return Place(graph_sha256(bundle.manifest, graph), version)
 
 
 def _cache() -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from hflow_rt.errors import BackendUnavailable, BundleError
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.cpu import Place, Settings, cores, default, place_of, shared_out
+from hflow_rt.runtime.cpu import Place, Settings, cores, default, place_of, shared_out, threads
 from hflow_rt.runtime.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.lanes import Lane
 
@@ -80,6 +80,10 @@ class OnnxEngine:
     def tensors(self) -> str | None:
         return None if self._device == "cpu" else f"cuda:{_device_id()}"
 
+    @property
+    def side_by_side(self) -> bool:
+        return self._device == "cpu" and cores() > 1
+
     def close(self) -> None:
         with self._running, self._lock:
             _release(self._cuda, self._lanes)
@@ -98,11 +102,14 @@ class OnnxEngine:
         return self._run(session, described, inputs)
 
     def _run_on_cpu(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        if graph not in self.graphs:
+            self._bundle.graph(graph)  # says which there are
         described, parts = self._bundle.manifest.graphs[graph], self.settings(graph).parts
-        shared = 1 < parts <= len(inputs[0])
-        session = self.session(graph, alone=shared)
-        if not shared:
-            return self._run(session, described, inputs)
+        if not 1 < parts <= len(inputs[0]):
+            # what is left of a batch is not worth another session
+            alone = (graph, True) in self._sessions and (graph, False) not in self._sessions
+            return self._run(self.session(graph, alone), described, inputs)
+        session = self.session(graph, alone=True)
         return shared_out(lambda piece: self._run(session, described, piece), inputs, parts, self._workers())
 
     def _workers(self) -> ThreadPoolExecutor:
@@ -154,7 +161,7 @@ class OnnxEngine:
         with self._lock:
             if (graph, alone) not in self._sessions:
                 path = self._bundle.graph(graph)
-                settings = self.settings(graph) if self._device == "cpu" else Settings()
+                settings = self.settings(graph) if self._device == "cpu" else Settings(threads())
                 options = settings.options(self._runtime, 1 if alone else settings.threads)
                 ready = self._place(graph).optimised if self._device == "cpu" and self._given is None else None
                 if ready is not None:

@@ -119,6 +119,11 @@ class Session:
         return self._engine.tensors
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether several calls at once keep more processors busy than one after the other."""
+        return bool(getattr(self._engine, "side_by_side", False))
+
+    @property
     def engines(self) -> str | None:
         """The key of the TensorRT engines that run, see the manifest; None for another backend."""
         key: str | None = getattr(self._engine, "key", None)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.errors import BackendUnavailable
+from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.cpu import OPTIMISED, Settings, cores, default, place_of
@@ -43,6 +43,8 @@ def tune(
     Runtime, `DataError` where nothing can be kept.
     """
     runtime = _runtime()
+    for graph in graphs:  # before anything is measured
+        place_of(bundle, graph, runtime.__version__).prepare()
     found: dict[str, dict[str, Any]] = {}
     for graph in graphs:
         usual = default()
@@ -58,7 +60,7 @@ def tune(
         trials, best = _race(bundle, graph, 1, ways, rounds)
         if cores() > 1 and batch > 1:
             progress(f"{graph}: {batch} images")
-            shares = dict.fromkeys((cores(), max(2, cores() // 2), 1))
+            shares = [parts for parts in dict.fromkeys((cores(), cores() // 2, 1)) if parts <= batch]
             names = {parts: f"shared out among {parts}" if parts > 1 else "together" for parts in shares}
             more, best = _race(bundle, graph, batch, {names[n]: replace(best, parts=n) for n in shares}, rounds)
             trials += more
@@ -121,7 +123,11 @@ def _optimise(bundle: Bundle, graph: str, settings: Settings, runtime: Any, path
     options.optimized_model_filepath = str(path)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{OPTIMISED}.data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    runtime.InferenceSession(str(bundle.graph(graph)), options, providers=["CPUExecutionProvider"])
+    try:
+        runtime.InferenceSession(str(bundle.graph(graph)), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a dozen classes of its own, none public
+        reason = str(error).splitlines()[0]
+        raise DataError(f"cannot keep the optimised graph in {path.parent.parent}: {reason}; free space") from error
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -48,7 +48,7 @@ def count(bundle: Bundle, graph: str) -> dict[str, Work]:
     proto = onnx.load(str(bundle.graph(graph)), load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
-    inner = onnx.shape_inference.infer_shapes(proto).graph
+    inner = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph  # sizes that are computed, too
     shapes = {value.name: _shape(value) for value in (*inner.value_info, *inner.input, *inner.output)}
     shapes |= {tensor.name: list(tensor.dims) for tensor in inner.initializer}
     constants = {tensor.name for tensor in inner.initializer}

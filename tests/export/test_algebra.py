@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from hflow_rt.export.algebra import branches, concatenation, resampling, sizes
 from hflow_rt.export.rewriting import Pass, apply
 from hflow_rt.export.scales import scales
+from hflow_rt.export.winograd import winograd
 
 Inputs = dict[str, tuple[int, ...]]
 
@@ -211,3 +212,51 @@ def test_a_factor_that_shows_stays() -> None:
     other = build.add("Div", "x", build.constant(np.array(2.0)))  # of an input, into something that is not linear
     proto = build.model(seen, build.add("Tanh", bent), build.add("Exp", other))
     assert operators(proved(proto, scales)).count("Div") == 2  # the weights before the other can take its own
+
+
+def test_what_is_not_by_the_same_factor_stays() -> None:
+    """A value of its own in the padding, a constant among what is handed on, sizes; and large factors differ."""
+    half = np.array(2.0)
+    ones = Builder(x=(3, 4, 4))
+    y = ones.conv("x", 3, 4)
+    edge = ones.add("Relu", ones.add("Div", y, ones.constant(half)))
+    padded = ones.add("Pad", edge, ones.constant(np.array([0, 0, 1, 1, 0, 0, 1, 1])), ones.constant(np.array(1.0)))
+    proto = ones.model(ones.conv(padded, 4, 2), ones.add("Tanh", y))
+    assert apply(proto, scales, lambda *_: True) == 0
+
+    fixed = Builder(x=(3, 4, 4))
+    offset = fixed.add("Reshape", fixed.constant(np.arange(4.0)), fixed.constant(np.array([1, 4, 1, 1])))
+    total = fixed.add("Add", fixed.conv("x", 3, 4), offset)
+    proto = fixed.model(fixed.add("Tanh", fixed.add("Div", total, fixed.constant(half))))
+    assert apply(proto, scales, lambda *_: True) == 0
+
+    sized = Builder(x=(3, 4, 4))
+    twice = sized.add("Mul", sized.add("Shape", "x", start=1, end=2), sized.constant(np.array([2])))
+    shape = sized.add("Concat", sized.constant(np.array([-1])), twice, sized.constant(np.array([2, 4])), axis=0)
+    proto = sized.model(sized.add("Reshape", sized.conv("x", 3, 3), shape))
+    assert apply(proto, scales, lambda *_: True) == 0
+
+    large = Builder(x=(3, 4, 4))
+    y = large.add("Relu", large.add("Mul", large.conv("x", 3, 3), large.constant(np.array(1e9))))
+    once, thrice = (large.add("Mul", y, large.constant(np.array(times))) for times in (1.0, 3.0))
+    proved(large.model(large.conv(large.add("Add", once, thrice), 3, 2)), scales)
+
+
+def test_a_graph_does_not_outgrow_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hflow_rt.export import rewriting
+
+    build = Builder(x=(3, 5, 6), y=(2, 5, 6))
+    proto = build.model(build.conv(build.add("Concat", "x", "y", axis=1), 5, 7))
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    monkeypatch.setattr(rewriting, "_MOST", size + 1000)
+    assert apply(proto, concatenation, lambda *_: True) == 0
+    monkeypatch.setattr(rewriting, "_MOST", 2 * size + 1000)
+    proved(proto, concatenation)
+
+
+def test_a_bias_that_is_computed_stays() -> None:
+    build = Builder(x=(4, 8, 8), b=(1,))
+    bias = build.add("Reshape", build.add("ReduceSum", "b", keepdims=0), build.constant(np.array([1])))
+    weight = build.constant(build.rng.standard_normal((1, 4, 3, 3)))
+    proto = build.model(build.add("Conv", "x", weight, bias, kernel_shape=[3, 3], pads=[1, 1, 1, 1]))
+    assert apply(proto, winograd, lambda *_: True) == 0

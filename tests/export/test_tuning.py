@@ -1,5 +1,6 @@
 """Graphs for a CPU: proved like all others, and kept away from GPUs."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hflow_rt.errors import BundleError, ConfigError
+from hflow_rt.export import tuning
 from hflow_rt.export.bundle import export_bundle
+from hflow_rt.export.onnx import SharedWeights, export_graph
 from hflow_rt.export.rewriting import Rewrite, View, apply
-from hflow_rt.export.tuning import PASSES, Stopwatch
+from hflow_rt.export.tuning import PASSES, Stopwatch, tune
+from hflow_rt.export.winograd import winograd
+from hflow_rt.models.checkpoint import build_model
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bundle import find_bundle
@@ -55,9 +60,46 @@ def test_rewriting_changes_nothing_in_float64(tiny_run: Path, name: str) -> None
     feeds = {key: value.astype(np.float64) for key, value in inputs.items()}
     expected = ReferenceEvaluator(plain).run(None, feeds)
     for step, found in PASSES.items():
-        apply(plain, found, lambda view, rewrite: True)
+        assert apply(plain, found, lambda view, rewrite: True) > 0, step
         for one, other in zip(expected, ReferenceEvaluator(plain).run(None, feeds), strict=True):
             assert np.abs(one - other).max() < 1e-10 * max(1, np.abs(one).max()), step
+
+
+@pytest.mark.parametrize("name", ["forward", "inverse"])
+def test_nor_in_glow_with_classes(tmp_path: Path, name: str) -> None:
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    config = {"resolution": 16, "levels": 2, "steps": 2, "width": 8, "edge": "ones", "classes": ("boot", "coat")}
+    model = build_model("glow", config)
+    for parameter in model.parameters():
+        if parameter.detach().abs().max() == 0:
+            parameter.data = 0.05 * torch.randn(parameter.shape)
+    graph = export_graph(model.graphs()[name], tmp_path / "g.onnx", {}, SharedWeights(tmp_path / "weights.bin"))
+    plain = in_double(onnx.load(str(tmp_path / "g.onnx")))
+    rng = np.random.default_rng(0)
+    feeds = {tensor.name: rng.uniform(0, 1, (2, *tensor.shape)) for tensor in graph.inputs}
+    expected = ReferenceEvaluator(plain).run(None, feeds)
+    taken = tune(plain, lambda view, rewrite: True)
+    assert taken["winograd"] > 0
+    for one, other in zip(expected, ReferenceEvaluator(plain).run(None, feeds), strict=True):
+        assert np.abs(one - other).max() < 1e-10 * max(1, np.abs(one).max())
+
+
+def test_the_stopwatch_asks_the_runtime_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((64, 64, 3, 3)).astype(np.float32), "w")
+    names = ["x", "y", "z"]
+    options = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+    nodes = [helper.make_node("Conv", [a, "w"], [b], **options) for a, b in itertools.pairwise(names)]
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 64, 16, 16]) for name in ("x", "z")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    watch = Stopwatch(threads=1)
+    taken = apply(proto, winograd, watch.worth)
+    (gain,) = watch.gains.values()  # two convolutions of one shape
+    assert taken == (2 if gain > tuning._MARGIN else 0)
+    slow = Stopwatch(threads=1)
+    monkeypatch.setattr(slow, "_gain", lambda view, rewrite: 1.0)
+    assert apply(proto, winograd, slow.worth) == 0
 
 
 def in_double(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,6 +1,7 @@
 """How ONNX Runtime shares out images among threads, and what `tune` remembers of it."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 import platformdirs
 import pytest
 
-from hflow_rt.errors import BundleError
+from hflow_rt.errors import BundleError, DataError
 from hflow_rt.runtime import cpu, load
-from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.cpu import OPTIMISED, Place, Settings, place_of, shared_out
 from hflow_rt.runtime.tune import forget, tune
 
@@ -100,11 +101,11 @@ def test_other_threads_runtimes_and_graphs_have_places_of_their_own(
     assert {place.path.parent for place in places} == {cache / "tuned"}
 
 
-@pytest.mark.parametrize("text", ["{", '{"width": 3}', "[]"])
-def test_damaged_settings_are_one_line(tiny_run: Path, cache: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [b"{", b'{"width": 3}', b"[]", b'{"threads": "two"}', b'{"parts": 2.5}', b"\xff"])
+def test_damaged_settings_are_one_line(tiny_run: Path, cache: Path, text: bytes) -> None:
     place = place_of(find_bundle(tiny_run), "forward", onnxruntime.__version__)
     place.path.mkdir(parents=True)
-    (place.path / "settings.json").write_text(text)
+    (place.path / "settings.json").write_bytes(text)
     with pytest.raises(BundleError, match="is damaged; measure again with 'hflow-rt tune'"):
         load(tiny_run, "onnx", "cpu").sample(1)
 
@@ -116,3 +117,63 @@ def test_a_damaged_optimised_graph_is_one_line(tiny_run: Path, cache: Path) -> N
     assert (place.path / OPTIMISED).is_file()
     with pytest.raises(BundleError, match=r"cannot open .*; measure again with 'hflow-rt tune'"):
         load(tiny_run, "onnx", "cpu").sample(1)
+
+
+def test_other_constants_have_a_place_of_their_own(tiny_run: Path, cache: Path) -> None:
+    """Most of a graph lies in the file of constants, and what is kept holds a copy of it."""
+    bundle = find_bundle(tiny_run)
+    changed = {"weights.bin": bundle.manifest.files["weights.bin"].model_copy(update={"sha256": "0" * 64})}
+    other = Bundle(bundle.path, bundle.manifest.model_copy(update={"files": bundle.manifest.files | changed}))
+    assert place_of(bundle, "forward", "1").path != place_of(other, "forward", "1").path
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    bundle = find_bundle(tiny_run)
+    opened = onnxruntime.InferenceSession
+
+    def session(path: str, options: Any, **more: Any) -> Any:
+        if options.optimized_model_filepath:
+            raise RuntimeError("Protobuf serialization failed.")
+        return opened(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(DataError, match=r"cannot keep the optimised graph in .*: Protobuf serialization failed"):
+        tune(bundle, ["forward"], batch=1, rounds=1)
+    assert not list((cache / "tuned").iterdir())
+
+
+def test_what_is_left_of_a_batch_opens_no_second_session(
+    tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with load(tiny_run, "onnx", "cpu") as session:
+        assert session.side_by_side
+        session.sample(2, 0.7)
+        session.sample(1, 0.7)
+        assert list(session._engine._sessions) == [("forward", True)]  # type: ignore[attr-defined]
+
+
+def test_only_ways_to_share_out_that_a_batch_has_are_tried(
+    tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+
+    def first(bundle: Any, graph: str, batch: int, ways: dict[str, Settings], rounds: int) -> Any:
+        return [], next(iter(ways.values()))
+
+    monkeypatch.setattr("hflow_rt.runtime.tune._race", first)
+    found = tune(find_bundle(tiny_run), ["forward"], batch=4, rounds=1)
+    assert found["forward"]["settings"]["parts"] == 4
+
+
+def test_the_cache_keeps_the_last(cache: Path) -> None:
+    for index in range(cpu._KEPT + 3):
+        place = Place(str(index), "1")
+        place.write(Settings(), lambda path: path.write_bytes(b"") and None)  # type: ignore[func-returns-value]
+        os.utime(place.path, (index, index))
+    assert len(list((cache / "tuned").iterdir())) == cpu._KEPT
+    assert place.read() == Settings()
+    assert Place("0", "1").read() is None

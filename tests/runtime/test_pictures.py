@@ -309,3 +309,10 @@ def test_heat_colours_grow_lighter():
     lightness = colours.astype(float) @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) > 0).all()
     np.testing.assert_array_equal(heat_colours(np.array([[-1.0, 2.0]])), [[colours[0], colours[-1]]])
+
+
+def test_square_grids_stay_as_large_as_a_screen() -> None:
+    small, many = np.zeros((4, 32, 32, 3), np.uint8), np.zeros((1000, 32, 32, 3), np.uint8)
+    assert grid(small).size == (2 * 98 + 2, 2 * 98 + 2)
+    assert grid(many).size == (32 * 66 + 2, 32 * 66 + 2)
+    assert grid(many[:60], columns=60).size[0] == 60 * 98 + 2  # rows that were asked for are as they always are

@@ -70,3 +70,23 @@ def test_cold_start(benchmark: Any, preset: str, exported: Any, take_turns: Any,
     assert not measured["torch_imported"]
     record(f"{preset} sample -n 1, whole process", take_turns({"ONNX Runtime": run}, 5), **measured)
     benchmark.pedantic(run, rounds=2, iterations=1)
+
+
+def test_many_samples(benchmark: Any, exported: Any, take_turns: Any, record: Any, tmp_path: Path) -> None:
+    """`hflow-rt sample -n 1000`, from process start to 1000 files, against the engine alone, latents ready."""
+    _, bundle = exported("hflow-demo", "both")
+    session = load(bundle, "onnx", "cpu")
+    parts = list(session.draw(range(1000), session.std, seed=0))
+
+    def alone() -> None:
+        for part in parts:
+            session.forward(part)
+
+    def sample() -> None:
+        command = [sys.executable, "-m", "hflow_rt.cli", "sample", str(bundle), "-n", "1000", "-o", str(tmp_path / "s")]
+        subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
+
+    seconds = take_turns({"engine alone": alone, "hflow-rt sample": sample}, 5)
+    assert len(list((tmp_path / "s").iterdir())) == 1000
+    record("hflow-demo, 1000 images in batches of 16", seconds)
+    benchmark.pedantic(alone, rounds=1, iterations=1)

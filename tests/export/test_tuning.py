@@ -69,7 +69,14 @@ def test_rewriting_changes_nothing_in_float64(tiny_run: Path, name: str) -> None
 def test_nor_in_glow_with_classes(tmp_path: Path, name: str) -> None:
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    config = {"resolution": 16, "levels": 2, "steps": 2, "hidden_channels": 8, "edge": "ones", "classes": ("boot", "coat")}
+    config = {
+        "resolution": 16,
+        "levels": 2,
+        "steps": 2,
+        "hidden_channels": 8,
+        "edge": "ones",
+        "classes": ("boot", "coat"),
+    }
     model = build_model("glow", config)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:

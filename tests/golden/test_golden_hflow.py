@@ -24,6 +24,8 @@ from hflow_rt.runtime.latents import lerp, slerp
 FAMILY = "hflow"
 # How far the original itself parts in float32 once an activation changes side (golden README, point 9).
 AFTER_A_KINK = 5e-3
+# Its gradients part by up to 1e-2 on one draw with the same weights (point 10), and here the weights have parted too.
+GRADIENTS_AFTER_A_KINK = 2e-2
 Quantities = Iterator[tuple[str, Tensor]]
 
 
@@ -315,11 +317,14 @@ def test_golden_hflow(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         bound = 1e-6 * max(entry["max_abs"], 1e-6)
         if case.dtype == torch.float32:
             bound = 4 * entry["float32_max_abs_error"] + 1e-6 * entry["max_abs"] + 1e-7
-            if name == "train.loss" and kink < 3:
-                after = (value - expected).abs()[kink + 1 :]
-                if not bool((after <= AFTER_A_KINK * entry["max_abs"]).all()):
-                    failures.append(f"{name}: error {after.max():.3g} after step {kink}")
-                error = (value - expected).abs()[: kink + 1].max().item()
+            if name.startswith("train.") and kink < 3:
+                # The loss of the step itself is before its gradient. What is no list by step is after all of them.
+                exact = {"train.loss": kink + 1, "train.grad_norm_before_clip": kink}.get(name, 0)
+                off = (value - expected).abs().flatten()
+                after = off[exact:].max().item() / entry["max_abs"] if off[exact:].numel() else 0.0
+                if not after <= (GRADIENTS_AFTER_A_KINK if "grad_norm" in name else AFTER_A_KINK):
+                    failures.append(f"{name}: {after:.3g} of its size off after step {kink}")
+                error = off[:exact].max().item() if exact else 0.0
         if not error <= bound:
             failures.append(f"{name}: error {error:.3g} above {bound:.3g}")
     assert len(listed) > 20

@@ -46,6 +46,7 @@ __all__ = [
     "status",
     "told",
     "tracked",
+    "warn_if_busy",
     "write_pictures",
 ]
 
@@ -319,6 +320,14 @@ def status(quiet: bool = False) -> Iterator[Callable[[str], None]]:
             yield lambda text: spinner.update(f"{text} ({time.monotonic() - started:.0f} s)")
     else:
         yield lambda text: print(text, file=sys.stderr)
+
+
+def warn_if_busy(quiet: bool) -> None:
+    """Say so if what is measured next on this machine will mislead."""
+    from hflow_rt.runtime.bench.machine import busy
+
+    if (found := busy()) and not quiet:
+        print(f"warning: {found}; what is chosen by measuring may not be the fastest", file=sys.stderr)
 
 
 def tracked(items: Iterable[T], total: int, size: Callable[[T], int], label: str) -> Iterator[T]:

@@ -22,6 +22,7 @@ from hflow_rt.cli.common import (
     read_pictures,
     say_next,
     status,
+    warn_if_busy,
 )
 
 if TYPE_CHECKING:
@@ -330,6 +331,8 @@ def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool
         print(f"{folder} is exported again as it was:{_as_options(wanted)}", file=sys.stderr)
     pictures = proof_pictures(options.images, config.resolution)
     assert wanted.direction is not None
+    if wanted.tune == "cpu":
+        warn_if_busy(quiet)
     with status(quiet=quiet) as progress:
         manifest = export_bundle(
             source,

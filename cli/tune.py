@@ -5,7 +5,16 @@ from typing import Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, named, print_json, say_next, status
+from hflow_rt.cli.common import (
+    JsonOption,
+    ModelArgument,
+    locate_bundle,
+    named,
+    print_json,
+    say_next,
+    status,
+    warn_if_busy,
+)
 
 
 @app.command()
@@ -38,6 +47,7 @@ def tune(
         else:
             print(f"forgotten: {', '.join(gone)}" if gone else f"nothing was kept of {bundle.path} on this machine")
         return
+    warn_if_busy(json)
     with status(json) as progress:
         found = measure(bundle, graphs, batch, rounds, progress)
     if json:

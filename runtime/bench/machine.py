@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["machine"]
+__all__ = ["busy", "machine"]
 
+_BUSY = 0.3  # of a core that others may use before it is pointed out
 _PACKAGES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx", "tensorrt", "numpy")
 
 
@@ -25,6 +26,12 @@ def machine() -> dict[str, Any]:
         "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def busy() -> str | None:
+    """A line if other work used this machine in the minute before, so that figures mislead; None where it was idle."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f"other work used {load:.1f} cores in the minute before" if load > _BUSY else None
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from hflow_rt.errors import BackendUnavailable, HFlowError
 from hflow_rt.runtime.bench.floor import Work, count, floor_seconds
-from hflow_rt.runtime.bench.machine import machine
+from hflow_rt.runtime.bench.machine import busy, machine
 from hflow_rt.runtime.bench.variants import REFERENCE, ROOF_OPERATIONS, ROOFS, VARIANTS, files_of, opened
 from hflow_rt.runtime.bundle import Bundle
 
@@ -25,7 +25,6 @@ __all__ = ["UNSTABLE", "measure", "statistics_of", "warnings_of"]
 UNSTABLE = 0.025  # a larger spread of the rounds is pointed out
 _FILL = 0.1  # seconds of a round at least
 _WARM = 8.0  # seconds of warm-up at most
-_BUSY = 0.3  # of a core that others may use before it is pointed out
 Row = dict[str, Any]
 
 
@@ -96,7 +95,7 @@ def measure(
     A row has figures (see `statistics_of`) or the reason why there are none. keep: called with the report so far
     after every case. Raises `BackendUnavailable` if no variant runs.
     """
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    warning = busy()
     manifest = bundle.manifest
     rows: list[Row] = []
     floors: list[Row] = []
@@ -111,8 +110,8 @@ def measure(
             "verified": manifest.verified,
         },
         "machine": machine(),
-        "settings": {"rounds": rounds, "load_before": round(load, 2)},
-        "warnings": [f"other work used {load:.1f} cores in the minute before"] if load > _BUSY else [],
+        "settings": {"rounds": rounds},
+        "warnings": [warning] if warning else [],
         "floors": floors,
         "rows": rows,
     }

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hflow_rt.cli.__main__ import main
 
-sys.path.insert(0, str(Path(__file__).parent))  # latent_cells is found by name
+sys.path.insert(0, str(Path(__file__).parent))  # what tests share is found by name
 
 
 @dataclass(frozen=True)

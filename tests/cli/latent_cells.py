@@ -1,32 +1,10 @@
-"""What the tests of the latent tools share: outcomes of commands, and the cells of the pictures they write."""
-
-from pathlib import Path
-from typing import Any
+"""What the tests of the latent tools share: the cells of the pictures they write."""
 
 import numpy as np
-from PIL import Image
 
 R = 16
 CELL = 98  # R pixels enlarged 6 times and a line of 2
 NAMES = ["end0", "end1", "z1", "z0"]
-
-
-def ok(result: Any) -> Any:
-    assert result.code == 0, result.err
-    return result
-
-
-def refused(result: Any, *parts: str) -> None:
-    assert result.code == 1, result.out + result.err
-    last = result.err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert all(part in last for part in parts), last
-    assert "Traceback" not in result.err
-
-
-def pixels(path: Path | str) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def cell(picture: np.ndarray, column: int, top: int = 0, left: int = 0) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outcomes import ok, refused
 
 from hflow_rt.cli import engines as command
 from hflow_rt.export import tensorrt as builder
@@ -48,20 +49,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(builder, "_run", run)
     return requests
-
-
-def ok(result: Any) -> Any:
-    assert result.code == 0, result.err
-    return result
-
-
-def refused(result: Any, *texts: str) -> None:
-    assert result.code == 1
-    assert result.err.count("\n") <= 2
-    last = result.err.splitlines()[-1]
-    assert last.startswith("error: ")
-    for text in texts:
-        assert text in last
 
 
 def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:

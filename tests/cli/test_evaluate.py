@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from outcomes import ok, refused
 from safetensors.torch import load_file, save_file
 
 from hflow_rt.data.selection import select
@@ -64,22 +65,6 @@ def pictures(photo: Command) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def ok(result: Any) -> Any:
-    assert result.code == 0, result.err
-    return result
-
-
-def refused(result: Any, *parts: str) -> None:
-    """The command exited 1 with one error line, its last, that holds `parts`."""
-    assert result.code == 1, result.out + result.err
-    *before, last = result.err.splitlines()
-    assert last.startswith("error: ")
-    for part in parts:
-        assert part in last
-    assert not any("error" in line or "Traceback" in line for line in before)
-    assert result.out == ""
 
 
 # help

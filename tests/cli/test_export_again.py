@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outcomes import ok
 
 import hflow_rt.export.bundle as export_module
 from hflow_rt.manifest import Manifest, read_manifest
@@ -43,11 +44,6 @@ def bundle(run: Path) -> Path:
     described |= {"std": ["0.9", "z0=0.3"], "engines": ENGINES}
     (folder / "manifest.json").write_text(json.dumps(described))
     return folder
-
-
-def ok(result: Any) -> Any:
-    assert result.code == 0, result.err
-    return result
 
 
 def last_line(result: Any) -> str:

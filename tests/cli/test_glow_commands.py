@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from outcomes import ok, pixels
 from PIL import Image
 
 from hflow_rt.runtime.latents import load_latents
@@ -17,11 +18,6 @@ SMALL = (
     "model.resolution=16", "model.levels=2", "model.steps=1", "model.hidden_channels=8", "training.batch_size=4",
     "training.init_images=8", "training.warmup_images=16",
 )  # fmt: skip
-
-
-def ok(result: Any) -> Any:
-    assert result.code == 0, result.err
-    return result
 
 
 def pictures(folder: Path, count: int, names: tuple[str, ...]) -> None:
@@ -40,11 +36,6 @@ def train(hflow: Command, data: Path, *settings: str) -> Any:
     options = [part for setting in (*SMALL, *settings) for part in ("--set", setting)]
     preset = ("--preset", "glow-demo", "--data", data, "--images", 64)
     return ok(hflow("train", *preset, "--out", "runs/glow", "--json", *options))
-
-
-def pixels(path: str) -> Any:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def test_a_glow_run_is_used_like_any_other(hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

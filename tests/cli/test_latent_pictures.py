@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latent_cells import CELL, NAMES, R, cell, close, label_width, ok, pixels
+from latent_cells import CELL, NAMES, R, cell, close, label_width
+from outcomes import ok, pixels
 from PIL import Image
 
 from hflow_rt.manifest import BundledFile, Graph, Latent, Manifest, Tensor

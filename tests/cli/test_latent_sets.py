@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latent_cells import cell, close, label_width, ok, pixels, refused
+from latent_cells import cell, close, label_width
+from outcomes import ok, pixels, refused
 
 from hflow_rt.manifest import read_manifest
 from hflow_rt.runtime import load

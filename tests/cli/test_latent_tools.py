@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latent_cells import ok, refused
+from outcomes import ok, refused
 
 Command = Callable[..., Any]
 COMMANDS = (

@@ -1,6 +1,7 @@
 """`hflow-rt tune`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,24 @@ def test_json_goes_to_stdout_alone(run: Path, hflow: Any, monkeypatch: pytest.Mo
     assert found.keys() == {"forward", "inverse"}
     assert found["forward"]["settings"]["threads"] == 1
     assert json.loads(hflow("tune", run, "--forget", "--json").out) == {"forgotten": ["forward", "inverse"]}
+
+
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.5, True)])
+def test_a_busy_machine_is_pointed_out(
+    run: Path, hflow: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load: float, warned: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    for command in (
+        ("tune", "--batch", "1", "--rounds", "1"),
+        ("export", "--tune", "cpu"),
+        ("export", "--tune", "any"),
+    ):
+        done = hflow(command[0], run, *command[1:])
+        assert done.code == 0, done.err
+        assert ("warning: other work used 1.5 cores in the minute before; " in done.err) == (
+            warned and command[-1] != "any"
+        ), command
 
 
 def test_mistakes_are_one_line(run: Path, hflow: Any) -> None:

@@ -31,7 +31,7 @@ def report(*rows: dict[str, Any]) -> dict[str, Any]:
         "format": 1,
         "model": {"family": "hflow", "resolution": 16, "precision": "fp32", "checkpoint": "ab", "verified": True},
         "machine": {"cpu": "one", "cores": 2},
-        "settings": {"rounds": 3, "load_before": 0.1},
+        "settings": {"rounds": 3},
         "warnings": [],
         "floors": [],
         "rows": list(rows),

@@ -3,6 +3,7 @@
 resampling      blurs, halvings and doublings    two products with small matrices, edges and all
 concatenation   W [a, b]                         Wa a + Wb b
 branches        two nets on the halves of h      one net with grouped convolutions
+taps            W x, to few channels             the shifted sum of one filter a tap, to several times as many
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from hflow_rt.export.rewriting import ACTIVATIONS, Rewrite, View, activation, attributes
 
-__all__ = ["branches", "concatenation", "resampling", "sizes"]
+__all__ = ["branches", "concatenation", "resampling", "sizes", "taps"]
 
 Array = NDArray[Any]
 _FINEST = 2.0**16  # parts that taps are counted in
@@ -230,3 +231,41 @@ def _grouped(view: View, split: onnx.NodeProto, pairs: list[tuple[onnx.NodeProto
     rewrite.step("Split", x, axis=1, num_outputs=2)
     rewrite.new[-1].output[:] = [node.output[0] for node in pairs[-1]]
     return rewrite
+
+
+# more channels than this keep a processor busy as they are
+_FEW = 64
+
+
+def taps(view: View, axis: int) -> Iterator[Rewrite]:
+    """Convolutions to few channels: each tap along `axis` (2 or 3) on its own, then the shifted sum.
+
+    A processor computes many channels at once, and those of a head are not enough: with the taps apart there are three
+    times as many, and what is left to do on shifted pixels is a sum over as few.
+    """
+    for node in view.nodes:
+        weight = view.constant(node.input[1]) if node.op_type == "Conv" else None
+        if weight is None or weight.ndim != 4 or weight.shape[axis] != 3:
+            continue
+        known = attributes(node)
+        rows, columns = weight.shape[:2]
+        plain = known.get("strides", [1, 1]) == known.get("dilations", [1, 1]) == [1, 1] and known.get("group", 1) == 1
+        if plain and "pads" in known and rows < columns and rows <= _FEW:
+            yield _tap_by_tap(node, weight, known, axis)
+
+
+def _tap_by_tap(node: onnx.NodeProto, weight: Array, known: dict[str, Any], axis: int) -> Rewrite:
+    rows, columns = weight.shape[:2]
+    count, other = weight.shape[axis], weight.shape[5 - axis]
+    apart = np.moveaxis(weight, axis, 1).reshape(rows * count, columns, other)  # [F taps, C, other axis]
+    places = np.eye(rows * count, dtype=weight.dtype).reshape(rows, count, -1).swapaxes(1, 2)  # [F, F taps, taps]
+    along = [axis - 2, axis]  # where pads of the axis stand
+    pads = np.array(known["pads"])
+    outside, inside = pads.copy(), np.zeros_like(pads)
+    outside[along], inside[along] = 0, pads[along]
+    rewrite = Rewrite([node])
+    each = rewrite.constant("apart", np.expand_dims(apart, axis))
+    each = rewrite.step("Conv", node.input[0], each, pads=outside.tolist())
+    shifted = rewrite.constant("shifted", np.expand_dims(places, 5 - axis))
+    rewrite.step("Conv", each, shifted, *node.input[2:], pads=inside.tolist())
+    return rewrite.end()

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from hflow_rt.export.algebra import branches, concatenation, resampling, sizes
+from hflow_rt.export.algebra import branches, concatenation, resampling, sizes, taps
 from hflow_rt.export.rewriting import Pass, Rewrite, View, apply
 from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
@@ -24,6 +25,8 @@ PASSES: dict[str, Pass] = {
     "scales": scales,
     "branches": branches,
     "concatenation": concatenation,
+    "rows": partial(taps, axis=2),
+    "columns": partial(taps, axis=3),
     "winograd": winograd,
 }
 

@@ -1,6 +1,7 @@
 """Every rewrite equals what it replaces, in float64, at several sizes and batches."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from hflow_rt.export.algebra import branches, concatenation, resampling, sizes
+from hflow_rt.export.algebra import branches, concatenation, resampling, sizes, taps
 from hflow_rt.export.rewriting import Pass, apply
 from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
@@ -185,6 +186,29 @@ def test_unlike_nets_are_joined_as_far_as_they_are_alike() -> None:
     apart = Builder(x=(8, 6, 5))
     left, right = apart.add("Split", "x", outputs=2, axis=1, num_outputs=2)
     assert apply(apart.model(apart.conv(left, 4, 4), apart.conv(right, 4, 4, 1)), branches, lambda *_: True) == 0
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (1, 3)])
+def test_taps_are_summed(biased: bool, size: tuple[int, int]) -> None:
+    """Along one axis, along the other, and along both, where pointwise products are left and their sums."""
+    for axes in ([2], [3], [2, 3]):
+        build = Builder(x=(17, *size))
+        proto = build.model(build.leaky(build.conv("x", 17, 5, biased=biased)))
+        for axis in axes:
+            proved(proto, partial(taps, axis=axis))
+        shapes = sorted(tuple(tensor.dims)[2:] for tensor in proto.graph.initializer if len(tensor.dims) == 4)
+        assert shapes == sorted(
+            {(2,): [(1, 3), (3, 1)], (3,): [(1, 3), (3, 1)], (2, 3): [(1, 1), (1, 3), (3, 1)]}[tuple(axes)]
+        )
+
+
+@pytest.mark.parametrize("changes", [{"strides": [2, 2]}, {"dilations": [2, 2]}, {"group": 2}, {"pads": [2, 0, 1, 3]}])
+def test_taps_of_other_convolutions(changes: dict[str, Any]) -> None:
+    build = Builder(x=(8, 6, 10))
+    proto = build.model(build.conv("x", 8 // changes.get("group", 1), 2, **changes))
+    for axis in (2, 3):
+        proved(proto, partial(taps, axis=axis), times=int("pads" in changes))
 
 
 def residual(build: Builder, x: str, channels: int) -> str:

@@ -27,13 +27,15 @@ class Rewrite:
     """`new` nodes for `old` ones: what these make for others, those make under the same names.
 
     constants: what the new nodes read besides the tensors that the old ones read. sure: whether it is less work for
-    any runtime, so that nobody needs to ask what it is worth.
+    any runtime, so that nobody needs to ask what it is worth. margin: how many times as fast it has to be, for a
+    rewrite also parts what the runtime would have run as one.
     """
 
     old: list[onnx.NodeProto]
     new: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
     sure: bool = False
+    margin: float = 1.1
 
     @property
     def name(self) -> str:

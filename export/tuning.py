@@ -32,7 +32,6 @@ PASSES: dict[str, Pass] = {
 
 _ROUNDS = 5
 _FILL = 0.01  # seconds of a round at least
-_MARGIN = 1.1  # times as fast: a rewrite also parts what the runtime would have run as one
 
 
 def tune(proto: onnx.ModelProto, worth: Worth) -> dict[str, int]:
@@ -55,7 +54,7 @@ class Stopwatch:
         key = _key(view, rewrite)
         if key not in self.gains:
             self.gains[key] = self._gain(view, rewrite)
-        return self.gains[key] > _MARGIN
+        return self.gains[key] > rewrite.margin
 
     def _gain(self, view: View, rewrite: Rewrite) -> float:
         """Times as fast, from rounds in which both take turns."""

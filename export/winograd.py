@@ -24,6 +24,7 @@ __all__ = ["minimal_filter", "winograd"]
 
 Array = NDArray[np.float64]
 _TAPS = 3
+_MARGIN = 1.25  # it rounds coarser and its weights take up to four times the space
 # where the polynomials are evaluated, besides at infinity; the smaller the numbers, the less is lost to rounding
 _POINTS: dict[int, tuple[Fraction, ...]] = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
@@ -89,7 +90,7 @@ def _tiled(view: View, node: onnx.NodeProto, weight: NDArray[Any], m: int) -> Re
     height, width = view.shape(node.input[0])[2:]
     places, tiles = len(b) ** 2, (height // m) * (width // m)
     rows, columns = weight.shape[:2]
-    rewrite = Rewrite([node, *activation(view, node)])
+    rewrite = Rewrite([node, *activation(view, node)], margin=_MARGIN)
 
     def constant(what: str, values: Array) -> str:
         return rewrite.constant(what, values.astype(weight.dtype))

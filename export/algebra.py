@@ -248,17 +248,17 @@ def taps(view: View, axis: int) -> Iterator[Rewrite]:
         if weight is None or weight.ndim != 4 or weight.shape[axis] != 3:
             continue
         known = attributes(node)
-        rows, columns = weight.shape[:2]
+        outputs, inputs = weight.shape[:2]
         plain = known.get("strides", [1, 1]) == known.get("dilations", [1, 1]) == [1, 1] and known.get("group", 1) == 1
-        if plain and "pads" in known and rows < columns and rows <= _FEW:
+        if plain and "pads" in known and outputs < inputs and outputs <= _FEW:
             yield _tap_by_tap(node, weight, known, axis)
 
 
 def _tap_by_tap(node: onnx.NodeProto, weight: Array, known: dict[str, Any], axis: int) -> Rewrite:
-    rows, columns = weight.shape[:2]
+    outputs, inputs = weight.shape[:2]
     count, other = weight.shape[axis], weight.shape[5 - axis]
-    apart = np.moveaxis(weight, axis, 1).reshape(rows * count, columns, other)  # [F taps, C, other axis]
-    places = np.eye(rows * count, dtype=weight.dtype).reshape(rows, count, -1).swapaxes(1, 2)  # [F, F taps, taps]
+    apart = np.moveaxis(weight, axis, 1).reshape(outputs * count, inputs, other)  # [F taps, C, other axis]
+    places = np.eye(outputs * count, dtype=weight.dtype).reshape(outputs, count, -1).swapaxes(1, 2)  # [F, F taps, taps]
     along = [axis - 2, axis]  # where pads of the axis stand
     pads = np.array(known["pads"])
     outside, inside = pads.copy(), np.zeros_like(pads)

@@ -1,7 +1,7 @@
 """How ONNX Runtime uses the processors of this machine, and where what `hflow-rt tune` found out about that is kept.
 
 One image is computed by all threads together. A batch of at least as many images as there are threads is shared out
-among as many calls of one thread each, which wait for nobody.
+among calls of one thread and few images each, which wait for nobody and find in the cache what they computed last.
 """
 
 import functools
@@ -27,7 +27,8 @@ from hflow_rt.runtime.plans import graph_sha256
 __all__ = ["OPTIMISED", "Place", "Settings", "cores", "default", "place_of", "shared_out", "threads"]
 
 _SETTINGS, OPTIMISED = "settings.json", "optimised.onnx"
-_FORMAT = 1  # of the settings; others are measured anew
+_FORMAT = 2  # of the settings; others are measured anew
+_PIECE = 2  # images: of one a small model makes little of a call, of more a large one outgrows the cache
 _KEPT = 16  # graphs, the last that were measured
 
 
@@ -35,16 +36,22 @@ _KEPT = 16  # graphs, the last that were measured
 class Settings:
     """How a graph is run.
 
-    threads: that compute one call; 0 leaves it to ONNX Runtime. parts: how many calls of one thread each a batch of as
-    many images is shared out among; 1 for none. spinning: whether threads wait for each other awake. arena: whether
-    memory is kept from call to call. blocked: whether channels are laid out in blocks as wide as a vector.
+    threads: that compute one call; 0 leaves it to ONNX Runtime. piece: images of a call where a batch is shared out
+    among calls of one thread each; 0 where it is not. spinning: whether threads wait for each other awake. arena:
+    whether memory is kept from call to call. blocked: whether channels are laid out in blocks as wide as a vector.
     """
 
     threads: int = 0
-    parts: int = 1
+    piece: int = 0
     spinning: bool = True
     arena: bool = True
     blocked: bool = True
+
+    def parts(self, images: int) -> int:
+        """Among how many calls a batch is shared out; 1 if it is not, as where some threads would have no image."""
+        if not self.piece or images < cores():
+            return 1
+        return max(cores(), -(-images // self.piece))
 
     def options(self, runtime: Any, threads: int) -> Any:
         """Session options of ONNX Runtime, for calls of so many threads."""
@@ -61,7 +68,7 @@ class Settings:
 
 def default() -> Settings:
     """What holds where nothing was measured."""
-    return Settings(threads(), cores())
+    return Settings(threads(), piece=_PIECE if cores() > 1 else 0)
 
 
 def threads() -> int:

@@ -104,8 +104,8 @@ class OnnxEngine:
     def _run_on_cpu(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         if graph not in self.graphs:
             self._bundle.graph(graph)  # says which there are
-        described, parts = self._bundle.manifest.graphs[graph], self.settings(graph).parts
-        if not 1 < parts <= len(inputs[0]):
+        described, parts = self._bundle.manifest.graphs[graph], self.settings(graph).parts(len(inputs[0]))
+        if parts == 1:
             # what is left of a batch is not worth another session
             alone = (graph, True) in self._sessions and (graph, False) not in self._sessions
             return self._run(self.session(graph, alone), described, inputs)

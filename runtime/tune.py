@@ -60,9 +60,11 @@ def tune(
         trials, best = _race(bundle, graph, 1, ways, rounds)
         if cores() > 1 and batch > 1:
             progress(f"{graph}: {batch} images")
-            shares = [parts for parts in dict.fromkeys((cores(), cores() // 2, 1)) if parts <= batch]
-            names = {parts: f"shared out among {parts}" if parts > 1 else "together" for parts in shares}
-            more, best = _race(bundle, graph, batch, {names[n]: replace(best, parts=n) for n in shares}, rounds)
+            pieces: dict[int, int] = {}
+            for piece in (usual.piece, 1, 4, 0):
+                pieces.setdefault(Settings(piece=piece).parts(batch), piece)
+            shared = {_of(piece): replace(best, piece=piece) for piece in pieces.values()}
+            more, best = _race(bundle, graph, batch, shared, rounds)
             trials += more
         progress(f"{graph}: keeping the optimised graph")
         place = place_of(bundle, graph, runtime.__version__)
@@ -89,6 +91,10 @@ def _runtime() -> Any:
     except ImportError as error:
         raise BackendUnavailable("tuning needs ONNX Runtime: pip install 'hflow-rt[cpu]'") from error
     return onnxruntime
+
+
+def _of(piece: int) -> str:
+    return f"{piece} image{'s' if piece > 1 else ''} a thread at a time" if piece else "together"
 
 
 def _race(

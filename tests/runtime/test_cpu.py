@@ -41,7 +41,18 @@ def test_every_image_is_computed_once_and_in_its_place(images: int, parts: int) 
     assert sorted(seen) == sorted(len(piece) for piece in np.array_split(np.arange(images), parts))
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("piece", "images", "parts"),
+    [(2, 1, 1), (2, 2, 1), (2, 3, 3), (2, 4, 3), (2, 16, 8), (2, 17, 9), (1, 16, 16), (4, 64, 16), (0, 16, 1)],
+)
+def test_pieces_are_small_and_leave_no_thread_idle(
+    monkeypatch: pytest.MonkeyPatch, piece: int, images: int, parts: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert Settings(piece=piece).parts(images) == parts
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
 def test_a_batch_that_is_shared_out_is_the_same_batch(
     tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
@@ -71,8 +82,8 @@ def test_what_was_measured_is_kept_and_used(tiny_run: Path, cache: Path, monkeyp
     found = tune(bundle, ["forward"], batch=3, rounds=1)["forward"]
     kept = [trial["what"] for trial in found["trials"] if trial["kept"]]
     assert [trial["batch"] for trial in found["trials"] if trial["kept"]] == [1, 3]
-    assert len(found["trials"]) == 7
-    assert ("shared out among 2" in kept) == (found["settings"]["parts"] == 2)
+    assert len(found["trials"]) == 8
+    assert ("2 images a thread at a time" in kept) == (found["settings"]["piece"] == 2)
     place = place_of(bundle, "forward", onnxruntime.__version__)
     assert str(place.path) == found["path"]
     assert place.read() == Settings(**found["settings"])
@@ -156,17 +167,21 @@ def test_what_is_left_of_a_batch_opens_no_second_session(
         assert list(session._engine._sessions) == [("forward", True)]  # type: ignore[attr-defined]
 
 
-def test_only_ways_to_share_out_that_a_batch_has_are_tried(
-    tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("batch", "pieces"), [(4, [2]), (8, [2, 0]), (16, [2, 1, 0]), (64, [2, 1, 4, 0])])
+def test_ways_to_share_out_differ(
+    tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, batch: int, pieces: list[int]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    tried: list[int] = []
 
-    def first(bundle: Any, graph: str, batch: int, ways: dict[str, Settings], rounds: int) -> Any:
+    def first(bundle: Any, graph: str, images: int, ways: dict[str, Settings], rounds: int) -> Any:
+        if images == batch:
+            tried.extend(settings.piece for settings in ways.values())
         return [], next(iter(ways.values()))
 
     monkeypatch.setattr("hflow_rt.runtime.tune._race", first)
-    found = tune(find_bundle(tiny_run), ["forward"], batch=4, rounds=1)
-    assert found["forward"]["settings"]["parts"] == 4
+    tune(find_bundle(tiny_run), ["forward"], batch=batch, rounds=1)
+    assert tried == pieces
 
 
 def test_the_cache_keeps_the_last(cache: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hflow_rt.cli.app import app
+from hflow_rt.cli.app import Commands, app
 from hflow_rt.cli.common import (
     LATENTS,
     BackendOption,
@@ -20,15 +20,14 @@ from hflow_rt.cli.common import (
     encoded,
     named,
     open_session,
-    print_json,
     read_pictures,
-    say_next,
     starting_points,
     told,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.names import quoted
 
-attribute = typer.Typer(
+attribute = Commands(
     help="Find what sets two kinds of images apart, and add it to others.\n\n"
     "Example: hflow-rt attribute make smiling/ neutral/ -o smile.safetensors",
     no_args_is_help=True,
@@ -70,10 +69,12 @@ def make(
     if json:
         print_json({"output": str(output), **about.model_dump()})
         return
-    print(f"{about.positives} images of {positive} against {about.negatives} of {negative}, in {where.name}: {output}")
-    print(f"length {about.norm:.3g}; means {about.separation:.2f} stds apart (d'), ", end="")
-    print(f"{about.held_out_separation:.2f} where each image is judged by the others")
-    say_next(f"hflow-rt attribute apply {output}{named(model, '--model ')} --gain -2:2:5 -o attribute.png")
+    say(f"{about.positives} images of {positive} against {about.negatives} of {negative}, in {where.name}: {output}")
+    say(
+        f"length {about.norm:.3g}; means {about.separation:.2f} stds apart (d'), "
+        f"{about.held_out_separation:.2f} where each image is judged by the others"
+    )
+    say_next(f"hflow-rt attribute apply {quoted(output)}{named(model, '--model ')} --gain -2:2:5 -o attribute.png")
 
 
 @attribute.command()
@@ -107,13 +108,22 @@ def apply(
     import numpy as np
 
     from hflow_rt.runtime.directions import check_direction, load_direction, move, parse_gains
-    from hflow_rt.runtime.pictures import Row, check_picture_name, save_image, table, to_uint8
+    from hflow_rt.runtime.pictures import (
+        Row,
+        check_picture_name,
+        check_picture_size,
+        save_image,
+        table,
+        table_size,
+        to_uint8,
+    )
 
     check_picture_name(output)
     gains = parse_gains(gain or ["-2:2:5"])
     found = load_direction(direction)
     session = open_session(model, backend, device, quiet=json)
     check_direction(session, found, str(direction))
+    check_picture_size(output, *table_size(len(gains), number, session.resolution))
     names, _, latents = starting_points(session, images, number, seed, std, label)
     columns = [
         to_uint8(session.forward(move(session, latents, found, value)))
@@ -125,5 +135,5 @@ def apply(
     if json:
         print_json({"output": str(output), "images": names, "gains": gains, "in": found.about.name})
         return
-    print(f"{len(names)} images at gains {' '.join(captions)} in {found.about.name}: {output}")
-    say_next(f"hflow-rt attribute apply {direction} IMAGE{named(model, '--model ')} --gain -4:4:9 -o more.png")
+    say(f"{len(names)} images at gains {' '.join(captions)} in {found.about.name}: {output}")
+    say_next(f"hflow-rt attribute apply {quoted(direction)} IMAGE{named(model, '--model ')} --gain -4:4:9 -o more.png")

@@ -1,13 +1,15 @@
 """`hflow-rt bench`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, print_json, say_next, status
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle
+from hflow_rt.cli.terminal import note, print_json, say, say_next, status
+from hflow_rt.limits import check_count
+from hflow_rt.names import quoted
 
 
 @app.command()
@@ -41,14 +43,15 @@ def bench(
     """
     from hflow_rt.errors import BackendUnavailable, ConfigError
     from hflow_rt.runtime.bench.measure import measure
-    from hflow_rt.runtime.bench.report import markdown, write_report
+    from hflow_rt.runtime.bench.report import check_report, markdown, write_report
     from hflow_rt.runtime.bench.variants import DIRECTIONS
 
     if compare is not None:
         _show_comparison(*compare, json)
         return
-    if rounds < 1 or min(batches or [1]) < 1:
-        raise ConfigError("--rounds and --batch must be at least 1")
+    for value in batches or ():
+        check_count("--batch", value)
+    check_count("--rounds", rounds)
     if direction not in (*DIRECTIONS, "both"):
         raise ConfigError(f"unknown direction '{direction}'; known: {', '.join((*DIRECTIONS, 'both'))}")
     bundle = locate_bundle(model, json)
@@ -57,20 +60,22 @@ def bench(
         raise ConfigError(f"{bundle.path} has no {direction} graph; export it with 'hflow-rt export'")
     names = _chosen(variants)
     target = output if output is not None else _place(bundle.path)
+    check_report(target)
     with status(json) as progress:
         report = measure(bundle, names, directions, batches or [1], rounds, progress)
     written = [f"{target}.{kind}" for kind in ("json", "md", "png")]
     try:
         write_report(report, target)
     except BackendUnavailable as error:
-        print(error, file=sys.stderr)
+        note(error)
         written.pop()
     if json:
         print_json(report | {"output": written})
         return
-    print(markdown(report))
-    print(f"written: {', '.join(written)}")
-    say_next(f"hflow-rt bench --compare {written[0]} LATER.json")
+    for line in markdown(report).splitlines():
+        say(line)
+    say(f"written: {', '.join(written)}")
+    say_next(f"hflow-rt bench --compare {quoted(written[0])} LATER.json")
 
 
 def _chosen(wanted: list[str] | None) -> list[str]:
@@ -109,10 +114,10 @@ def _show_comparison(before: Path, after: Path, json: bool) -> None:
     for key in keys:
         values: list[Any] = [report["machine"].get(key) for report in reports]
         if values[0] != values[1]:
-            print(f"{key} differs: {values[0]} and {values[1]}")
+            say(f"{key} differs: {values[0]} and {values[1]}")
     for row in rows:
         verdict = "" if row["changed"] else "  (within the spread)"
-        print(
+        say(
             f"{row['direction']}, batch {row['batch']:>3}  {row['variant']:<38} "
             f"{row['before_ms']:9.3f} -> {row['after_ms']:9.3f} ms  {row['times_as_fast']:.2f}x{verdict}"
         )

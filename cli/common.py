@@ -1,14 +1,16 @@
 """What commands share: finding the model, opening it, and showing that something takes a while."""
 
-import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from hflow_rt.cli.terminal import note, tracked
+from hflow_rt.limits import check_count
+from hflow_rt.memory import need
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,14 +40,10 @@ __all__ = [
     "named",
     "need_extra",
     "open_session",
-    "print_json",
     "read_pictures",
-    "say_next",
     "shipped_pictures",
     "starting_points",
-    "status",
     "told",
-    "tracked",
     "warn_if_busy",
     "write_pictures",
 ]
@@ -105,8 +103,6 @@ ImagesArgument = Annotated[
 
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
 
-T = TypeVar("T")
-
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy")
 
 
@@ -122,15 +118,18 @@ def locate(model: Path | None, quiet: bool = False) -> Path:
         return latest_run()
     except CheckpointError:
         if not quiet:
-            print(f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships", file=sys.stderr)
+            note(f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships")
         return pretrained()
 
 
 def locate_bundle(model: Path | None, quiet: bool = False) -> "Bundle":
-    """The bundle of what `locate` finds. Raises `BundleError`."""
+    """The bundle of what `locate` finds; a line on stderr says if that run has newer weights. Raises `BundleError`."""
     from hflow_rt.runtime.bundle import find_bundle
 
-    return find_bundle(locate(model, quiet))
+    found = find_bundle(locate(model, quiet))
+    if found.outdated is not None:
+        note(f"warning: {found.outdated}")
+    return found
 
 
 def open_session(
@@ -144,15 +143,12 @@ def open_session(
     session = open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
     if not quiet:
         manifest = bundle.manifest
-        print(
-            f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}",
-            file=sys.stderr,
-        )
+        note(f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}")
     if not session.verified:
         what, how = ("bundle", "") if session.engines is None else ("engine", f" --backend {backend}")
-        print(
-            f"warning: this {what} is unverified (parity failed or never ran); see 'hflow-rt check {bundle.path}{how}'",
-            file=sys.stderr,
+        note(
+            f"warning: this {what} is unverified (parity failed or never ran); "
+            f"see 'hflow-rt check {quoted(bundle.path)}{how}'"
         )
     return session
 
@@ -192,7 +188,7 @@ def read_pictures(
             skipped = {reason: count for reason, count in found.skipped.items() if reason != "not an image"}
             if skipped:
                 counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-                print(f"{len(found)} images in {path}; not used: {counts}", file=sys.stderr)
+                note(f"{len(found)} images in {path}; not used: {counts}")
             names += [folder + name for name in found.names[:limit]]
             images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
         else:
@@ -256,15 +252,18 @@ def starting_points(
 
     Raises `DataError`.
     """
-    from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import concatenate
 
-    if number < 1:
-        raise DataError(f"the number of images must be at least 1, not {number}")
+    check_count("the number of images", number)
     check_std(std, not images)
     if images:
         names, pixels = read_pictures(images, session.resolution, number, session.choices)
         return names, pixels, encoded(session, pixels, told(session, names, label))
+    need(
+        16 * number * sum(math.prod(shape) for shape in session.input_shapes.values()),
+        f"the latents of {number:,} images",
+        "ask for fewer (-n)",
+    )
     latents = concatenate(list(session.draw(range(number), std or session.std, seed, option=label)))
     return [f"sample {index}" for index in range(number)], session.forward(latents), latents
 
@@ -293,33 +292,7 @@ def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) ->
 
 def named(model: Path | None, option: str = "") -> str:
     """What a next command needs to find `model` again: nothing for the latest run."""
-    return "" if model is None else f" {option}{model}"
-
-
-def say_next(*commands: str) -> None:
-    """Close with what is useful now."""
-    for index, command in enumerate(commands):
-        print(("next: " if index == 0 else "      ") + command)
-
-
-def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, indent=1))
-
-
-@contextmanager
-def status(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show what is being done: a spinner on a terminal, a plain line each when piped, nothing when quiet."""
-    if quiet:
-        yield lambda text: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-
-        started = time.monotonic()
-        with Console(stderr=True).status("starting") as spinner:
-            yield lambda text: spinner.update(f"{text} ({time.monotonic() - started:.0f} s)")
-    else:
-        yield lambda text: print(text, file=sys.stderr)
+    return "" if model is None else f" {option}{quoted(model)}"
 
 
 def warn_if_busy(quiet: bool) -> None:
@@ -327,28 +300,4 @@ def warn_if_busy(quiet: bool) -> None:
     from hflow_rt.runtime.bench.machine import busy
 
     if (found := busy()) and not quiet:
-        print(f"warning: {found}; what is chosen by measuring may not be the fastest", file=sys.stderr)
-
-
-def tracked(items: Iterable[T], total: int, size: Callable[[T], int], label: str) -> Iterator[T]:
-    """Yield `items`, on a terminal with rate and time left; `size` says how many of `total` an item stands for."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    started = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, done = bar.add_task(label, total=total, rate=""), 0
-        for item in items:
-            yield item
-            done += size(item)
-            bar.update(task, completed=done, rate=f"{done / max(time.monotonic() - started, 1e-9):.1f} images/s")
+        note(f"warning: {found}; what is chosen by measuring may not be the fastest")

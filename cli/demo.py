@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import say_next
+from hflow_rt.cli.terminal import say, say_next
 
 if TYPE_CHECKING:
     from hflow_rt.runtime.session import Session
@@ -40,7 +40,7 @@ def demo(
     page = run / "demo"
     pictures = _draw(session, page, data)
     _write_page(page / "index.html", session, read_run(run), pictures)
-    print(f"the page: {page / 'index.html'}; the pictures: {', '.join(pictures)} beside it")
+    say(f"the page: {page / 'index.html'}; the pictures: {', '.join(pictures)} beside it")
     say_next(
         "hflow-rt sample --std 0.7",
         "hflow-rt interpolate -o walk.gif",

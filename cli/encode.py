@@ -14,13 +14,12 @@ from hflow_rt.cli.common import (
     ModelOption,
     named,
     open_session,
-    print_json,
     read_pictures,
-    say_next,
     told,
-    tracked,
     write_pictures,
 )
+from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
+from hflow_rt.names import quoted
 
 _BATCH = 16
 
@@ -75,9 +74,9 @@ def encode(
         print_json({"output": str(output), "images": names, "bits_per_dim": [float(value) for value in bits]})
         return
     for name, value in list(zip(names, bits, strict=True))[:8]:
-        print(f"{name}: {value:.3f} bits/dim (plug-in estimate)")
-    print(f"latents of {len(names)} images: {output}" + (f"; reconstruction: {picture}" if picture else ""))
-    say_next(f"hflow-rt decode {output}{named(model, '--model ')} -o decoded.png")
+        say(f"{name}: {value:.3f} bits/dim (plug-in estimate)")
+    say(f"latents of {len(names)} images: {output}" + (f"; reconstruction: {picture}" if picture else ""))
+    say_next(f"hflow-rt decode {quoted(output)}{named(model, '--model ')} -o decoded.png")
 
 
 @app.command()
@@ -96,19 +95,21 @@ def decode(
 
     Example: hflow-rt decode latents.safetensors -o decoded.png
     """
-    import sys
 
     import numpy as np
 
     from hflow_rt.runtime.latents import check_latents, load_latents
-    from hflow_rt.runtime.pictures import to_uint8
+    from hflow_rt.runtime.pictures import check_picture_name, check_picture_size, grid_size, to_uint8
 
     session = open_session(model, backend, device, quiet=json)
     values, about = load_latents(latents)
     check_latents(values, session.input_shapes, str(latents))
     if about.get("model") not in (None, session.manifest.checkpoint["sha256"]):
-        print(f"warning: {latents} was made by another training state of this kind of model", file=sys.stderr)
+        note(f"warning: {latents} was made by another training state of this kind of model")
     count = len(next(iter(values.values())))
+    if output.suffix:
+        check_picture_name(output)
+        check_picture_size(output, *grid_size(count, session.resolution))
     batches = [{name: v[start : start + _BATCH] for name, v in values.items()} for start in range(0, count, _BATCH)]
     size = lambda part: len(next(iter(part.values())))  # noqa: E731
     images = [to_uint8(session.forward(part)) for part in tracked(batches, count, size, "decoding")]
@@ -116,5 +117,5 @@ def decode(
     if json:
         print_json({"images": count, "output": where})
         return
-    print(f"{count} images: {where}")
+    say(f"{count} images: {where}")
     say_next(f"hflow-rt sample{named(model)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hflow_rt.cli.common import named, need_extra, print_json, say_next, status
+from hflow_rt.cli.common import named, need_extra
 from hflow_rt.cli.export import (
     GraphOptions,
     export_graphs,
@@ -15,6 +15,9 @@ from hflow_rt.cli.export import (
     print_report,
     proof_pictures,
 )
+from hflow_rt.cli.terminal import note, print_json, say, say_next, status
+from hflow_rt.files import exists, is_file
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     from hflow_rt.manifest import Manifest, Plan
@@ -85,7 +88,7 @@ def update_engines(
             " option but --out, --images and --flavor"
         )
     source, folder = model_and_bundle(run, output)
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         raise BundleError(f"there is no bundle in {folder} to update; name the one with the engines with --out")
     old = find_bundle(folder)
     key = refittable(old, options.flavor)
@@ -101,8 +104,8 @@ def update_engines(
             path.rename(temporary / path.name)
         exported.rmdir()
     if len(old.manifest.engines) > 1 and not quiet:
-        print(f"the other engines of {folder} were of the old weights: build them again", file=sys.stderr)
-    _prove(find_bundle(folder), key, f" {folder}", graphs.images, quiet)
+        note(f"the other engines of {folder} were of the old weights: build them again")
+    _prove(find_bundle(folder), key, f" {quoted(folder)}", graphs.images, quiet)
 
 
 def _prove(bundle: "Bundle", key: str, where: str, images: list[Path] | None, quiet: bool) -> None:
@@ -125,11 +128,11 @@ def _prove(bundle: "Bundle", key: str, where: str, images: list[Path] | None, qu
     else:
         for plan in engines.plans.values():
             size = bundle.manifest.files[plan.file].bytes / 1e6
-            print(f"{folder / plan.file}: {size:.1f} MB, {_told(plan)}")
+            say(f"{folder / plan.file}: {size:.1f} MB, {_told(plan)}")
         if report is not None:
             print_report(report)
         else:
-            print(f"unverified: no GPU here can run them; there, run 'hflow-rt check{where} --backend trt'")
+            say(f"unverified: no GPU here can run them; there, run 'hflow-rt check{where} --backend trt'")
         say_next(f"hflow-rt sample{where} --backend trt", f"hflow-rt info{where}")
     if report is not None:
         fail_on(report)
@@ -199,15 +202,13 @@ def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, 
             run = latest_run()
         except CheckpointError:
             output = output or ROOT / PRETRAINED
-            run = output if (output / MANIFEST).is_file() else pretrained()
+            run = output if is_file(output / MANIFEST) else pretrained()
             if not quiet:
-                print(
-                    f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships, in {output}", file=sys.stderr
-                )
+                note(f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships, in {output}")
     source, folder = model_and_bundle(run, output)
     bundle = source.parent
-    if (bundle / MANIFEST).is_file() and folder.resolve() != bundle.resolve():
-        if not folder.exists():
+    if is_file(bundle / MANIFEST) and folder.resolve() != bundle.resolve():
+        if not exists(folder):
             with atomic_directory(folder) as copy:
                 shutil.copytree(bundle, copy, dirs_exist_ok=True)
         elif not _is_of(folder, source):
@@ -217,20 +218,19 @@ def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, 
 
 def _is_of(folder: Path, source: Path) -> bool:
     """Whether `folder` is a bundle of the weights in the file `source`."""
-    from hflow_rt.files import sha256
     from hflow_rt.manifest import MANIFEST, read_manifest
+    from hflow_rt.runtime.bundle import Bundle
 
-    if not (folder / MANIFEST).is_file():
+    if not is_file(folder / MANIFEST):
         return False
-    checkpoint = read_manifest(folder).checkpoint
-    return sha256(source) in (checkpoint["sha256"], checkpoint.get("exported_from"))
+    return Bundle(folder, read_manifest(folder)).made_of(source)
 
 
 def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -> Path:
     """`folder`, exported from the model file `source` unless it is a bundle of just that already."""
     from hflow_rt.manifest import MANIFEST
 
-    if (folder / MANIFEST).is_file():
+    if is_file(folder / MANIFEST):
         if _is_of(folder, source):
             lacking, graphs = _lacking(folder, graphs)
             if not lacking:
@@ -239,7 +239,7 @@ def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -
         else:
             reason = f"{folder} is of other weights than {source}"
         if not quiet:
-            print(f"{reason}: exporting its graphs again", file=sys.stderr)
+            note(f"{reason}: exporting its graphs again")
     fail_on(export_graphs(source, folder, graphs, quiet).parity or {})
     return folder
 

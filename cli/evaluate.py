@@ -1,13 +1,12 @@
 """`hflow-rt eval bpd` and `hflow-rt eval distance`."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hflow_rt.cli.app import app
+from hflow_rt.cli.app import Commands, app
 from hflow_rt.cli.common import (
     BackendOption,
     DeviceOption,
@@ -18,10 +17,9 @@ from hflow_rt.cli.common import (
     named,
     need_extra,
     open_session,
-    print_json,
-    say_next,
-    tracked,
 )
+from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
+from hflow_rt.files import is_file
 
 if TYPE_CHECKING:
     from hflow_rt.data.selection import Selection
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from hflow_rt.evaluation.shares import Track
     from hflow_rt.training.processes import Processes
 
-evaluation = typer.Typer(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")
+evaluation = Commands(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")
 app.add_typer(evaluation, name="eval")
 
 DataOption = Annotated[
@@ -86,7 +84,7 @@ def bpd(
         reference = open_reference(weights, processes.device)
         if not quiet:
             side = reference.resolution
-            print(f"{metadata['family']} {side}x{side} from {weights} on {where}", file=sys.stderr)
+            note(f"{metadata['family']} {side}x{side} from {weights} on {where}")
     else:
         session = open_session(model, backend, device, quiet)
         source, where, weights = session.bundle.path, session.backend, session.bundle.model
@@ -164,7 +162,7 @@ def distance(
     network = open_features(features, session.resolution, processes.device, takes)
     chosen = select(data, session.resolution, split)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
-    stds = std or ["1"]
+    stds = std or session.std
     found = measure(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))
     report: dict[str, Any] = {
         "model": str(session.bundle.path),
@@ -194,9 +192,9 @@ def _weights(model: Path | None, quiet: bool) -> Path:
     from hflow_rt.runtime.bundle import Bundle
 
     found = locate(model, quiet)
-    if (found / MANIFEST).is_file():
+    if is_file(found / MANIFEST):
         return Bundle(found, read_manifest(found)).model
-    return found if found.is_file() else resolve_run(found) / MODEL
+    return found if is_file(found) else resolve_run(found) / MODEL
 
 
 def _again(model: Path | None, data: Path | None) -> str:
@@ -232,9 +230,10 @@ def _finish(
     if json:
         print_json(report)
         return
-    print("\n".join(lines))
+    for line in lines:
+        say(line)
     if output is not None:
-        print(f"report: {output}")
+        say(f"report: {output}")
     say_next(following)
 
 

@@ -1,6 +1,5 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
-import sys
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,12 +17,12 @@ from hflow_rt.cli.common import (
     locate_bundle,
     named,
     need_extra,
-    print_json,
     read_pictures,
-    say_next,
-    status,
     warn_if_busy,
 )
+from hflow_rt.cli.terminal import note, print_json, say, say_next, status
+from hflow_rt.files import is_file
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     from hflow_rt.manifest import Manifest
@@ -248,7 +247,7 @@ def export(
             }
         )
     else:
-        say_next("hflow-rt sample" if run is None else f"hflow-rt sample {folder}")
+        say_next("hflow-rt sample" if run is None else f"hflow-rt sample {quoted(folder)}")
     fail_on(report)
 
 
@@ -280,7 +279,7 @@ def check(
     if json:
         print_json(report)
     else:
-        print(f"{bundle.path} on {report['backend']}")
+        say(f"{bundle.path} on {report['backend']}")
         print_report(report)
         say_next(f"hflow-rt sample{named(model)}{' --backend trt' if backend == 'trt' else ''}")
     fail_on(report)
@@ -297,8 +296,8 @@ def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import BUNDLE
 
-    source = run if run is not None and run.is_file() else resolve_run(run) / MODEL
-    inside = source.name == MODEL and (source.parent / MANIFEST).is_file()
+    source = run if run is not None and is_file(run) else resolve_run(run) / MODEL
+    inside = source.name == MODEL and is_file(source.parent / MANIFEST)
     folder = output or (source.parent if inside else source.parent / BUNDLE)
     if folder.resolve() == pretrained().resolve():
         raise BundleError(f"{folder} was installed and must stay as it is; say where the engines go with --out")
@@ -328,7 +327,7 @@ def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool
     if options.half is False and metadata.get("weights") == HALF:
         raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
     if not quiet and wanted != options.filled(None):
-        print(f"{folder} is exported again as it was:{_as_options(wanted)}", file=sys.stderr)
+        note(f"{folder} is exported again as it was:{_as_options(wanted)}")
     pictures = proof_pictures(options.images, config.resolution)
     assert wanted.direction is not None
     if wanted.tune == "cpu":
@@ -347,14 +346,14 @@ def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool
             tuning=wanted.tune or "any",
         )
     if there is not None and (gone := [key for key in there.engines if key not in manifest.engines]):
-        print(f"gone with the graphs they were built from: TensorRT engines {', '.join(gone)}", file=sys.stderr)
+        note(f"gone with the graphs they were built from: TensorRT engines {', '.join(gone)}")
     assert manifest.parity is not None
     if not quiet:
         for graph in manifest.graphs.values():
             size = manifest.files[graph.file].bytes / 1e6
-            print(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
+            say(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
         for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
-            print(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
+            say(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
         print_report(manifest.parity)
     return manifest
 
@@ -388,14 +387,14 @@ def proof_pictures(paths: list[Path] | None, resolution: int) -> Any:
 def print_report(report: dict[str, Any]) -> None:
     """The parity report as a table."""
     mixed = report.get("mixed")
-    print("largest error against float64            engine    torch fp32    allowed")
+    say("largest error against float64            engine    torch fp32    allowed")
     for graph, cases in report["graphs"].items():
         for name in cases[0]["outputs"]:
             worst = max(
                 (case["outputs"][name] for case in cases), key=lambda entry: entry["max"] / max(entry["bound"], 1e-30)
             )
             columns = f"{worst['max']:10.2e} {worst['torch_float32_max']:13.2e} {worst['bound']:10.2e}"
-            print(
+            say(
                 f"  {graph + ' ' + name:34s} {columns}"
                 + (f"   {worst['psnr_db']:.0f} dB" if "psnr_db" in worst else "")
                 + (f" of {mixed['image_psnr_db']:.0f}" if mixed and "psnr_db" in worst else "")
@@ -403,14 +402,14 @@ def print_report(report: dict[str, Any]) -> None:
         differences = [case["bits_per_dim_difference"] for case in cases if "bits_per_dim_difference" in case]
         if differences:
             allowed = f" {'':13s} {mixed['bits_per_dim']:10.2e}" if mixed else ""
-            print(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}{allowed}")
-    print(f"  ({report['images']} images)")
+            say(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}{allowed}")
+    say(f"  ({report['images']} images)")
     for trip in report.get("round_trip", [])[:2]:
         if trip["path"] == "image":
             differs = f"max {trip['max']:.2e}, {trip['uint8_differs']:.2%} of 8-bit values differ"
             level = f", {trip['psnr_db']:.0f} dB of {mixed['round_trip_psnr_db']:.0f}" if mixed else ""
-            print(f"  image -> latents -> image, batch {trip['batch']}: {differs}{level}")
-    print("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
+            say(f"  image -> latents -> image, batch {trip['batch']}: {differs}{level}")
+    say("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
 
 
 def fail_on(report: dict[str, Any]) -> None:

@@ -18,11 +18,9 @@ from hflow_rt.cli.common import (
     StdOption,
     named,
     open_session,
-    print_json,
-    say_next,
     starting_points,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 
 
 @app.command(rich_help_panel=LATENTS)
@@ -49,10 +47,20 @@ def heatmap(
     import numpy as np
 
     from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import Row, check_picture_name, heat_colours, save_image, table, to_uint8
+    from hflow_rt.runtime.pictures import (
+        Row,
+        check_picture_name,
+        check_picture_size,
+        heat_colours,
+        save_image,
+        table,
+        table_size,
+        to_uint8,
+    )
 
     check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
+    check_picture_size(output, *table_size(len(session.latent_shapes) + 1, number, session.resolution))
     bases, pixels, latents = starting_points(session, images, number, seed, std, label)
     names = list(session.latent_shapes)
     jobs = [(index, name) for index in range(len(bases)) for name in names]
@@ -83,6 +91,6 @@ def heatmap(
         )
         return
     for name in names:
-        print(f"{name}: mean std {np.mean([mean[name] for mean in means]):.4f} (pixels in 0 .. 1)")
-    print(f"{len(bases)} x {len(names)} maps of {draws} redraws, the largest std {top:.3f}: {output}")
+        say(f"{name}: mean std {np.mean([mean[name] for mean in means]):.4f} (pixels in 0 .. 1)")
+    say(f"{len(bases)} x {len(names)} maps of {draws} redraws, the largest std {top:.3f}: {output}")
     say_next(f"hflow-rt zeroing{named(model, '--model ')} -o zeroing.png")

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, need_extra, print_json, say_next, status
+from hflow_rt.cli.common import JsonOption, need_extra
+from hflow_rt.cli.terminal import print_json, say, say_next, status
+from hflow_rt.names import quoted
 
 
 @app.command("import")
@@ -46,12 +48,12 @@ def import_checkpoint(
         print_json(found.dump())
         return
     size = f"{found.family} {found.resolution}x{found.resolution}"
-    print(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read, each accounted for")
+    say(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read, each accounted for")
     if found.dropped:
         counts = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in found.dropped.items())
-        print(f"dropped, for they are recomputed: {counts}")
+        say(f"dropped, for they are recomputed: {counts}")
     if found.spreads is not None:
-        print(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
+        say(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
     for note in found.notes:
-        print(f"note: {note}")
-    say_next(f"hflow-rt export {run}")
+        say(f"note: {note}")
+    say_next(f"hflow-rt export {quoted(run)}")

@@ -1,13 +1,17 @@
 """`hflow-rt info` and `hflow-rt doctor`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, print_json, say_next
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, need_extra
 from hflow_rt.cli.engines import describe_engines, describe_layers
+from hflow_rt.cli.terminal import note, print_json, say, say_next, status
+from hflow_rt.files import is_file
+from hflow_rt.names import quoted
 
 _SHOWN = 20  # classes; --json lists all
 
@@ -16,60 +20,67 @@ _SHOWN = 20  # classes; --json lists all
 def info(
     model: ModelArgument = None,
     layers: Annotated[bool, typer.Option("--layers", help="List the layers of TensorRT engines.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List the presets of 'train' with their sizes.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Describe a run, a bundle or a model file.
 
     Example: hflow-rt info runs/my-run
     """
-    from hflow_rt.manifest import MANIFEST, MODEL, read_manifest
+    from hflow_rt.manifest import MANIFEST, MODEL
     from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import BUNDLE, find_bundle
 
+    if presets:
+        _list_presets(model, json)
+        return
     path = locate(model, quiet=json)
-    if not (path.is_file() or (path / MANIFEST).is_file()):
+    if not (is_file(path) or is_file(path / MANIFEST)):
         path = resolve_run(path)
     found: dict[str, Any] = {"path": str(path)}
-    weights = path if path.is_file() else path / MODEL
+    weights = path if is_file(path) else path / MODEL
     found["model"] = read_metadata(weights) | {"values": _count(weights)}
-    bundle = next((folder for folder in (path, path / BUNDLE) if (folder / MANIFEST).is_file()), None)
-    if bundle is not None:
+    bundle = None
+    if any(is_file(folder / MANIFEST) for folder in (path, path / BUNDLE)):
+        bundle = find_bundle(path)
         found["bundle"] = {
-            "path": str(bundle),
-            **read_manifest(bundle).model_dump(mode="json", exclude={"config"}),
+            "path": str(bundle.path),
+            "outdated": bundle.outdated is not None,
+            **bundle.manifest.model_dump(mode="json", exclude={"config"}),
         }
+        if bundle.outdated is not None:
+            note(f"warning: {bundle.outdated}")
     if json:
         print_json(found)
         return
     _print_model(path, found["model"])
     if bundle is None:
-        say_next(f"hflow-rt export {path}")
+        say_next(f"hflow-rt export {quoted(path)}")
         return
-    manifest = read_manifest(bundle)
+    manifest = bundle.manifest
     verdict = "verified" if manifest.verified else "UNVERIFIED"
+    verdict += "" if bundle.outdated is None else ", but OF OTHER WEIGHTS"
     tuned = "" if manifest.tuning == "any" else f", for a {manifest.tuning.upper()}"
-    print(f"bundle: {bundle}, {verdict}, {manifest.precision}{tuned}, opset {manifest.opset}")
-    print("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
+    say(f"bundle: {bundle.path}, {verdict}, {manifest.precision}{tuned}, opset {manifest.opset}")
+    say("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
     for latent in manifest.latents:
-        print(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
+        say(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
     for name, options in manifest.choices.items():
         more = f" and {len(options) - _SHOWN} more" if len(options) > _SHOWN else ""
-        print(f"  {name}: {', '.join(options[:_SHOWN])}{more}")
-    print(f"  samples at std {' '.join(manifest.std)} where nobody says")
+        say(f"  {name}: {', '.join(options[:_SHOWN])}{more}")
+    say(f"  samples at std {' '.join(manifest.std)} by default")
     for name, graph in manifest.graphs.items():
         counts = ", ".join(f"{count} {operator}" for operator, count in graph.operators.items())
         size = manifest.files[graph.file].bytes / 1e6
-        print(
-            f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}"
-        )
-        print(f"    {counts}")
+        say(f"  {name}: {sum(graph.operators.values())} nodes, {size:.1f} MB, batch {graph.batch[0]}..{graph.batch[1]}")
+        say(f"    {counts}")
         if graph.rewrites:
-            print("    rewritten: " + ", ".join(f"{count} {what}" for what, count in graph.rewrites.items()))
+            say("    rewritten: " + ", ".join(f"{count} {what}" for what, count in graph.rewrites.items()))
     for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
-        print(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
-    for line in (*describe_engines(manifest), *(describe_layers(find_bundle(bundle)) if layers else ())):
-        print(line)
+        say(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
+    for line in (*describe_engines(manifest), *(describe_layers(bundle) if layers else ())):
+        say(line)
     say_next(f"hflow-rt sample{named(model)}")
 
 
@@ -83,10 +94,55 @@ def _count(path: Path) -> int:
 
 
 def _print_model(path: Path, model: dict[str, Any]) -> None:
-    print(f"{path}: {model['family']}, {model['values']:,} values")
+    say(f"{path}: {model['family']}, {model['values']:,} values")
     for key, value in model.items():
         if key not in ("family", "config", "values"):
-            print(f"  {key}: {value}")
+            for line in _lines(key, value):
+                say(f"  {line}")
+
+
+def _lines(name: str, value: Any) -> list[str]:
+    """A value of a model file in words: a line for each object that holds plain values; what is empty is not told."""
+    if not isinstance(value, dict):
+        return [] if value in (None, [], "") else [f"{name}: {_words(value)}"]
+    plain = {key: one for key, one in value.items() if not isinstance(one, dict) and one is not None}
+    told = [f"{name}: {', '.join(f'{key} {_words(one)}' for key, one in plain.items())}"] if plain else []
+    inner = [line for key, one in value.items() if isinstance(one, dict) for line in _lines(f"{name} {key}", one)]
+    return told + inner
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _list_presets(model: Path | None, json: bool) -> None:
+    """A line for each preset; counting parameters takes torch, but no memory."""
+    from hflow_rt.errors import ConfigError
+
+    if model is not None:
+        raise ConfigError(f"--presets lists all presets; omit {model}")
+    need_extra("train", "torch")
+    from hflow_rt.models.checkpoint import skeleton
+    from hflow_rt.training.config import load_config, preset_names
+
+    found = []
+    with status(json or not sys.stderr.isatty()) as progress:
+        for name in preset_names():
+            progress(f"counting {name}")
+            config = load_config(name)
+            parameters = sum(parameter.numel() for parameter in skeleton(config.family, config.model).parameters())
+            found.append(
+                {"preset": name, "family": config.family, "resolution": config.resolution, "parameters": parameters}
+            )
+    if json:
+        print_json({"presets": found})
+        return
+    for row in found:
+        side = f"{row['resolution']}x{row['resolution']}"
+        say(f"{row['preset']:<20} {row['family']:<6} {side:>9} {row['parameters'] / 1e6:8.2f} M parameters")
+    say_next(f"hflow-rt train --preset {found[0]['preset']}")
 
 
 @app.command()
@@ -126,9 +182,9 @@ def doctor(json: JsonOption = False) -> None:
     if json:
         print_json(facts | findings)
         return
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    say(", ".join(f"{name} {value}" for name, value in facts.items()))
     for name, finding in findings.items():
-        print(f"  {name}: {finding}")
+        say(f"  {name}: {finding}")
     say_next("hflow-rt demo")
 
 

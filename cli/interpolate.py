@@ -16,12 +16,11 @@ from hflow_rt.cli.common import (
     check_std,
     named,
     open_session,
-    print_json,
     read_pictures,
-    say_next,
     told,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.limits import check_count
 
 
 @app.command()
@@ -52,21 +51,21 @@ def interpolate(
 
     Example: hflow-rt interpolate a.png b.png --mode slerp --frames 24 -o walk.gif
     """
-    import numpy as np
+    from itertools import islice
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import concatenate, ping_pong
     from hflow_rt.runtime.latents import interpolate as between
     from hflow_rt.runtime.pictures import to_uint8
-    from hflow_rt.runtime.video import check_animation, save_animation
+    from hflow_rt.runtime.video import check_animation, check_frames, kept, save_animation
 
-    if frames < 2:
-        raise DataError(f"an interpolation needs at least 2 frames, not {frames}")
+    check_count("the number of frames", frames, least=2)
     if not fps > 0:
         raise DataError(f"fps must be above 0, not {fps}")
     check_animation(output, fps)
     check_std(std, not images)
     session = open_session(model, backend, device, quiet=json)
+    check_frames(output, frames, session.resolution)
     if images:
         names, pixels = read_pictures(images, session.resolution, choices=session.choices)
         if len(pixels) != 2:
@@ -77,18 +76,15 @@ def interpolate(
     latents = session.into_space(space, latents)
     ends = [{name: values[i : i + 1] for name, values in latents.items()} for i in (0, 1)]
     path = between(ends[0], ends[1], frames, mode, session.joined(space), session.choices)
-    batches = [concatenate(path[start : start + 8]) for start in range(0, frames, 8)]
-    pictures = []
-    for part in tracked(batches, frames, lambda p: len(next(iter(p.values()))), "decoding"):
-        pictures.append(to_uint8(session.forward(session.from_space(space, part))))
-    shown = np.concatenate(pictures)
-    if loop and output.suffix.lower() != ".png":
-        shown = shown[ping_pong(frames)]
-    save_animation(output, shown, fps)
+    batches = (concatenate(part) for part in iter(lambda: list(islice(path, 8)), []))
+    decoded = (to_uint8(session.forward(session.from_space(space, part))) for part in batches)
+    pictures = kept(tracked(decoded, frames, len, "decoding"), output)
+    order = ping_pong(frames) if loop and output.suffix.lower() != ".png" else range(frames)
+    save_animation(output, pictures, fps, order)
     if json:
-        print_json({"output": str(output), "frames": len(shown), "mode": mode, "space": space})
+        print_json({"output": str(output), "frames": len(order), "mode": mode, "space": space})
         return
-    print(f"{len(shown)} frames ({mode} in {space}): {output}")
+    say(f"{len(order)} frames ({mode} in {space}): {output}")
     say_next(
         f"hflow-rt sample{named(model)}"
         if images

@@ -18,12 +18,10 @@ from hflow_rt.cli.common import (
     encoded,
     named,
     open_session,
-    print_json,
     read_pictures,
-    say_next,
     told,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +74,15 @@ def mix(
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import Row, check_picture_name, save_image, table, to_uint8
+    from hflow_rt.runtime.pictures import (
+        Row,
+        check_picture_name,
+        check_picture_size,
+        save_image,
+        table,
+        table_size,
+        to_uint8,
+    )
 
     check_picture_name(output)
     if cut is not None and from_rows:
@@ -85,6 +91,7 @@ def mix(
     names = from_rows or explore.coarse_down_to(session, cut)
     down, row_pixels, row_latents = _sources(session, rows, row_images, "0-3", "row", std, label)
     across, column_pixels, column_latents = _sources(session, columns, column_images, "4-8", "column", std, label)
+    check_picture_size(output, *table_size(len(across) + 1, len(down) + 1, session.resolution))
     corner = np.full((1, session.resolution, session.resolution, 3), 255, np.uint8)
     grid = [Row(np.concatenate([corner, to_uint8(column_pixels)]), captions=["", *across])]
     total = len(down) * len(across)
@@ -100,7 +107,7 @@ def mix(
         )
         return
     given = f"{' '.join(names)} of the row, {' '.join(rest) or 'nothing'} of the column"
-    print(f"{len(down)} x {len(across)} mixes, {given}: {output}")
+    say(f"{len(down)} x {len(across)} mixes, {given}: {output}")
     finest = list(session.latent_shapes)[-2:][0]  # the last but one, for with the last all is the row's
     say_next(f"hflow-rt mix{named(model, '--model ')} --cut {finest} -o finer.png")
 

@@ -21,13 +21,11 @@ from hflow_rt.cli.common import (
     encoded,
     named,
     open_session,
-    print_json,
     read_pictures,
-    say_next,
     starting_points,
     told,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,11 +71,22 @@ def neighbours(
     from hflow_rt.conditions import class_folder
     from hflow_rt.data.selection import select
     from hflow_rt.runtime.encodings import Nearest, encodings, find_place
-    from hflow_rt.runtime.pictures import Row, check_picture_name, from_uint8, save_image, table, to_uint8
+    from hflow_rt.runtime.pictures import (
+        Row,
+        check_picture_name,
+        check_picture_size,
+        from_uint8,
+        save_image,
+        table,
+        table_size,
+        to_uint8,
+    )
 
     check_picture_name(output)
     check_std(std, not images)
     session = open_session(model, backend, device, quiet=json)
+    if not images:
+        check_picture_size(output, *table_size(count + 1, 2 * samples, session.resolution))
     where = find_place(session, place)
     searched = select(data, session.resolution, split)
     found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0
@@ -116,7 +125,7 @@ def neighbours(
         print_json({"output": str(output), **looked, "nearest": report})
         return
     few = f"{min(count, len(searched))} nearest in {where.name} and in pixels"
-    print(f"of {searched}, {few} to each of {len(names)}: {output}")
+    say(f"of {searched}, {few} to each of {len(names)}: {output}")
     say_next(f"hflow-rt neighbours{named(model, '--model ')} --in {next(iter(session.latent_shapes))} -o other.png")
 
 

@@ -19,11 +19,10 @@ from hflow_rt.cli.common import (
     StdOption,
     named,
     open_session,
-    print_json,
-    say_next,
-    tracked,
     write_pictures,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.limits import check_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,16 +54,17 @@ def sample(
     """
     import numpy as np
 
-    from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import concatenate, save_latents
     from hflow_rt.runtime.overlap import in_flight
-    from hflow_rt.runtime.pictures import check_picture_name, to_uint8
+    from hflow_rt.runtime.pictures import check_picture_name, check_picture_size, grid_size, to_uint8
 
-    if number < 1:
-        raise DataError(f"the number of images must be at least 1, not {number}")
+    check_count("the number of images", number)
+    check_count("the batch", batch)
     if output.suffix:
         check_picture_name(output)
     session = open_session(model, backend, device, json, cuda_graph)
+    if output.suffix:
+        check_picture_size(output, *grid_size(number, session.resolution))
     stds = std or session.std
     parts = session.draw(range(first, first + number), stds, seed, batch, label)
     starts = itertools.count(first, batch)
@@ -108,6 +108,6 @@ def sample(
             }
         )
         return
-    print(f"{drawn} images at std {' '.join(stds)}, seed {seed}: {where}")
+    say(f"{drawn} images at std {' '.join(stds)}, seed {seed}: {where}")
     again = named(model, "--model ")
     say_next(f"hflow-rt interpolate{again} -o walk.gif", f"hflow-rt encode IMAGE{again} -o latents.safetensors")

@@ -16,10 +16,9 @@ from hflow_rt.cli.common import (
     StdOption,
     named,
     open_session,
-    print_json,
-    say_next,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.limits import check_count
 
 
 @app.command(rich_help_panel=LATENTS)
@@ -44,15 +43,22 @@ def seeds(
     """
     import numpy as np
 
-    from hflow_rt.errors import DataError
     from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import captioned, check_picture_name, save_image, to_uint8
+    from hflow_rt.runtime.pictures import (
+        captioned,
+        check_picture_name,
+        check_picture_size,
+        grid_size,
+        save_image,
+        to_uint8,
+    )
 
     check_picture_name(output)
-    if columns is not None and columns < 1:
-        raise DataError(f"a grid needs at least 1 column, not {columns}")
+    if columns is not None:
+        check_count("the number of columns", columns)
     chosen = explore.parse_seeds(seeds or ["0-15"])
     session = open_session(model, backend, device, quiet=json)
+    check_picture_size(output, *grid_size(len(chosen), session.resolution, columns))
     stds = std or session.std
     parts = list(explore.batches(explore.latents_of_seeds(session, chosen, stds, label)))
     size = lambda part: len(next(iter(part.values())))  # noqa: E731
@@ -61,5 +67,6 @@ def seeds(
     if json:
         print_json({"output": str(output), "seeds": chosen, "std": stds})
         return
-    print(f"{len(chosen)} seeds at std {' '.join(stds)}: {output}")
-    say_next(f"hflow-rt sample{named(model)} --seed {chosen[-1]} -n 1 --std {stds[0]} -o one.png")
+    say(f"{len(chosen)} seeds at std {' '.join(stds)}: {output}")
+    again = "".join(f" --std {one}" for one in std or ())
+    say_next(f"hflow-rt sample{named(model)} --seed {chosen[-1]} -n 1{again} -o one.png")

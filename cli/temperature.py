@@ -18,11 +18,9 @@ from hflow_rt.cli.common import (
     StdOption,
     named,
     open_session,
-    print_json,
-    say_next,
     starting_points,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 
 _DEFAULT = "0,0.25,0.5,0.6,0.7,0.8,0.9,1"
 
@@ -58,11 +56,20 @@ def temperature(
 
     from hflow_rt.runtime import explore
     from hflow_rt.runtime.directions import parse_gains
-    from hflow_rt.runtime.pictures import Row, check_picture_name, save_image, table, to_uint8
+    from hflow_rt.runtime.pictures import (
+        Row,
+        check_picture_name,
+        check_picture_size,
+        save_image,
+        table,
+        table_size,
+        to_uint8,
+    )
 
     check_picture_name(output)
     factors = parse_gains(at or [_DEFAULT], "temperature")
     session = open_session(model, backend, device, quiet=json)
+    check_picture_size(output, *table_size(len(factors) + 1, number, session.resolution))
     names, pixels, latents = starting_points(session, images, number, seed, std, label)
     steps = explore.temperatures(session, latents, factors)
     columns = [to_uint8(pixels)]
@@ -75,6 +82,6 @@ def temperature(
         print_json({"output": str(output), "images": names, "temperatures": factors, "rms_change": changes})
         return
     for factor, change in zip(captions[1:], changes, strict=True):
-        print(f"temperature {factor}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
-    print(f"{len(names)} images at {len(factors)} temperatures: {output}")
+        say(f"temperature {factor}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
+    say(f"{len(names)} images at {len(factors)} temperatures: {output}")
     say_next(f"hflow-rt zeroing{named(model, '--model ')} -o zeroing.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, need_extra, print_json, say_next
+from hflow_rt.cli.common import JsonOption, need_extra
+from hflow_rt.cli.terminal import note, print_json, say, say_next
+from hflow_rt.files import is_file, is_folder
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,12 +84,12 @@ def train(
     """
     need_extra("train", "torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
-    from hflow_rt.runs import RUN, new_run, read_run
+    from hflow_rt.runs import ROOT, RUN, new_run, read_run
     from hflow_rt.training.config import load_config
 
     for value, name in ((minutes, "--minutes"), (images, "--images")):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} must be > 0; found {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a finite number > 0; found {value}")
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
     checkpoint: bool | Path = False
     if resume:
@@ -99,13 +103,16 @@ def train(
         if run is not None:
             raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
         if start is not None and preset is None and config is None:
-            if not (start / RUN).is_file():
+            if not is_file(start / RUN):
                 raise ConfigError(f"{start} holds no settings of a training run; name some with --preset or --config")
             chosen = load_config(file=read_run(start), overrides=settings or ())
         else:
             chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
-        folder = out or new_run(chosen.preset or chosen.family)
+        folder = out
     opened = _open(about["source"], chosen)
+    if folder is None:
+        name = chosen.preset or chosen.family
+        folder = new_run(name) if _is_main() else ROOT / name  # the main process writes
 
     from hflow_rt.training.trainer import train as run_training
 
@@ -135,14 +142,14 @@ def _resumed(run: Path | None, out: Path | None) -> tuple[Path, bool | Path, dic
     is_checkpoint = named.resolve().parent.name == CHECKPOINTS
     folder = named.parent.parent if is_checkpoint else named
     if out is not None and out.resolve() != folder.resolve():
-        raise ConfigError(f"a run goes on in its own folder {folder}, not in --out {out}; leave --out away")
+        raise ConfigError(f"a run goes on in its own folder {folder}, not in --out {out}; omit --out")
     return folder, named if is_checkpoint else True, read_run(folder)
 
 
 def _model_file(path: Path) -> Path:
     from hflow_rt.manifest import MODEL
 
-    return path / MODEL if path.is_dir() else path
+    return path / MODEL if is_folder(path) else path
 
 
 def _open(source: str | None, config: RunConfig) -> Images:
@@ -152,7 +159,7 @@ def _open(source: str | None, config: RunConfig) -> Images:
     opened = open_dataset(demo_images() if source is None else Path(source), config.resolution)
     if opened.skipped and source is not None and _is_main():
         counts = ", ".join(f"{count} {reason}" for reason, count in opened.skipped.items())
-        print(f"{len(opened)} images; not used: {counts}", file=sys.stderr)
+        note(f"{len(opened)} images; not used: {counts}")
     return opened
 
 
@@ -185,16 +192,9 @@ def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None
     if not _is_main():
         yield lambda progress: None
         return
-    print(
-        f"training {config.preset or config.family} at {config.resolution}x{config.resolution} into {folder}",
-        file=sys.stderr,
-    )
+    note(f"training {config.preset or config.family} at {config.resolution}x{config.resolution} into {folder}")
     if not sys.stderr.isatty():
-        yield (
-            lambda progress: (
-                None if progress.evaluation is None else print(_line(progress), file=sys.stderr, flush=True)
-            )
-        )
+        yield (lambda progress: None if progress.evaluation is None else note(_line(progress)))
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
@@ -256,20 +256,20 @@ def _finish(result: TrainResult, json: bool) -> None:
         )
     elif _is_main():
         steps, rate = f"{result.images:,} images in {result.step:,} steps", result.images_per_second
-        print(f"{result.run}: {steps}, {rate:.1f} images/s")
+        say(f"{result.run}: {steps}, {rate:.1f} images/s")
         count = 0 if result.final is None or result.final.strict is None else result.final.strict.n
-        print(f"bits/dim{f' on {count} held-out images' if count else ''}:")
+        say(f"bits/dim{f' on {count} held-out images' if count else ''}:")
         for when, found in (("at initialisation", result.initial), ("now", result.final)):
             if found is not None and (when != "now" or found.images):
                 at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
-                print(f"  {when}{at}: {_bits(found)}")
+                say(f"  {when}{at}: {_bits(found)}")
         if interrupted:
-            say_next(f"hflow-rt train --resume {result.run}", f"hflow-rt export {result.run}")
+            say_next(f"hflow-rt train --resume {quoted(result.run)}", f"hflow-rt export {quoted(result.run)}")
         else:
-            say_next(f"hflow-rt export {result.run}")
+            say_next(f"hflow-rt export {quoted(result.run)}")
     if interrupted:
         if _is_main():
-            print(f"interrupted and saved; go on with: hflow-rt train --resume {result.run}", file=sys.stderr)
+            note(f"interrupted and saved; go on with: hflow-rt train --resume {quoted(result.run)}")
         raise typer.Exit(130)
 
 

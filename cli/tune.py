@@ -5,16 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import (
-    JsonOption,
-    ModelArgument,
-    locate_bundle,
-    named,
-    print_json,
-    say_next,
-    status,
-    warn_if_busy,
-)
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, named, warn_if_busy
+from hflow_rt.cli.terminal import print_json, say, say_next, status
+from hflow_rt.limits import check_count
 
 
 @app.command()
@@ -31,13 +24,12 @@ def tune(
 
     Example: hflow-rt tune runs/my-run
     """
-    from hflow_rt.errors import ConfigError
     from hflow_rt.runtime.bench.variants import DIRECTIONS
     from hflow_rt.runtime.tune import forget as forget_all
     from hflow_rt.runtime.tune import tune as measure
 
-    if batch < 1 or rounds < 1:
-        raise ConfigError("--batch and --rounds must be at least 1")
+    check_count("--batch", batch)
+    check_count("--rounds", rounds)
     bundle = locate_bundle(model, json)
     graphs = [name for name in DIRECTIONS if name in bundle.manifest.graphs]
     if forget:
@@ -45,7 +37,7 @@ def tune(
         if json:
             print_json({"forgotten": gone})
         else:
-            print(f"forgotten: {', '.join(gone)}" if gone else f"nothing was kept of {bundle.path} on this machine")
+            say(f"forgotten: {', '.join(gone)}" if gone else f"nothing was kept of {bundle.path} on this machine")
         return
     warn_if_busy(json)
     with status(json) as progress:
@@ -55,7 +47,7 @@ def tune(
         return
     for graph, about in found.items():
         _show(graph, about)
-    say_next(f"hflow-rt sample{named(model, '--model ')}", f"hflow-rt bench{named(model)} --variant onnx")
+    say_next(f"hflow-rt sample{named(model)}", f"hflow-rt bench{named(model)} --variant onnx")
 
 
 def _show(graph: str, about: dict[str, Any]) -> None:
@@ -64,6 +56,6 @@ def _show(graph: str, about: dict[str, Any]) -> None:
         first = usual.setdefault(trial["batch"], trial["ms"])
         mark = "  <- kept" if trial["kept"] else ""
         number = f"{trial['batch']} image{'s' if trial['batch'] > 1 else ''}"
-        print(f"{graph}, {number:<10} {trial['what']:<30} {trial['ms']:9.2f} ms  {first / trial['ms']:.2f}x{mark}")
+        say(f"{graph}, {number:<10} {trial['what']:<30} {trial['ms']:9.2f} ms  {first / trial['ms']:.2f}x{mark}")
     load = about["load_s"]
-    print(f"{graph} opens in {load['after']:.2f} s instead of {load['before']:.2f} s; kept in {about['path']}")
+    say(f"{graph} opens in {load['after']:.2f} s instead of {load['before']:.2f} s; kept in {about['path']}")

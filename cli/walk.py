@@ -17,10 +17,9 @@ from hflow_rt.cli.common import (
     StdOption,
     named,
     open_session,
-    print_json,
-    say_next,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.limits import check_count
 
 
 @app.command(rich_help_panel=LATENTS)
@@ -54,16 +53,20 @@ def walk(
     """
     import numpy as np
 
-    from hflow_rt.errors import DataError
     from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import grid, save_image, to_uint8
-    from hflow_rt.runtime.video import check_animation, save_animation
+    from hflow_rt.runtime.pictures import check_picture_size, grid, grid_size, save_image, to_uint8
+    from hflow_rt.runtime.video import check_animation, check_frames, kept, save_animation
 
-    if rows < 1 or columns < 1:
-        raise DataError(f"a walk needs at least 1 row and 1 column, not {rows} and {columns}")
+    check_count("the number of rows", rows)
+    check_count("the number of columns", columns)
     check_animation(output, fps)
     session = open_session(model, backend, device, quiet=json)
     paths = rows * columns
+    width, height = grid_size(paths, session.resolution, columns)
+    if output.suffix.lower() == ".png":
+        check_picture_size(output, frames * width, keyframes * height)
+    else:
+        check_frames(output, keyframes * frames, max(width, height))
     steps = explore.walk(
         session,
         paths,
@@ -78,11 +81,12 @@ def walk(
         option=label,
     )
     total = (keyframes * frames if closed else (keyframes - 1) * frames + 1) * paths
-    shown = [np.asarray(grid(to_uint8(step), columns)) for step in tracked(steps, total, len, "walking")]
+    together = (np.asarray(grid(to_uint8(step), columns))[None] for step in tracked(steps, total, len, "walking"))
+    shown = kept(together, output)
     if output.suffix.lower() == ".png":
-        save_image(output, grid(np.stack(shown), columns=frames, scale=1))
+        save_image(output, grid(shown, columns=frames, scale=1))
     else:
-        save_animation(output, np.stack(shown), fps)
+        save_animation(output, shown, fps)
     if json:
         print_json(
             {
@@ -99,6 +103,6 @@ def walk(
         )
         return
     held = f", {' '.join(fix)} fixed" if fix else ""
-    print(f"{len(shown)} frames of {paths} walk{'s' if paths > 1 else ''} ({mode} in {space}{held}): {output}")
+    say(f"{len(shown)} frames of {paths} walk{'s' if paths > 1 else ''} ({mode} in {space}{held}): {output}")
     coarsest = next(iter(session.latent_shapes))
     say_next(f"hflow-rt walk{named(model, '--model ')} --fix {coarsest} -o fixed.webp")

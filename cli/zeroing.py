@@ -19,13 +19,11 @@ from hflow_rt.cli.common import (
     encoded,
     named,
     open_session,
-    print_json,
-    say_next,
     shipped_pictures,
     starting_points,
     told,
-    tracked,
 )
+from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 
 
 @app.command(rich_help_panel=LATENTS)
@@ -55,13 +53,21 @@ def zeroing(
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import check_picture_name, labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.pictures import (
+        check_picture_name,
+        check_picture_size,
+        labelled_rows,
+        save_image,
+        table_size,
+        to_uint8,
+    )
 
     check_picture_name(output)
     if images and samples:
         raise DataError("images and --samples both say what to start from; keep one of them")
     check_std(std, samples, "ask for samples with --samples or leave it away")
     session = open_session(model, backend, device, quiet=json)
+    check_picture_size(output, *table_size(number, len(session.latent_shapes) + 1, session.resolution))
     if images or samples:
         names, pixels, latents = starting_points(session, images, number, seed, std, label)
     else:
@@ -80,6 +86,6 @@ def zeroing(
         print_json({"output": str(output), "images": names, "rms_change": changes})
         return
     for what, change in changes.items():
-        print(f"{what}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
-    print(f"{len(names)} images: {output}")
+        say(f"{what}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
+    say(f"{len(names)} images: {output}")
     say_next(f"hflow-rt heatmap{named(model, '--model ')} -o heatmap.png")

@@ -15,7 +15,7 @@ from hflow_rt.errors import BundleError, CheckpointError, ConfigError
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
-from hflow_rt.files import atomic_directory, atomic_file, sha256
+from hflow_rt.files import atomic_directory, atomic_file, exists, is_file, is_folder, sha256
 from hflow_rt.manifest import (
     HALF,
     MANIFEST,
@@ -65,7 +65,7 @@ def export_bundle(
     tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU. Raises
     `CheckpointError`, `BundleError`, `ConfigError`, `DataError`.
     """
-    if output.exists() and not (output / MANIFEST).is_file():
+    if exists(output) and not is_file(output / MANIFEST):
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
     parse_std(std, model.latent_shapes())
@@ -182,7 +182,7 @@ def _with_old_engines(manifest: Manifest, old: Path, new: Path) -> Manifest:
                 name in manifest.graphs and graph_sha256(manifest, name) == plan.onnx
                 for name, plan in engines.plans.items()
             )
-            if same and (old / PLANS / key).is_dir():
+            if same and is_folder(old / PLANS / key):
                 shutil.copytree(old / PLANS / key, new / PLANS / key)
                 files = {n: file for n, file in before.files.items() if n.startswith(f"{PLANS}/{key}/")}
                 update = {"files": manifest.files | files, "engines": manifest.engines | {key: engines}}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
+from hflow_rt.files import is_folder
 
 __all__ = ["Choices", "by_folder", "check_told", "class_folder", "in_turn", "of_option"]
 
@@ -31,7 +32,7 @@ def by_folder(choices: Choices, names: Sequence[str]) -> _OneHot:
 def class_folder(choices: Choices, path: Path) -> str:
     """What to put before the names of images in `path`, a file or folder, for `by_folder`: `boot/` in a folder boot."""
     path = Path(os.path.abspath(path))  # a link has the name it was given
-    name = path.name if path.is_dir() else path.parent.name
+    name = path.name if is_folder(path) else path.parent.name
     return f"{name}/" if any(name in options for options in choices.values()) else ""
 
 

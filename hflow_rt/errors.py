@@ -8,6 +8,7 @@ HFlowError
 ├── BackendUnavailable  the asked-for backend, provider or device is not there
 ├── EngineMismatch      an engine was built for another machine, version or graph
 ├── ParityError         an engine does not compute what the reference computes
+├── OutOfMemory         what was asked for does not fit into the machine or the GPU
 ├── TrainingError       training cannot go on (NaN, no images, ...)
 └── NoInverse           the family has no map in this direction
 
@@ -24,6 +25,7 @@ __all__ = [
     "EngineMismatch",
     "HFlowError",
     "NoInverse",
+    "OutOfMemory",
     "ParityError",
     "TrainingError",
 ]
@@ -59,6 +61,10 @@ class EngineMismatch(HFlowError):  # noqa: N818 - the design's name
 
 class ParityError(HFlowError):
     """An engine does not compute what the reference computes."""
+
+
+class OutOfMemory(HFlowError):  # noqa: N818 - as torch calls it
+    """What was asked for does not fit into the memory there is."""
 
 
 class TrainingError(HFlowError):

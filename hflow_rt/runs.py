@@ -8,13 +8,20 @@ runs/NAME/run.json                     what `RunConfig` holds, and under "run" t
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.errors import CheckpointError
+from hflow_rt.errors import CheckpointError, DataError
+from hflow_rt.files import destination, exists, is_file, is_folder, unusable
 from hflow_rt.manifest import MODEL
+from hflow_rt.names import quoted
 
 __all__ = [
     "CHECKPOINTS",
@@ -27,6 +34,7 @@ __all__ = [
     "new_run",
     "read_run",
     "resolve_run",
+    "taken",
 ]
 
 ROOT = Path("runs")
@@ -34,13 +42,76 @@ RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 SAMPLES = "samples"
+_LOCK = ".training"
 
 _HOW = "train one with 'hflow-rt train' or see it all with 'hflow-rt demo'"
 
 
 def new_run(name: str, root: Path | str = ROOT) -> Path:
-    """A folder name for a new run, by date and time; nothing is written."""
-    return Path(root) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """A new, empty folder for a run, named by date and time: made here, so that no other run takes it.
+
+    Raises `DataError` where it cannot be made.
+    """
+    stem = Path(root) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not is_folder(folder.parent):
+                raise DataError(f"cannot make {folder}: {folder.parent} is a file; choose another --out") from None
+        except OSError as error:
+            raise unusable(folder, error, "make") from error
+        else:
+            break
+    return folder
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, made where there is none, for the training inside; one left empty goes again.
+
+    Raises `CheckpointError` while another training holds it, and `DataError` where it cannot be made.
+    """
+    place = destination(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        handle = _lock(place / _LOCK)
+    except OSError as error:
+        raise unusable(folder, error, "make") from error
+    if handle is None:
+        raise CheckpointError(f"another training is using {folder}; wait until it ends, or choose another --out")
+    try:
+        yield
+    finally:
+        (place / _LOCK).unlink(missing_ok=True)  # before it is let go, so that nobody holds a file without a name
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            place.rmdir()  # only if nothing is in it
+
+
+def _lock(path: Path) -> int | None:
+    """A handle that holds the lock at `path` until it is closed, also by the end of the process; None if it is held."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                return handle
+            os.close(handle)  # whoever held it has just removed it
+        except ImportError:  # Windows, where a second training is noticed by its run.json alone
+            return handle
+        except BlockingIOError:
+            os.close(handle)
+            return None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
 
 
 def latest_run(root: Path | str = ROOT) -> Path:
@@ -56,16 +127,16 @@ def resolve_run(path: Path | str | None = None) -> Path:
     if path is None:
         return latest_run()
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(f"no run at {path}; {_HOW}")
-    if not (path / MODEL).is_file():
+    if not is_file(path / MODEL):
         raise CheckpointError(f"{path} holds no {MODEL}, so it is no trained run; {_HOW}")
     return path
 
 
 def checkpoints(run: Path | str) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [path for path in (Path(run) / CHECKPOINTS).glob("*") if path.name.isdigit() and path.is_dir()]
+    found = [path for path in (Path(run) / CHECKPOINTS).glob("*") if path.name.isdigit() and is_folder(path)]
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -75,10 +146,10 @@ def read_run(run: Path | str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        if (Path(run) / MODEL).is_file():
+        if is_file(Path(run) / MODEL):
             raise CheckpointError(
                 f"{run} has weights but no {RUN} and no checkpoint, so there is nothing to resume; "
-                f"start a new run with 'hflow-rt train --from {run}'"
+                f"start a new run with 'hflow-rt train --from {quoted(run)}'"
             ) from error
         raise CheckpointError(f"{run} is no run: it has no {RUN}; {_HOW}") from error
     except (OSError, ValueError) as error:

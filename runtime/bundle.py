@@ -1,11 +1,12 @@
 """Finding a bundle on disk and refusing one that is not what was exported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hflow_rt.errors import BundleError
-from hflow_rt.files import sha256
+from hflow_rt.files import exists, is_file, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, Manifest, read_manifest
+from hflow_rt.names import quoted
 
 __all__ = ["BUNDLE", "Bundle", "find_bundle"]
 
@@ -18,6 +19,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    outdated: str | None = None  # a line about the newer weights of the run it was found by
 
     def file(self, name: str, again: str = "'hflow-rt export'") -> Path:
         """Path of a bundled file whose bytes are what the manifest says.
@@ -26,7 +28,7 @@ class Bundle:
         """
         expected = self.manifest.files.get(name)
         path = self.path / name
-        if expected is None or not path.is_file():
+        if expected is None or not is_file(path):
             raise BundleError(f"{self.path} has no {name}; export again with {again}")
         size = path.stat().st_size
         if size != expected.bytes:
@@ -49,6 +51,11 @@ class Bundle:
             self.file(graph.weights)
         return self.file(graph.file)
 
+    def made_of(self, weights: Path) -> bool:
+        """Whether it was exported from the model file `weights`, as that is now."""
+        checkpoint = self.manifest.checkpoint
+        return sha256(weights) in (checkpoint["sha256"], checkpoint.get("exported_from"))
+
     @property
     def model(self) -> Path:
         """The reference weights."""
@@ -56,11 +63,19 @@ class Bundle:
 
 
 def find_bundle(path: Path | str) -> Bundle:
-    """The bundle at `path`, which may also be a run that was exported. Raises `BundleError`."""
+    """The bundle at `path`, which may also be a run that was exported; one of a run may be `outdated`.
+
+    Raises `BundleError`, and `DataError` for a path that cannot be asked.
+    """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise BundleError(f"{path} does not exist; name a run or a bundle")
-    for folder in (path, path / BUNDLE):
-        if (folder / MANIFEST).is_file():
-            return Bundle(folder, read_manifest(folder))
-    raise BundleError(f"{path} has no exported bundle; run 'hflow-rt export {path}' first")
+    if is_file(path / MANIFEST):
+        return Bundle(path, read_manifest(path))
+    again = f"hflow-rt export {quoted(path)}"
+    if not is_file(path / BUNDLE / MANIFEST):
+        raise BundleError(f"{path} has no exported bundle; run '{again}' first")
+    found = Bundle(path / BUNDLE, read_manifest(path / BUNDLE))
+    if is_file(path / MODEL) and not found.made_of(path / MODEL):
+        return replace(found, outdated=f"{found.path} is of other weights than {path} has now; run '{again}'")
+    return found

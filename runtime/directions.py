@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hflow_rt.errors import DataError
-from hflow_rt.files import atomic_file
+from hflow_rt.files import atomic_file, is_file
 from hflow_rt.runtime.encodings import Place
 from hflow_rt.runtime.latents import Latents
 from hflow_rt.runtime.session import Array, Session
@@ -144,7 +144,7 @@ def save_direction(path: Path | str, direction: Direction) -> None:
 def load_direction(path: Path | str) -> Direction:
     """Read what `save_direction` wrote. Raises `DataError` for a missing or broken file and for any other."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no direction at {path}; make one with 'hflow-rt attribute make'")
     try:
         with safe_open(path, "np") as file:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
+from hflow_rt.limits import check_count
 from hflow_rt.runtime.session import LATENT_SPACE, Array, Session
 
 __all__ = ["Nearest", "Place", "encodings", "find_place"]
@@ -60,8 +61,7 @@ class Nearest:
     """
 
     def __init__(self, queries: Array, k: int) -> None:
-        if k < 1:
-            raise DataError(f"the number of neighbours must be at least 1, not {k}")
+        check_count("the number of neighbours", k)
         self._queries = queries.reshape(len(queries), -1).astype(np.float64)
         self._k, self._seen = k, 0
         self.indices = np.empty((len(queries), 0), np.int64)  # [Q, k], nearest first; fewer while points are

@@ -4,6 +4,7 @@ Every function takes a `Session` and yields float32 images `[B, 3, R, R]` in [0,
 memory stays flat. Latents are those of `hflow_rt.runtime.latents`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
+from hflow_rt.limits import check_count
+from hflow_rt.memory import need
 from hflow_rt.runtime.latents import Latents, concatenate, mix, random_walk
 from hflow_rt.runtime.session import Array, Session, Stds
 
@@ -57,7 +60,7 @@ def walk(
     keyframes: int,
     frames_per_segment: int,
     *,
-    std: Stds = 0.7,
+    std: Stds | None = None,
     seed: int = 0,
     closed: bool = True,
     mode: str = "slerp",
@@ -70,8 +73,12 @@ def walk(
     Path p passes through the images p * keyframes .. (p + 1) * keyframes - 1 of `seed`, drawn as `Session.draw` does;
     between them it moves in `space`, whose names `fixed` takes. Raises `DataError` before the first frame.
     """
-    if paths < 1:
-        raise DataError(f"a walk needs at least 1 path, not {paths}")
+    check_count("the number of walks", paths)
+    check_count("the number of keyframes", keyframes)
+    check_count("the number of frames", frames_per_segment)
+    shapes = session.input_shapes.values()
+    size = 4 * paths * keyframes * sum(math.prod(shape) for shape in shapes)
+    need(size, f"{keyframes:,} keyframes of {paths:,} walks", "ask for fewer")
     keys = []
     for key in range(keyframes):
         drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
@@ -130,6 +137,7 @@ def heat_map(
     """
     if draws < 2:
         raise DataError(f"a heat map needs at least 2 redraws, not {draws}")
+    check_count("the number of redraws", draws)
     seen = RunningStd()
     for drawn in session.draw(range(first, first + draws), std, seed, batch):
         seen.add(session.forward(mix(repeat(base, len(drawn[name])), drawn, [name])))
@@ -158,7 +166,7 @@ def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -
 
 
 def latents_of_seeds(
-    session: Session, seeds: Sequence[int], std: Stds = 0.7, option: str | None = None
+    session: Session, seeds: Sequence[int], std: Stds | None = None, option: str | None = None
 ) -> dict[str, Array]:
     """Latents of image 0 of each of `seeds`, one batch, drawn as `Session.draw` does. Raises `DataError`."""
     return concatenate([next(session.draw([0], std, seed, option=option)) for seed in seeds])

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hflow_rt.errors import DataError
-from hflow_rt.files import atomic_file
+from hflow_rt.files import atomic_file, is_file
 from hflow_rt.runtime.noise import draw_latents
 
 __all__ = [
@@ -83,16 +83,17 @@ def interpolate(
     mode: str = "lerp",
     joined: Iterable[Sequence[str]] = (),
     straight: Collection[str] = (),
-) -> list[dict[str, NDArray[np.float32]]]:
-    """`frames` latents from `a` to `b`, both included, at equal steps; each like `a`.
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """`frames` latents from `a` to `b`, both included, at equal steps; each like `a`, made one at a time.
 
     joined, straight: see `slerp`.
-    Raises `DataError` for fewer than two frames, an unknown mode, or latents that do not match.
+    Raises `DataError` before the first for fewer than two frames, an unknown mode, or latents that do not match.
     """
     if frames < 2:
         raise DataError(f"an interpolation needs at least 2 frames; found {frames}; ask for more")
     path = _path(mode, joined, straight)
-    return [path(a, b, float(t)) for t in np.linspace(0, 1, frames)]
+    path(a, b, 0.0)  # do they fit?
+    return (path(a, b, index / (frames - 1)) for index in range(frames))
 
 
 def ping_pong(n: int) -> list[int]:
@@ -201,7 +202,7 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
     latents fit a model is for `check_latents` to say.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no latents file at {path}; write one with 'hflow-rt encode' or 'hflow-rt sample'")
     try:
         with safe_open(path, "np") as file:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
+from hflow_rt.memory import need
 
 __all__ = ["draw", "draw_latents", "parse_std"]
 
@@ -24,6 +25,8 @@ def draw(shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int
     """
     if len(indices) == 0:
         raise DataError("at least one image must be drawn; found 0; ask for 1 or more")
+    size = 4 * len(indices) * sum(math.prod(shape) for shape in shapes.values())
+    need(2 * size, f"the latents of {len(indices):,} images", "lower the batch (--batch)")  # they are stacked
     streams = [_stream(seed, index) for index in indices]
     return {
         name: np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])

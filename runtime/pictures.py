@@ -14,42 +14,51 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from hflow_rt.data.pixels import to_levels
 from hflow_rt.data.resize import fit
 from hflow_rt.data.sources import Skipped, to_rgb
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file
+from hflow_rt.memory import need
 
 __all__ = [
     "Row",
     "captioned",
     "check_picture_name",
+    "check_picture_size",
     "check_pixels",
     "from_uint8",
     "grid",
+    "grid_size",
     "heat_colours",
     "labelled_rows",
     "read_image",
     "save_image",
     "strip",
     "table",
+    "table_size",
     "to_uint8",
+    "written_by",
 ]
 
 # violet, blue, green and yellow of even steps in lightness, so that grey print and any eye can read them
 _RAMP = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 _LABEL, _CAPTION = 16, 12  # pixels: height of the letters beside rows, and under images
+_PADDING = 2  # pixels between images
 _LABEL_WIDTH = 240  # pixels: a label longer than this is shortened
 _VISIBLE = 96  # pixels: a cell smaller than this is enlarged, so that people can see it
 
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # suffix: Pillow's name and settings
-    ".png": ("PNG", {}),
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    ".webp": ("WEBP", {"lossless": True}),
+_FORMATS: dict[str, tuple[str, int, dict[str, Any]]] = {  # suffix: Pillow's name, largest side, settings
+    ".png": ("PNG", 2**31 - 1, {}),
+    ".jpg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", 65_500, {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", 16_383, {"lossless": True}),
 }
+_WRITER = "hflow-rt"  # what pictures name as their software, see `hflow_rt.files.is_ours`
+_SOFTWARE = 0x0131  # the tag of EXIF for it
 _SCREEN = 2048  # pixels across
 _LARGE = 2**20  # pixels; larger pictures are a tenth larger on disk and written three times as fast
 
@@ -103,7 +112,7 @@ def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArr
 
 
 def grid(
-    images: NDArray[np.uint8], columns: int | None = None, padding: int = 2, scale: int | None = None
+    images: NDArray[np.uint8], columns: int | None = None, padding: int = _PADDING, scale: int | None = None
 ) -> Image.Image:
     """uint8 `[B, H, W, 3]` in rows on white, `padding` pixels apart; nearly square unless `columns` is given.
 
@@ -113,19 +122,16 @@ def grid(
     """
     check_pixels(images)
     count, height, width, _ = images.shape
-    square = math.ceil(math.sqrt(count))
-    if scale is None:
-        scale = max(1, math.ceil(_VISIBLE / min(height, width)))
-        if columns is None:
-            scale = max(1, min(scale, _SCREEN // (square * width)))
-    columns = square if columns is None else columns
+    columns, scale = _arranged(count, width, height, columns, scale)
     if columns < 1 or padding < 0 or scale < 1:
         found = f"{columns}, {padding} and {scale}"
         raise DataError(f"a grid needs columns >= 1, padding >= 0 and scale >= 1; found {found}")
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     step_y, step_x = height * scale + padding, width * scale + padding
-    canvas = np.full((rows * step_y + padding, columns * step_x + padding, 3), 255, dtype=np.uint8)
+    shape = (rows * step_y + padding, columns * step_x + padding, 3)
+    _check_memory(shape[1], shape[0])
+    canvas = np.full(shape, 255, dtype=np.uint8)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = padding + row * step_y, padding + column * step_x
@@ -133,7 +139,20 @@ def grid(
     return Image.fromarray(canvas)
 
 
-def strip(images: NDArray[np.uint8], padding: int = 2, scale: int | None = None) -> Image.Image:
+def grid_size(count: int, side: int, columns: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels of the `grid` of `count` images of `side`, before there are any."""
+    columns, scale = _arranged(max(1, count), side, side, columns, None)
+    step = side * scale + _PADDING
+    return min(columns, count) * step + _PADDING, math.ceil(count / columns) * step + _PADDING
+
+
+def table_size(columns: int, rows: int, side: int) -> tuple[int, int]:
+    """Width and height in pixels that a `table` of so many images of `side` has at least, beside its words."""
+    width, height = grid_size(columns, side, max(1, columns))
+    return width, rows * height
+
+
+def strip(images: NDArray[np.uint8], padding: int = _PADDING, scale: int | None = None) -> Image.Image:
     """`grid` in one row."""
     check_pixels(images)
     return grid(images, columns=len(images), padding=padding, scale=scale)
@@ -148,7 +167,7 @@ class Row:
     captions: Sequence[str] = ()
 
 
-def table(rows: Sequence[Row], padding: int = 2, scale: int | None = None) -> Image.Image:
+def table(rows: Sequence[Row], padding: int = _PADDING, scale: int | None = None) -> Image.Image:
     """Rows of any length below each other, each a `strip` with its words; words too long for their place are cut.
 
     Raises `DataError` for no rows, a wrong array, or more captions than images.
@@ -161,7 +180,9 @@ def table(rows: Sequence[Row], padding: int = 2, scale: int | None = None) -> Im
     labels = [_shortened(row.label, font, _LABEL_WIDTH) for row in rows]
     width = math.ceil(max(font.getbbox(label)[2] for label in labels))
     margin = gap + width + gap if width else 0
-    canvas = Image.new("RGB", (margin + max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    size = margin + max(s.width for s in strips), sum(s.height for s in strips)
+    _check_memory(*size)
+    canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     top = 0
     for label, row in zip(labels, strips, strict=True):
@@ -172,7 +193,7 @@ def table(rows: Sequence[Row], padding: int = 2, scale: int | None = None) -> Im
 
 
 def labelled_rows(
-    rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = 2, scale: int | None = None
+    rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = _PADDING, scale: int | None = None
 ) -> Image.Image:
     """`table` of (label, uint8 `[B, H, W, 3]`) pairs."""
     return table([Row(images, label) for label, images in rows], padding, scale)
@@ -182,7 +203,7 @@ def captioned(
     images: NDArray[np.uint8],
     captions: Sequence[str],
     columns: int | None = None,
-    padding: int = 2,
+    padding: int = _PADDING,
     scale: int | None = None,
 ) -> Image.Image:
     """`grid` with a caption under each image; raises as `grid` does, and unless there is one caption an image."""
@@ -232,6 +253,33 @@ def _shortened(text: str, font: Any, width: float) -> str:
     return text + "..."
 
 
+def _arranged(count: int, width: int, height: int, columns: int | None, scale: int | None) -> tuple[int, int]:
+    """Columns and enlargement of a grid, where they are not given."""
+    square = math.ceil(math.sqrt(count))
+    if scale is None:
+        scale = max(1, math.ceil(_VISIBLE / min(height, width)))
+        if columns is None:
+            scale = max(1, min(scale, _SCREEN // (square * width)))
+    return square if columns is None else columns, scale
+
+
+def _check_memory(width: int, height: int) -> None:
+    # three bytes a pixel in the array and four in Pillow's picture
+    need(7 * width * height, f"a picture of {width:,}x{height:,} pixels", "ask for fewer images")
+
+
+def check_picture_size(path: Path, width: int, height: int) -> None:
+    """Raise what `save_image` would for so many pixels, before anything is computed for them."""
+    name, largest, _ = _FORMATS[path.suffix.lower()]
+    if max(width, height) > largest:
+        other = "" if name == "PNG" else ", or name a .png"
+        raise DataError(
+            f"{path}: {name} pictures end at {largest:,} pixels a side, and this one would be {width:,}x{height:,};"
+            f" ask for fewer images{other}"
+        )
+    _check_memory(width, height)
+
+
 def check_picture_name(path: Path) -> None:
     """Raise `DataError` unless the suffix names a format that `save_image` writes."""
     if path.suffix.lower() not in _FORMATS:
@@ -241,12 +289,26 @@ def check_picture_name(path: Path) -> None:
 def save_image(path: Path | str, image: Image.Image) -> None:
     """Write a picture in the format its suffix names.
 
-    Raises `DataError` for another suffix or if the file cannot be written.
+    Raises `DataError` for another suffix, for more pixels than the format has, or if the file cannot be written.
     """
     path = Path(path)
     check_picture_name(path)
-    name, settings = _FORMATS[path.suffix.lower()]
+    check_picture_size(path, image.width, image.height)
+    name, _, settings = _FORMATS[path.suffix.lower()]
     if name == "PNG" and image.width * image.height > _LARGE:
         settings = settings | {"compress_level": 1}
     with atomic_file(path) as temporary:
-        image.save(temporary, format=name, **settings)
+        image.save(temporary, format=name, **settings, **written_by(name))
+
+
+def written_by(name: str) -> dict[str, Any]:
+    """Settings of Pillow's writer of the format `name` that leave ours in the file."""
+    if name == "PNG":
+        about = PngInfo()
+        about.add_text("Software", _WRITER)
+        return {"pnginfo": about}
+    if name == "WEBP":
+        tags = Image.Exif()
+        tags[_SOFTWARE] = _WRITER
+        return {"exif": tags}
+    return {"comment": _WRITER.encode()}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from hflow_rt.errors import BackendUnavailable, BundleError, EngineMismatch
 from hflow_rt.manifest import Engines, Manifest
+from hflow_rt.names import quoted
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.cuda import Gpu
 
@@ -122,7 +123,7 @@ def plans_key(
 
 def build_command(bundle: Path, engines: Engines | None = None, capability: str | None = None) -> str:
     """The command that builds these plans again, or for another `capability`."""
-    words = ["hflow-rt export", str(bundle), "--engine trt"]
+    words = ["hflow-rt export", quoted(bundle), "--engine trt"]
     if engines is not None:
         words.append(f"--flavor {engines.flavor}")
         if engines.flavor == "rtx":
@@ -161,7 +162,7 @@ def choose_refittable(bundle: Bundle, found: Product, gpu: Gpu) -> str:
     if not engines:
         raise BundleError(
             f"{bundle.path} has no engines that were built with --refit, whose weights can be replaced; build some with"
-            f" 'hflow-rt export {bundle.path} --engine trt --flavor {found.flavor} --refit'"
+            f" 'hflow-rt export {quoted(bundle.path)} --engine trt --flavor {found.flavor} --refit'"
         )
     return choose_engines(Bundle(bundle.path, bundle.manifest.model_copy(update={"engines": engines})), found, gpu)
 

@@ -1,6 +1,7 @@
 """One way to run a bundle, whatever computes it: `load(path, backend).forward / inverse / sample`."""
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError
+from hflow_rt.limits import check_count
 from hflow_rt.manifest import Graph, Manifest, Precision
+from hflow_rt.memory import guarded, need
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.latents import check_latents
 from hflow_rt.runtime.noise import draw_latents, parse_std
@@ -156,7 +159,7 @@ class Session:
 
     @property
     def std(self) -> list[str]:
-        """The std to draw samples at where nobody says, in the form that `sample` and `draw` take."""
+        """The std to draw samples at by default, in the form that `sample` and `draw` take."""
         return list(self.manifest.std)
 
     @property
@@ -222,28 +225,31 @@ class Session:
         outputs = self.run_graph("inverse", {"image": pixels, **arrays}) | arrays
         return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
 
-    def sample(self, n: int, std: Stds = 1.0, seed: int = 0) -> Array:
-        """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`."""
-        if n < 1:
-            raise DataError(f"the number of images must be at least 1, not {n}")
+    def sample(self, n: int, std: Stds | None = None, seed: int = 0) -> Array:
+        """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
+
+        std: by default what the bundle says, `Session.std`.
+        """
+        check_count("the number of images", n)
+        need(12 * n * self.resolution**2, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
         parts = [self.forward(latents) for latents in self.draw(range(n), std, seed)]
         return np.concatenate(parts)
 
     def draw(
         self,
         indices: Sequence[int],
-        std: Stds = 1.0,
+        std: Stds | None = None,
         seed: int = 0,
         batch: int = 16,
         option: str | None = None,
     ) -> Iterator[dict[str, Array]]:
         """Prior latents of the images `indices` of `seed`, at most `batch` at a time.
 
+        std: by default what the bundle says, `Session.std`.
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
         """
-        if batch < 1:
-            raise DataError(f"the batch must be at least 1, not {batch}")
-        stds = parse_std(std, self.latent_shapes)
+        check_count("the batch", batch)
+        stds = parse_std(self.std if std is None else std, self.latent_shapes)
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
             drawn = draw_latents(self.latent_shapes, self.manifest.prior_std, seed, part, stds)
@@ -286,10 +292,12 @@ class Session:
         graph = self._graph(name)
         inputs = [values[tensor.name] for tensor in graph.inputs]
         largest = graph.batch[1]
-        parts = [
-            self._engine.run(name, [array[start : start + largest] for array in inputs])
-            for start in range(0, len(inputs[0]), largest)
-        ]
+        count = len(inputs[0])
+        with guarded(f"at {count:,} images a call", "lower the batch (--batch)"):
+            parts = [
+                self._engine.run(name, [array[start : start + largest] for array in inputs])
+                for start in range(0, count, largest)
+            ]
         joined = [outputs[0] if len(outputs) == 1 else _concatenate(outputs) for outputs in zip(*parts, strict=True)]
         return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
 
@@ -326,10 +334,13 @@ def load(path: Path | str, backend: str = "onnx", device: str = "auto", *, cuda_
     `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; if nobody says, `trt` does and `onnx`
     does not. Raises `BundleError` for a missing or changed bundle, `EngineMismatch` for
     engines of another machine and `BackendUnavailable` for a backend or device that is not there; there is no
-    fallback.
+    fallback. Warns where the weights of a run are newer than its bundle.
     """
     check_backend(backend, device)
-    return open_bundle(find_bundle(path), backend, device, cuda_graph=cuda_graph)
+    bundle = find_bundle(path)
+    if bundle.outdated is not None:
+        warnings.warn(bundle.outdated, stacklevel=2)
+    return open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
 
 
 def check_backend(backend: str, device: str) -> None:

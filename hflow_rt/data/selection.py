@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hflow_rt.assets import demo_images
 from hflow_rt.data.dataset import ImageSet, open_dataset
 from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.limits import check_count
 
 __all__ = ["SPLITS", "Selection", "select"]
 
@@ -50,8 +51,8 @@ def select(source: Path | None, resolution: int, split: str = "test", limit: int
     """
     if split not in SPLITS:
         raise ConfigError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise DataError(f"the number of images must be at least 1, not {limit}")
+    if limit is not None:
+        check_count("the number of images", limit)
     try:
         images = open_dataset(demo_images() if source is None else source, resolution)
     except DataError as error:

@@ -21,6 +21,7 @@ from hflow_rt.draws import generator
 from hflow_rt.errors import BundleError, ConfigError, DataError
 from hflow_rt.evaluation.session import Session
 from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
+from hflow_rt.limits import check_count, check_seed
 from hflow_rt.models.checkpoint import load_model
 from hflow_rt.models.family import BoundKind, Conditions, LatentModel, NoiseScale, conditions_by_folder
 
@@ -143,8 +144,8 @@ def measure(
     _check(model, images)
     device = next(model.parameters()).device
     shares = shares or Alone()
-    if draws < 1:
-        raise DataError(f"the number of draws must be at least 1, not {draws}")
+    check_count("the number of draws", draws)
+    check_seed(seed)
     if session is not None and "bound" not in session.manifest.graphs:
         raise BundleError(
             "this bundle has no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use --backend torch"

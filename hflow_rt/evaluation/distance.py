@@ -83,7 +83,7 @@ def measure(
     session: Session,
     data: Selection,
     count: int,
-    std: Stds = 1.0,
+    std: Stds | None = None,
     seed: int = 0,
     batch: int = 32,
     cache: FeatureCache | None = None,
@@ -92,7 +92,8 @@ def measure(
 ) -> DistanceReport | None:
     """Both distances between `count` samples of `seed` and the data; None in all processes but the main one.
 
-    The same however many processes share the work. Raises `DataError` for too few images, a wrong std or features
+    std: by default what the bundle says. The same however many processes share the work.
+    Raises `DataError` for too few images, a wrong std or features
     that are not finite, and `BackendUnavailable` without torchmetrics.
     """
     need_two(count, "the samples")
@@ -130,7 +131,7 @@ def sample_statistics(
     network: FeatureNetwork,
     session: Session,
     count: int,
-    std: Stds = 1.0,
+    std: Stds | None = None,
     seed: int = 0,
     batch: int = 32,
     shares: Shares | None = None,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable, ConfigError, DataError
 from hflow_rt.evaluation.efficientnet import SIDE, load_efficientnet, weights_file
-from hflow_rt.files import sha256
+from hflow_rt.files import is_file, sha256
 
 __all__ = ["EFFICIENTNET", "INPUTS", "FeatureNetwork", "open_features"]
 
@@ -78,7 +78,7 @@ def open_features(
     if kind not in (*_TORCHSCRIPT, ".onnx"):
         known = f"known: {EFFICIENTNET}, or a file that ends in {', '.join((*_TORCHSCRIPT, '.onnx'))}"
         raise ConfigError(f"unknown feature network '{features}'; {known}")
-    if not path.is_file():
+    if not is_file(path):
         raise DataError(f"no feature network at {path}; give a file, or the name {EFFICIENTNET}")
     if kind == ".onnx":
         run, takes = _onnx(path, resolution, torch.device(device), takes)

@@ -34,11 +34,11 @@ class Session(Protocol):
         """Latents to images float32 `[B, 3, R, R]` in [0, 1]."""
 
     def draw(
-        self, indices: Sequence[int], std: Stds = 1.0, seed: int = 0, batch: int = 16
+        self, indices: Sequence[int], std: Stds | None = None, seed: int = 0, batch: int = 16
     ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """Prior latents of the images `indices` of `seed`, at most `batch` at a time."""
+        """Prior latents of the images `indices` of `seed`, at most `batch` at a time; std: by default the bundle's."""
 
 
-def sample_pixels(session: Session, indices: range, std: Stds, seed: int) -> NDArray[np.uint8]:
+def sample_pixels(session: Session, indices: range, std: Stds | None, seed: int) -> NDArray[np.uint8]:
     """The images `indices` of `seed`, rounded to 8 bits, `[n, 3, R, R]`. Raises `DataError` for NaN and a wrong std."""
     return to_levels(np.concatenate([session.forward(part) for part in session.draw(indices, std, seed, len(indices))]))

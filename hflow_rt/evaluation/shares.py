@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from hflow_rt.errors import DataError
+from hflow_rt.limits import check_count
+from hflow_rt.memory import need
 
 __all__ = ["Alone", "Shares", "Track", "batches", "silent"]
 
@@ -49,8 +50,8 @@ class Alone:
 
 def batches(count: int, size: int) -> list[range]:
     """0 .. count - 1 in ranges of `size`, the last one shorter. Raises `DataError` for a size below 1."""
-    if size < 1:
-        raise DataError(f"the batch must be at least 1, not {size}")
+    check_count("the batch", size)
+    need(100 * count / size, f"{count:,} images in batches of {size:,}", "ask for fewer images")
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 

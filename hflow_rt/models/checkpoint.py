@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from hflow_rt.errors import CheckpointError, ConfigError
-from hflow_rt.files import atomic_file
+from hflow_rt.files import atomic_file, is_file
 from hflow_rt.models.family import LatentModel, ModelConfig, family
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "read_metadata",
     "read_state",
     "save_model",
+    "skeleton",
 ]
 
 METADATA_KEY = "hflow_rt"
@@ -47,6 +48,14 @@ def build_model(family_name: str, config: Mapping[str, Any] | ModelConfig) -> La
     found = family(family_name)
     settings = config if isinstance(config, found.config) else parse_config(found.config, dict(config))
     return found.build(settings)
+
+
+def skeleton(family_name: str, config: Mapping[str, Any] | ModelConfig) -> LatentModel:
+    """The model without values: names, shapes and sizes of all it has, for the memory of none. Raises `ConfigError`."""
+    import torch
+
+    with torch.device("meta"):
+        return build_model(family_name, config)
 
 
 def save_model(
@@ -72,7 +81,7 @@ def save_model(
 def read_metadata(path: Path | str) -> dict[str, Any]:
     """Family, config and extras of a model file, without reading its weights. Raises `CheckpointError`."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"no model file at {path}; train one with 'hflow-rt train'")
     try:
         with safe_open(path, "np") as file:

@@ -16,8 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
 )
 
@@ -26,6 +24,10 @@ from hflow_rt.models.family import FAMILIES, ModelConfig, family
 
 __all__ = ["RunConfig", "TrainingConfig", "load_config", "preset_names"]
 
+# what people can wait for, and every counter holds
+_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Images = Annotated[int, Field(ge=1, le=2**53)]
+_FromImage = Annotated[int, Field(ge=0, le=2**53)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Rate = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -38,37 +40,37 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch_size: PositiveInt = 4  # images of one micro-batch
-    accumulate: PositiveInt = 4  # micro-batches of one step
-    images: PositiveInt = 60_000_000  # to see in all: 2000 epochs of 30,000
+    batch_size: _Count = 4  # images of one micro-batch
+    accumulate: _Count = 4  # micro-batches of one step
+    images: _Images = 60_000_000  # to see in all: 2000 epochs of 30,000
 
     optimizer: Literal["adam", "adamax"] = "adam"
     betas: tuple[_Decay, _Decay] = (0.9, 0.999)  # of the running moments of the gradient
     learning_rates: dict[_Group, _Rate]
-    warmup_images: NonNegativeInt = 0  # rates grow from 0 to theirs
-    decay_start_images: NonNegativeInt = 300_000
-    decay_every_images: PositiveInt = 60_000
+    warmup_images: _FromImage = 0  # rates grow from 0 to theirs
+    decay_start_images: _FromImage = 300_000
+    decay_every_images: _Images = 60_000
     decay_factors: dict[_Group, _Rate] = {}  # from the start on, once every `decay_every_images`
-    cut_images: dict[_Group, NonNegativeInt] = {}  # from here on the rate is 0
+    cut_images: dict[_Group, _FromImage] = {}  # from here on the rate is 0
     frozen: tuple[str, ...] = ()  # names of parameters that stay as they are, with * for any part
     grad_clip: Annotated[_Finite, Field(gt=0)] = 50.0  # global norm
 
     ema_weight: Annotated[float, Field(gt=0, le=1)] = 0.005  # of the new weights, each step
-    ema_warmup_images: NonNegativeInt = 30_000  # until then the average is a copy
+    ema_warmup_images: _FromImage = 30_000  # until then the average is a copy
 
     added_noise_std: _Rate = 0.005  # Gaussian, in units of the range of values
     flip: bool = True  # mirror half of the images
-    init_images: PositiveInt = 64  # for the data-dependent initialisation
-    seed: NonNegativeInt = 0
+    init_images: _Images = 64  # for the data-dependent initialisation
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["no", "fp16", "bf16"] = "no"
 
-    log_every: PositiveInt = 10  # steps
-    sample_every_images: PositiveInt = 20_000
-    evaluate_every_images: PositiveInt = 20_000
-    evaluate_images: PositiveInt = 200  # held-out images, at most
-    evaluate_draws: PositiveInt = 1  # of every posterior, for the strict bound
-    checkpoint_every_images: PositiveInt = 20_000
-    keep_last: PositiveInt = 3  # checkpoints
+    log_every: _Count = 10  # steps
+    sample_every_images: _Images = 20_000
+    evaluate_every_images: _Images = 20_000
+    evaluate_images: _Images = 200  # held-out images, at most
+    evaluate_draws: _Count = 1  # of every posterior, for the strict bound
+    checkpoint_every_images: _Images = 20_000
+    keep_last: _Count = 3  # checkpoints
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from hflow_rt.errors import TrainingError
+from hflow_rt.names import quoted
 from hflow_rt.training.batches import Place
 from hflow_rt.training.config import TrainingConfig
 
@@ -39,7 +40,7 @@ def diverged(
         names = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         what = f"the gradient of {', '.join(names[:3]) or 'all parameters together'}{more} is not finite"
-    after = f"go on with --resume {checkpoint}" if checkpoint else "start again (there is no checkpoint yet)"
+    after = f"go on with --resume {quoted(checkpoint)}" if checkpoint else "start again (there is no checkpoint yet)"
     rates = ", ".join(f"{name} {rate:g}" for name, rate in config.learning_rates.items())
     precision = "" if config.precision == "no" else " or training.precision=no"
     return TrainingError(

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hflow_rt.errors import CheckpointError, DataError, TrainingError
-from hflow_rt.files import atomic_directory
+from hflow_rt.files import atomic_directory, exists, is_file, is_folder
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.family import LatentModel
+from hflow_rt.names import quoted
 from hflow_rt.runs import CHECKPOINTS, checkpoints
 
 __all__ = ["find_checkpoint", "load_checkpoint", "prune", "read_about", "save_checkpoint", "set_later_aside"]
@@ -66,7 +67,7 @@ def save_checkpoint(
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint at `path`, or the last one of the run at `path`. Raises `CheckpointError`."""
-    if (path / _ABOUT).is_file() or path.parent.name == CHECKPOINTS:
+    if is_file(path / _ABOUT) or path.parent.name == CHECKPOINTS:
         return path
     found = checkpoints(path)
     if not found:
@@ -132,7 +133,7 @@ def set_later_aside(run: Path, images: int) -> list[Path]:
         if int(later.name) > images:
             target = later.with_name(f"aside-{later.name}")
             number = 1
-            while target.exists():
+            while exists(target):
                 number += 1
                 target = later.with_name(f"aside-{later.name}-{number}")
             moved.append(later.rename(target))
@@ -145,9 +146,9 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _broken(checkpoint: Path, file: str, error: Exception) -> str:
     """One line: which file, and the checkpoint before it if there is one."""
-    if not checkpoint.is_dir():
+    if not is_folder(checkpoint):
         return f"no checkpoint at {checkpoint}; name a run or one of its {CHECKPOINTS}/ folders"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     before = [path for path in checkpoints(checkpoint.parent.parent) if path.name < checkpoint.name]
-    remedy = f"go on from the one before with --resume {before[-1]}" if before else "train again"
+    remedy = f"go on from the one before with --resume {quoted(before[-1])}" if before else "train again"
     return f"{checkpoint / file} is not a whole checkpoint ({reason}); {remedy}"

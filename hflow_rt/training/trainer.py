@@ -6,7 +6,9 @@ a run that is stopped and resumed is the run that was never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +24,18 @@ import hflow_rt
 from hflow_rt.draws import generator
 from hflow_rt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from hflow_rt.evaluation.bits import Evaluation, evaluate
-from hflow_rt.files import atomic_file, sha256
+from hflow_rt.files import atomic_file, exists, sha256
 from hflow_rt.manifest import MODEL
+from hflow_rt.memory import guarded
 from hflow_rt.models.checkpoint import build_model, load_state, read_metadata, read_state, save_model
 from hflow_rt.models.family import LatentModel, LossTerms
-from hflow_rt.runs import RUN, TENSORBOARD, checkpoints
+from hflow_rt.names import quoted
+from hflow_rt.runs import RUN, TENSORBOARD, checkpoints, taken
 from hflow_rt.training.batches import Images, MicroBatches, Place, Shuffle
 from hflow_rt.training.config import RunConfig
 from hflow_rt.training.ema import averaged_copy, update_average
 from hflow_rt.training.finite import TERM, broken_values, diverged
+from hflow_rt.training.footprint import check_batch, check_model
 from hflow_rt.training.groups import trained_groups
 from hflow_rt.training.log import Log, Meter, Progress
 from hflow_rt.training.processes import Processes
@@ -89,11 +94,16 @@ def train(
     on_samples: draws a picture `[H, W, 3]` from the averaged model after so many images, to be logged.
     Raises `ConfigError`, `DataError`, `CheckpointError`, `BackendUnavailable` and `TrainingError`.
     """
-    if minutes is not None and not minutes > 0:
-        raise ConfigError(f"minutes must be > 0; found {minutes}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ConfigError(f"minutes must be a finite number > 0; found {minutes}")
     config = config if images is None else config.with_images(images)
     processes = Processes(device, config.training.precision)
-    try:
+    lower = "lower it, and raise training.accumulate to see as many images a step"
+    with (
+        contextlib.closing(processes),
+        taken(Path(out)) if processes.is_main else contextlib.nullcontext(),
+        guarded(f"at training.batch_size={config.training.batch_size}", f"{lower}; what was saved stays usable"),
+    ):
         trainer = _Trainer(config, data, Path(out), processes, on_samples, on_progress)
         if resume is False:
             trainer.start(about_data or {}, weights)
@@ -103,8 +113,6 @@ def train(
                 raise ConfigError(f"a run goes on in its own folder; {checkpoint} does not belong to {out}")
             trainer.resume(checkpoint, about_data or {})
         return trainer.run(minutes)
-    finally:
-        processes.close()
 
 
 class _Trainer:
@@ -125,6 +133,7 @@ class _Trainer:
             count = f"{len(self.trained_on)} of {len(data)}"
             raise TrainingError(f"training needs at least 2 images that are not held out; found {count}; add images")
 
+        check_model(config, processes.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
             self.model = build_model(config.family, config.model)
@@ -135,6 +144,7 @@ class _Trainer:
         if processes.device.type == "cpu":
             # oneDNN then skips reordering: 1.12 to 1.15 times the steps of hflow-demo; not measured on CUDA
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_batch(self.model, data, self.trained_on, self.training)
         self.average = averaged_copy(self.model)
 
         groups = trained_groups(config, self.model)
@@ -168,9 +178,9 @@ class _Trainer:
         if weights is not None:
             self._load(weights)
         if self.processes.is_main:
-            if checkpoints(self.out) or (self.out / MODEL).exists():
+            if checkpoints(self.out) or exists(self.out / MODEL):
                 raise CheckpointError(
-                    f"{self.out} already holds a run; go on with --resume {self.out}, or choose another --out"
+                    f"{self.out} already holds a run; go on with --resume {quoted(self.out)}, or choose another --out"
                 )
             self._write_run(about_data)
         if weights is None:

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["busy", "machine"]
 
 _BUSY = 0.3  # of a core that others may use before it is pointed out
-_PACKAGES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx", "tensorrt", "numpy")
+_PACKAGES = ("hflow-rt", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "openvino", "onnx", "tensorrt", "numpy")
 
 
 def machine() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hflow_rt.errors import BackendUnavailable, DataError
-from hflow_rt.files import atomic_file
+from hflow_rt.files import atomic_file, destination, is_file, is_ours
 from hflow_rt.runtime.bench.variants import BASELINE
 
 __all__ = ["chart", "compare", "markdown", "ratios", "read_report", "write_report"]
@@ -126,11 +126,23 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
     return found
 
 
+def check_report(target: Path) -> None:
+    """Raise `DataError` where `write_report` would replace a file that hflow-rt did not write."""
+    for kind in ("json", "md", "png"):
+        path = destination(f"{target}.{kind}")
+        if is_file(path) and not is_ours(path):
+            raise DataError(f"{path} is there and not of hflow-rt; choose another name than {target}")
+
+
 def write_report(report: dict[str, Any], target: Path) -> list[Path]:
-    """Write `target`.json, .md and .png; returns what was written. Raises `BackendUnavailable` for the chart alone."""
+    """Write `target`.json, .md and .png; returns what was written.
+
+    Raises `DataError` as `check_report` does, and `BackendUnavailable` for the chart alone.
+    """
     import json
 
     written = [Path(f"{target}.{kind}") for kind in ("json", "md", "png")]
+    check_report(target)
     for path, text in zip(written, (json.dumps(report, indent=1) + "\n", markdown(report)), strict=False):
         with atomic_file(path) as file:
             file.write_text(text)
@@ -185,4 +197,4 @@ def chart(report: dict[str, Any], path: Path) -> None:
     model = report["model"]
     figure.suptitle(f"{model['family']} {model['resolution']}x{model['resolution']}", x=0.01, ha="left", fontsize=11)
     with atomic_file(path) as file:
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, metadata={"Software": "hflow-rt"})

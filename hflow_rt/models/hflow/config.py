@@ -6,7 +6,7 @@ The original's flat lists (`RESOLUTIONS`, `CHANNELS`, ...) are read by `original
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from hflow_rt.layers.masks import PERIODS, split_steps
 from hflow_rt.models.family import ModelConfig
@@ -16,13 +16,14 @@ __all__ = ["CouplingNet", "EndConfig", "HFlowConfig", "LevelConfig", "unet_width
 CouplingNet = Literal["cnn", "unet", "unet-unless-channels"]
 # a list as long is made while settings are checked
 _StepCount = Annotated[int, Field(ge=1, le=4096)]
+_Size = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class LevelConfig(ModelConfig):
     """One level: its target's shape, the flow over it, and the encoder and decoder between it and the next coarser."""
 
-    resolution: PositiveInt
-    channels: PositiveInt = Field(description="channels of the target the flow models")
+    resolution: _Size
+    channels: _Size = Field(description="channels of the target the flow models")
     loss_weight: float = Field(
         default=1.0, ge=0, description="0 here and at every finer level: training leaves these levels alone"
     )
@@ -34,17 +35,17 @@ class LevelConfig(ModelConfig):
     mixing_scale: float = Field(default=0.3, gt=0)
     unitary: bool = False
     coupling: CouplingNet = "unet-unless-channels"
-    coupling_channels: PositiveInt = 32
+    coupling_channels: _Size = 32
     coupling_kernel: Literal[1, 3, 5, 7] = 3
     unet_growth: float = 1.2
-    unet_depth: PositiveInt = 1
+    unet_depth: _Size = 1
     unet_pointwise: bool = Field(default=True, description="1x1 kernels in the stages ('reduced')")
     unet_double: bool = Field(default=False, description="each stage changes resolution by 4")
 
-    encoder_channels: PositiveInt = 64
+    encoder_channels: _Size = 64
     encoder_kernel: Literal[1, 3, 5, 7] = 3
-    decoder_channels: PositiveInt = 64
-    condition_channels: PositiveInt = 16
+    decoder_channels: _Size = 64
+    condition_channels: _Size = 16
     skip_channels: int = Field(default=0, ge=0, description="width of the skip to the next finer decoder; 0 at level 0")
     refine: bool = Field(default=False, description="refinement UNets on the shift heads")
     style: bool = False
@@ -80,10 +81,10 @@ class LevelConfig(ModelConfig):
 class EndConfig(ModelConfig):
     """The 1x1 end vector: its parts, the flow over each, and which entries reach style and base."""
 
-    channels: tuple[PositiveInt, ...] = (4, 508)
-    condition_channels: tuple[PositiveInt, ...] = (32,)
+    channels: tuple[_Size, ...] = (4, 508)
+    condition_channels: tuple[_Size, ...] = (32,)
     steps: tuple[_StepCount, ...] = (8, 8)
-    coupling_channels: tuple[PositiveInt, ...] = (64, 512)
+    coupling_channels: tuple[_Size, ...] = (64, 512)
     unitary: bool = True
     mixing_scale: float = Field(default=0.1, gt=0)
     noise: tuple[float, ...] | None = (0.05, 0.05)
@@ -117,7 +118,7 @@ class HFlowConfig(ModelConfig):
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
     end: EndConfig
-    style_channels: PositiveInt = 512
+    style_channels: _Size = 512
     encoder_lr_scale: float = 10.0
     decoder_lr_scale: float = 10.0
     bits: int = Field(default=8, ge=1, le=8, description="of the data; fewer than 8 drop the lowest")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.terminal import note, tracked
+from hflow_rt.files import is_file, is_ours
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
 from hflow_rt.names import quoted
@@ -280,13 +281,17 @@ def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) ->
     """Write uint8 `[N, R, R, 3]` as one grid if `output` names an image file, else one file each in that folder."""
     from PIL import Image
 
+    from hflow_rt.errors import DataError
     from hflow_rt.runtime.pictures import grid, save_image
 
     if output.suffix:
         save_image(output, grid(images))
         return str(output)
     for index, image in enumerate(images):
-        save_image(output / f"{start + index:06d}.png", Image.fromarray(image))
+        path = output / f"{start + index:06d}.png"
+        if is_file(path) and not is_ours(path):
+            raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
+        save_image(path, Image.fromarray(image))
     return f"{output}/"
 
 

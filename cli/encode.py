@@ -43,9 +43,10 @@ def encode(
     """
     import numpy as np
 
-    from hflow_rt.runtime.latents import concatenate, save_latents
+    from hflow_rt.runtime.latents import check_latents_name, concatenate, save_latents
     from hflow_rt.runtime.pictures import check_picture_name, labelled_rows, save_image, to_uint8
 
+    check_latents_name(output)
     if picture is not None:
         check_picture_name(picture)
     session = open_session(model, backend, device, quiet=json)

@@ -54,7 +54,7 @@ def sample(
     """
     import numpy as np
 
-    from hflow_rt.runtime.latents import concatenate, save_latents
+    from hflow_rt.runtime.latents import check_latents_name, concatenate, save_latents
     from hflow_rt.runtime.overlap import in_flight
     from hflow_rt.runtime.pictures import check_picture_name, check_picture_size, grid_size, to_uint8
 
@@ -62,6 +62,8 @@ def sample(
     check_count("the batch", batch)
     if output.suffix:
         check_picture_name(output)
+    if latents is not None:
+        check_latents_name(latents)
     session = open_session(model, backend, device, json, cuda_graph)
     if output.suffix:
         check_picture_size(output, *grid_size(number, session.resolution))

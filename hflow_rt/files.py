@@ -73,9 +73,10 @@ def atomic_file(target: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(target: Path | str) -> Iterator[Path]:
+def atomic_directory(target: Path | str, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success it takes the place of `target`, else it is removed.
 
+    replace: else what has come to be at `target` meanwhile, but for an empty folder, is an error and stays.
     A link stays, and the folder behind it is replaced. Raises `DataError` where `target` is there and no folder, where
     the place cannot be written and where the disk is full; `target` is then as it was.
     """
@@ -89,7 +90,7 @@ def atomic_directory(target: Path | str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}.", dir=place.parent))
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if exists(place):
+        if replace and exists(place):
             old = Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}.old.", dir=place.parent))
             try:
                 os.replace(place, old / place.name)

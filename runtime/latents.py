@@ -24,6 +24,7 @@ __all__ = [
     "MODES",
     "Latents",
     "check_latents",
+    "check_latents_name",
     "concatenate",
     "interpolate",
     "lerp",
@@ -180,6 +181,12 @@ def concatenate(parts: Sequence[Latents]) -> dict[str, NDArray[np.float32]]:
     for part in parts[1:]:
         _check_pair({name: part[name][:1] for name in part}, {name: parts[0][name][:1] for name in parts[0]})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_latents_name(path: Path) -> None:
+    """Raise `DataError` unless the name is one of a latents file."""
+    if path.suffix.lower() != ".safetensors":
+        raise DataError(f"a latents file's name must end in .safetensors; found '{path.name}'; rename it")
 
 
 def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hflow_rt.errors import BackendUnavailable, BundleError
+from hflow_rt.extras import needed
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.cpu import Place, Settings, cores, default, place_of, shared_out, threads
@@ -281,12 +282,8 @@ def open_engine(bundle: Bundle, device: str, cuda_graph: bool = False) -> OnnxEn
 
     cuda_graph: replay the work on CUDA, which `auto` then is.
     """
-    try:
+    with needed("onnxruntime", "the onnx backend needs ONNX Runtime: pip install 'hflow-rt[cpu]' (or [gpu])"):
         import onnxruntime
-    except ImportError as error:
-        raise BackendUnavailable(
-            "the onnx backend needs ONNX Runtime: pip install 'hflow-rt[cpu]' (or [gpu])"
-        ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise BackendUnavailable(
             "onnxruntime is damaged (two of its packages overwrote each other); see 'hflow-rt doctor'"
@@ -295,7 +292,7 @@ def open_engine(bundle: Bundle, device: str, cuda_graph: bool = False) -> OnnxEn
     if cuda_graph:
         device = "cuda" if device == "auto" else device
         if device != "cuda":
-            raise BackendUnavailable(f"--cuda-graph is for --device cuda, not {device}; leave it away")
+            raise BackendUnavailable(f"--cuda-graph is for --device cuda, not {device}; omit it")
     if device == "auto":
         if _PROVIDERS["cuda"] in available:
             engine = OnnxEngine(bundle, "cuda", onnxruntime)

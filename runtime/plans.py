@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hflow_rt.errors import BackendUnavailable, BundleError, EngineMismatch
+from hflow_rt.extras import needed
 from hflow_rt.manifest import Engines, Manifest
 from hflow_rt.names import quoted
 from hflow_rt.runtime.bundle import Bundle
@@ -87,12 +88,8 @@ def product(flavor: Flavor | None = None, gpu: Gpu | None = None) -> Product:
             )
         flavor = "rtx" if "rtx" in found and (gpu is None or "tensorrt" not in found) else found[0]
     kind = FLAVORS[flavor]
-    try:
+    with needed(kind.module, f"{kind.title} is missing; pip install 'hflow-rt[{kind.extra}]'"):
         api = importlib.import_module(kind.module)
-    except (ImportError, OSError) as error:  # OSError: its shared libraries
-        raise BackendUnavailable(
-            f"{kind.title} is missing or incomplete ({error}); pip install 'hflow-rt[{kind.extra}]'"
-        ) from error
     return Product(flavor, api, str(api.__version__))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable
+from hflow_rt.extras import needed
 from hflow_rt.manifest import Precision
 from hflow_rt.runtime.bundle import Bundle
 
@@ -59,10 +60,8 @@ class TorchEngine:
 
 def open_engine(bundle: Bundle, device: str) -> TorchEngine:
     """The engine on `device`; `auto` takes CUDA where it is. Raises `BackendUnavailable`."""
-    try:
+    with needed("torch", "the torch backend needs PyTorch: pip install 'hflow-rt[train]'"):
         import torch
-    except ImportError as error:
-        raise BackendUnavailable("the torch backend needs PyTorch: pip install 'hflow-rt[train]'") from error
     from hflow_rt.models.checkpoint import load_model
 
     if device == "auto":

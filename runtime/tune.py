@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.errors import BackendUnavailable, DataError
+from hflow_rt.errors import DataError
+from hflow_rt.extras import needed
 from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.cpu import OPTIMISED, Settings, cores, default, place_of
@@ -86,10 +87,8 @@ def forget(bundle: Bundle, graphs: Sequence[str]) -> list[str]:
 
 
 def _runtime() -> Any:
-    try:
+    with needed("onnxruntime", "tuning needs ONNX Runtime: pip install 'hflow-rt[cpu]'"):
         import onnxruntime
-    except ImportError as error:
-        raise BackendUnavailable("tuning needs ONNX Runtime: pip install 'hflow-rt[cpu]'") from error
     return onnxruntime
 
 

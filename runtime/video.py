@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hflow_rt.errors import BackendUnavailable, DataError
+from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, destination, is_folder, unusable
 from hflow_rt.runtime.pictures import check_picture_size, check_pixels, grid_size, save_image, strip, written_by
 
@@ -34,6 +35,8 @@ def check_animation(path: Path, fps: float) -> None:
     limit = _GIF_FPS if suffix == ".gif" else 240
     if not 0.1 <= fps <= limit:  # NaN fails as well
         raise DataError(f"{suffix} needs 0.1 .. {limit} frames per second; found {fps}; choose another")
+    if suffix == ".mp4":
+        _encoder()
 
 
 def check_frames(path: Path, count: int, side: int) -> None:
@@ -129,12 +132,8 @@ def _durations(count: int, fps: float, unit: int) -> list[int]:
 
 
 def _save_mp4(path: Path, frames: NDArray[np.uint8], fps: float, order: Sequence[int]) -> None:
-    try:
-        import av
-    except ImportError as error:
-        raise BackendUnavailable(
-            "writing .mp4 needs PyAV, which is missing; pip install 'hflow-rt[video]' or name a .gif"
-        ) from error
+    import av
+
     encoder = _encoder()
     height, width = frames.shape[1] + frames.shape[1] % 2, frames.shape[2] + frames.shape[2] % 2
     margin = ((0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0))
@@ -156,7 +155,8 @@ def _save_mp4(path: Path, frames: NDArray[np.uint8], fps: float, order: Sequence
 
 
 def _encoder() -> str:
-    from av.codec import Codec
+    with needed("av", "writing .mp4 needs PyAV, which is missing; pip install 'hflow-rt[video]' or name a .gif"):
+        from av.codec import Codec
     from av.codec.codec import UnknownCodecError
 
     for name in _ENCODERS:

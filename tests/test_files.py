@@ -96,7 +96,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, writer: obje
     (tmp_path / "file").write_text("I am no folder")
     target = tmp_path / "file" / "inside"
     with (
-        pytest.raises(DataError, match=f"cannot write {target}: .*; free space or choose another") as caught,
+        pytest.raises(DataError, match=f"cannot write {target}: .*; a folder on the way is a file") as caught,
         writer(target),
     ):
         raise AssertionError("must not get here")

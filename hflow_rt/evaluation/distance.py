@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hflow_rt.data.selection import Selection
-from hflow_rt.errors import BackendUnavailable, DataError
+from hflow_rt.errors import DataError
 from hflow_rt.evaluation.cache import FeatureCache, cache_key
 from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.evaluation.session import Session, Stds, sample_pixels
 from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.statistics import Statistics, need_two, statistics
+from hflow_rt.extras import needed
 
 __all__ = [
     "DistanceReport",
@@ -211,11 +212,9 @@ class _Given(nn.Module):
 
 def _metrics() -> tuple[Any, Any]:
     """The classes of both distances, which bear the name of the one network they come with."""
-    try:
+    with needed("torchmetrics", "distances need torchmetrics: pip install 'hflow-rt[eval]'"):
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise BackendUnavailable("distances need torchmetrics: pip install 'hflow-rt[eval]'") from error
     return FrechetInceptionDistance, KernelInceptionDistance
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable, ConfigError, DataError
 from hflow_rt.evaluation.efficientnet import SIDE, load_efficientnet, weights_file
+from hflow_rt.extras import needed
 from hflow_rt.files import is_file, sha256
 
 __all__ = ["EFFICIENTNET", "INPUTS", "FeatureNetwork", "open_features"]
@@ -149,10 +150,8 @@ def _onnx(
     path: Path, resolution: int, device: torch.device, takes: str | None
 ) -> tuple[Callable[[Pixels], Features], str]:
     """The network and what it takes. Its file must be whole, for the file's hash stands for the network."""
-    try:
+    with needed("onnxruntime", "an .onnx feature network needs ONNX Runtime: pip install 'hflow-rt[cpu]'"):
         import onnxruntime as runtime
-    except ImportError as error:
-        raise BackendUnavailable("an .onnx feature network needs ONNX Runtime: pip install 'hflow-rt[cpu]'") from error
     if device.type == "cuda":
         provider: Any = ("CUDAExecutionProvider", {"device_id": device.index or 0})
     else:

@@ -128,7 +128,9 @@ if TYPE_CHECKING:
 else:
     try:
         from torch.nn import Module as _Module
-    except ImportError:  # reading settings or a manifest needs no torch
+    except ModuleNotFoundError as error:  # reading settings or a manifest needs no torch
+        if error.name != "torch":
+            raise
 
         class _Module:
             """Stands in for torch's module."""

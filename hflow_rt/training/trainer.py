@@ -30,7 +30,7 @@ from hflow_rt.memory import guarded
 from hflow_rt.models.checkpoint import build_model, load_state, read_metadata, read_state, save_model
 from hflow_rt.models.family import LatentModel, LossTerms
 from hflow_rt.names import quoted
-from hflow_rt.runs import RUN, TENSORBOARD, checkpoints, taken
+from hflow_rt.runs import RUN, TENSORBOARD, checkpoints, read_run, taken
 from hflow_rt.training.batches import Images, MicroBatches, Place, Shuffle
 from hflow_rt.training.config import RunConfig
 from hflow_rt.training.ema import averaged_copy, update_average
@@ -182,6 +182,8 @@ class _Trainer:
                 raise CheckpointError(
                     f"{self.out} already holds a run; go on with --resume {quoted(self.out)}, or choose another --out"
                 )
+            if exists(self.out / RUN) and "family" not in read_run(self.out):
+                raise CheckpointError(f"{self.out / RUN} is not of a run of hflow-rt; choose another --out")
             self._write_run(about_data)
         if weights is None:
             self._initialize()

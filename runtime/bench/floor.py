@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.errors import BackendUnavailable
+from hflow_rt.extras import needed
 from hflow_rt.manifest import MODULE
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 
@@ -41,10 +41,8 @@ class Work:
 
 def count(bundle: Bundle, graph: str) -> dict[str, Work]:
     """Work by part of the model: `levels.0`, `end_flow` and so on. Raises `BackendUnavailable` without onnx."""
-    try:
+    with needed("onnx", "counting operations needs onnx: pip install 'hflow-rt[train]'"):
         import onnx
-    except ImportError as error:
-        raise BackendUnavailable("counting operations needs onnx: pip install 'hflow-rt[train]'") from error
     proto = onnx.load(str(bundle.graph(graph)), load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.errors import BackendUnavailable, DataError
+from hflow_rt.errors import DataError
+from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, destination, is_file, is_ours
 from hflow_rt.runtime.bench.variants import BASELINE
 
@@ -170,11 +171,9 @@ def chart(report: dict[str, Any], path: Path) -> None:
 
     Raises `BackendUnavailable` without matplotlib.
     """
-    try:
+    with needed("matplotlib", "the chart needs matplotlib: pip install 'hflow-rt[bench]'"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BackendUnavailable("the chart needs matplotlib: pip install 'hflow-rt[bench]'") from error
     panels = {case: [row for row in rows if "p50_ms" in row] for case, rows in cases(report).items()}
     height = sum(0.3 * len(rows) + 0.9 for rows in panels.values())
     figure = Figure(figsize=(9, height + 0.4), layout="constrained")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable
+from hflow_rt.extras import needed
 from hflow_rt.manifest import MODEL, Manifest
 from hflow_rt.runtime.bundle import Bundle
 
@@ -89,10 +90,8 @@ class _Torch:
         kernels: bool = False,
         replayed: bool = False,
     ) -> None:
-        try:
+        with needed("torch", "needs PyTorch: pip install 'hflow-rt[train]'"):
             import torch
-        except ImportError as error:
-            raise BackendUnavailable("needs PyTorch: pip install 'hflow-rt[train]'") from error
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendUnavailable("torch finds no CUDA device")
         from hflow_rt.kernels.dispatch import using

@@ -43,7 +43,7 @@ def test_an_output_below_a_file(hflow: Command, run: Path, photo: Command, kind:
     shutil.copytree(photo("a/a.png").parent, "b")
     photo("a.png")
     before = tree()
-    refused(hflow(*writing(Path("a.png/deep/made"))[kind]), "cannot write ", "; free space or choose another place")
+    refused(hflow(*writing(Path("a.png/deep/made"))[kind]), "a folder on the way is a file; choose another place")
     assert tree() == before
 
 

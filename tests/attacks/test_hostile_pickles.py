@@ -46,9 +46,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from hflow_rt.errors import CheckpointError
+from hflow_rt.foreign.parts import Naming, part_of
 from hflow_rt.foreign.pickles import unpickle
 from hflow_rt.foreign.source import Source
-from hflow_rt.foreign.tensors import Storages, torch_vocabulary
+from hflow_rt.foreign.tensors import Storages, StoredTensor, torch_vocabulary
 from hflow_rt.models.hflow.published import read_published
 
 ONE = {"0": (1, b"\0\0\0\0")}
@@ -410,6 +411,7 @@ def test_what_is_no_network(refused: Callable[..., str], value: bytes, reason: s
 # chance
 
 
+NAMING = Naming("w", "w..., as here")
 PIECES = [
     MARK, NONE, FALSE, EMPTY_TUPLE, EMPTY_DICT, EMPTY_LIST, REDUCE, BUILD, NEWOBJ, BINPERSID, STOP,
     b"t", b"e", b"u", b"a", b"s", b"0", b"1", b"\x85", b"\x86", b"\x87", b"\x8f", b"\x90", b"\x93", b"\x94",
@@ -424,7 +426,8 @@ def test_random_instructions(pieces: list[bytes]) -> None:
     source = Source(io.BytesIO(b"\x80\x02" + b"".join(pieces) + STOP), "file")
     message = ""
     try:
-        unpickle(source, torch_vocabulary(CLASSES), Storages().find)
+        value = unpickle(source, torch_vocabulary(CLASSES), Storages().find)
+        part_of(value, StoredTensor, "file", NAMING)
     except CheckpointError as error:
         message = str(error)
     assert message.isprintable()

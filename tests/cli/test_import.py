@@ -109,7 +109,7 @@ def test_weights_below_another_key(hflow: Command, container: Path) -> None:
         name: torch.from_numpy(value) for name, value in load_file(GOLDEN / "tiny32.weights.safetensors").items()
     }
     named = {f"module.{name}": value for name, value in weights.items()}
-    optimizer = {"state": {}, "param_groups": []}
+    optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
     torch.save({"model": named, "optimizer": optimizer, "iteration": 5}, "model.pt")
     done = hflow("import", "model.pt", "--settings", "settings.json", "-o", "made")
     assert done.code == 0, done.err

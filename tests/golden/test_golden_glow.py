@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -237,7 +238,7 @@ def training(case: Case, prefix: str) -> Quantities:
 
 
 # what computes the outputs whose names begin so
-GROUPS = {
+GROUPS: dict[str, Callable[[Any], Quantities]] = {
     r"v\d": dequantized,
     r"logdet_": layers,
     r"enc8\.": partial(encoding, bits=8),

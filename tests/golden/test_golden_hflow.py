@@ -303,7 +303,7 @@ def training(case: Case) -> Quantities:
 
 
 # what computes the outputs whose names begin so
-GROUPS = {
+GROUPS: dict[str, Callable[[Any], Quantities]] = {
     r"(roundtrip|target|style|decoder|latent|log_det|skip|theta|cond)\.": encoding,
     r"sample\.": partial(sampling, prefix="sample"),
     r"overdrive\.": partial(sampling, prefix="overdrive"),

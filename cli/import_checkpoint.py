@@ -29,6 +29,10 @@ def import_checkpoint(
         Path | None,
         typer.Option(help="Images (a folder or archive) to estimate the noise scales from.", show_default=False),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The entry of FILE to take, where several hold weights.", show_default=False),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Turn a published checkpoint into a run, executing nothing that is in it.
@@ -39,19 +43,27 @@ def import_checkpoint(
     """
     need_extra("train", "torch")
     from hflow_rt.foreign.importing import import_published
+    from hflow_rt.foreign.parts import WHOLE
     from hflow_rt.runs import ROOT
 
     run = output or ROOT / checkpoint.stem
     with status(quiet=json) as progress:
-        found = import_published(checkpoint, family, run, settings, images, progress)
+        found = import_published(checkpoint, family, run, settings, images, part, progress)
     if json:
         print_json(found.dump())
         return
     size = f"{found.family} {found.resolution}x{found.resolution}"
-    say(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read, each accounted for")
+    complete = "" if found.passed_over else ", each accounted for"
+    say(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read{complete}")
+    if found.part != WHOLE:
+        say(f"weights taken from {found.part}")
+    if found.prefix:
+        say(f"names begin with {found.prefix}, taken off")
+    if found.passed_over:
+        say(f"passed over: {', '.join(f'{name} ({kind})' for name, kind in found.passed_over.items())}")
     if found.dropped:
         counts = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in found.dropped.items())
-        say(f"dropped, for they are recomputed: {counts}")
+        say(f"dropped because they are recomputed: {counts}")
     if found.spreads is not None:
         say(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
     for note in found.notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from hflow_rt.data.dataset import open_dataset
 from hflow_rt.errors import CheckpointError, ConfigError, DataError
 from hflow_rt.files import atomic_directory, sha256
+from hflow_rt.foreign.parts import WHOLE
 from hflow_rt.manifest import MODEL
 from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model
 from hflow_rt.models.family import FAMILIES, LatentModel, family
@@ -35,7 +37,8 @@ _UNKNOWN_SCALES = (
 class Imported:
     """What was read. parameters: tensors of the model, of `values` numbers. dropped: others, by kind.
 
-    spreads: the images that noise scales were estimated from (held_out: those of the source left out), or None.
+    part, prefix, passed_over: where in the file they lie, see `Part`. spreads: the images that noise scales were
+    estimated from (held_out: those of the source left out), or None.
     """
 
     run: str
@@ -44,6 +47,9 @@ class Imported:
     parameters: int
     values: int
     dropped: Mapping[str, int]
+    part: str
+    prefix: str
+    passed_over: Mapping[str, str]
     spreads: Mapping[str, Any] | None
     notes: tuple[str, ...]
     sha256: str
@@ -59,22 +65,23 @@ def import_published(
     run: Path,
     settings: Path | None = None,
     images: Path | None = None,
+    part: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Imported:
     """Read the checkpoint at `path` and write the run folder `run`, which must not exist.
 
     settings: the original's settings, where the checkpoint does not hold them. images: a folder or archive whose
-    training part noise scales are estimated from. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing is
-    written then.
+    training part noise scales are estimated from. part: which weights, where the checkpoint holds several. Raises
+    `CheckpointError`, `ConfigError` and `DataError`; nothing is written then.
     """
     reader = family(family_name).read_published
     if reader is None:
         able = ", ".join(sorted(name for name in FAMILIES if family(name).read_published))
         raise ConfigError(f"the {family_name} family reads no published checkpoints; these do: {able}")
-    if run.exists():
+    if lexists(run):  # False for a path that cannot be asked, which writing reports
         raise ConfigError(f"{run} exists already; choose another --output")
     progress(f"reading {path}")
-    published = reader(path, settings)
+    published = reader(path, settings, part)
     with torch.device("meta"):
         skeleton = build_model(family_name, published.config)
     # before memory is taken for what settings ask
@@ -88,15 +95,17 @@ def import_published(
     has_scales = bool(model.noise_scales())
     if images is not None:
         if not has_scales:
-            raise ConfigError(f"this {family_name} model has no noise scales to estimate; leave --images out")
+            raise ConfigError(f"this {family_name} model has no noise scales to estimate; omit --images")
         spreads = _estimate_spreads(model, images, str(path), progress)
         if held_out := spreads["held_out"]:
             notes += (f"noise scales are of the training part of {images}; {held_out} held-out images were left out",)
     elif has_scales:
         notes += (_UNKNOWN_SCALES,)
     digest = sha256(path)
+    where = {"part": published.part} if published.part != WHOLE else {}
+    where |= {"prefix": published.prefix} if published.prefix else {}
     about = {
-        "imported_from": {"file": path.name, "sha256": digest, "bytes": path.stat().st_size},
+        "imported_from": {"file": path.name, "sha256": digest, "bytes": path.stat().st_size} | where,
         "notes": list(notes),
         "spreads": spreads,
     }
@@ -110,6 +119,9 @@ def import_published(
         parameters=parameters,
         values=values,
         dropped=published.dropped,
+        part=published.part,
+        prefix=published.prefix,
+        passed_over=published.passed_over,
         spreads=spreads,
         notes=notes,
         sha256=digest,
@@ -130,7 +142,7 @@ def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) 
 
 
 def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Set the noise scales by the training part of `images`; what is held out stays unseen, for it measures models."""
+    """Set the noise scales by the training part of `images`; what is held out measures models, and stays unseen."""
     pixels = open_dataset(images, model.resolution)
     training, held_out = pixels.split()
     if len(training) < 2:
@@ -146,6 +158,6 @@ def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: C
     if wild:
         raise CheckpointError(
             f"{source}: noise scales must be finite, and those of {', '.join(wild)} are not on {images}; "
-            "its weights overflow, so leave --images out or give an intact file"
+            "its weights overflow, so omit --images or give an intact file"
         )
     return {"source": str(images), "images": count, "held_out": len(held_out)}

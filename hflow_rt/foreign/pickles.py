@@ -240,8 +240,8 @@ def _items(value: Any) -> dict[Any, Any]:
     return found
 
 
-def _key(value: object) -> str | int:
+def _key(value: object) -> str | float | None:
     """A key of a dictionary or a member of a set; anything nested could take for ever to hash."""
-    if type(value) is str or (type(value) is int and value.bit_length() < 64):
-        return value
-    raise ValueError(f"a {type(value).__name__} is a key")
+    if type(value) in (str, bool, float, type(None)) or (type(value) is int and value.bit_length() < 64):
+        return value  # type: ignore[return-value]
+    raise Refused(f"a {type(value).__name__} as a key")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from hflow_rt.errors import ConfigError
@@ -17,11 +18,13 @@ _LARGEST = 1 << 31
 
 def read_settings_file(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ConfigError`."""
-    if not path.is_file():
-        raise ConfigError(f"no settings file at {path}; name the JSON file that belongs to the checkpoint")
     try:
+        if not S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"no settings file at {path}; name the JSON file that belongs to the checkpoint")
         with open(path, "rb") as file:
             content = file.read(_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"no settings file at {path}; name the JSON file that belongs to the checkpoint") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     return parse_settings(content, str(path))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 import numpy as np
@@ -80,7 +81,7 @@ class Source:
             self._end = end
 
     def broken(self, reason: str) -> CheckpointError:
-        """The file does not keep its own format."""
+        """The file does not keep its own format, as one that was cut or changed on its way does not."""
         return CheckpointError(
             f"{self.name} is not a whole model file ({reason}, at byte {self.position:,}); copy or download it again"
         )
@@ -101,11 +102,13 @@ class Source:
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
     """Open a file for reading. Raises `CheckpointError`."""
-    if not path.is_file():
-        raise CheckpointError(f"no file at {path}; name a published checkpoint")
     try:
+        if not S_ISREG(path.stat().st_mode):  # before it is opened: a pipe may never be written to
+            raise CheckpointError(f"no file at {path}; name a published checkpoint")
         with open(path, "rb") as file:
             yield Source(file, str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"no file at {path}; name a published checkpoint") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 

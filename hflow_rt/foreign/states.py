@@ -1,10 +1,9 @@
 """Weights by name, out of every kind of file: torch's legacy and zip formats, whole modules, safetensors."""
 
 import io
-import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,51 +12,69 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hflow_rt.errors import CheckpointError
-from hflow_rt.foreign.pickles import Inert, Vocabulary, unpickle
+from hflow_rt.foreign.modules import MOST_ENTRIES
+from hflow_rt.foreign.parts import Naming, Part, part_of
+from hflow_rt.foreign.pickles import Vocabulary, unpickle
 from hflow_rt.foreign.source import Source, open_source, shown
-from hflow_rt.foreign.tensors import Storages, StoredTensor, torch_vocabulary
+from hflow_rt.foreign.tensors import Storage, Storages, StoredTensor, torch_vocabulary
 
-__all__ = ["read_state", "read_stream", "state_of"]
+__all__ = ["read_stream", "read_weights", "skip_stream"]
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_ENTRIES = 100_000  # of a zip's directory or of all modules; a large network has a few thousand
-_TENSORS = 20_000  # a network of the published sizes has about 1,700
-_DEPTH = 64
 _SHARED = 8  # how often the same values may stand under several names
 # the kinds that torch's own files hold; of others, torch cannot read each
 _SAFETENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
-_PART = re.compile(r"\w{1,100}", re.ASCII)
-_NAME = re.compile(r"[\w.\-]{1,1000}", re.ASCII)
 
 
-def read_state(path: Path, modules: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, a `.pt`/`.pth` of either format, or a pickled module of `modules`.
+def read_weights(
+    path: Path, modules: Sequence[str] = (), naming: Naming | None = None, part: str | None = None
+) -> Part[Tensor]:
+    """The weights in a `.safetensors`, a `.pt`/`.pth` of either format, or a pickled module of `modules`.
 
-    What the file is is told from its first bytes. Raises `CheckpointError`.
+    What the file is is told from its first bytes; which of its tensors are taken, see `part_of`. No others are read.
+    Raises `CheckpointError`.
     """
     with open_source(path) as source:
         start = source.peek(9)
         if start.startswith(b"PK"):
-            return _read_zip(path, source, modules)
+            return _read_zip(path, source, modules, naming, part)
         if start.startswith(b"\x80"):
-            return state_of(read_stream(source, modules), source)
+            return read_stream(source, modules, naming, part)
     if start[8:] == b"{":
-        return _read_safetensors(path)
+        return _read_safetensors(path, naming, part)
     raise CheckpointError(
         f"{path} is no model file: it must be .safetensors or made by torch.save, and begins with {start[:4].hex(' ')}"
     )
 
 
-def read_stream(source: Source, modules: Sequence[str] = (), load: bool = True) -> Any:
-    """The value in a legacy `torch.save` stream, which is a few pickles and then storages.
+def read_stream(
+    source: Source, modules: Sequence[str] = (), naming: Naming | None = None, part: str | None = None
+) -> Part[Tensor]:
+    """The weights in a legacy `torch.save` stream, which is a few pickles and then storages.
 
-    load: else the storages are skipped and tensors have no values. Raises `CheckpointError`.
+    Raises `CheckpointError`.
     """
-    magic, protocol, system = unpickle(source), unpickle(source), unpickle(source)
-    if type(magic) is not int or magic != _MAGIC or type(protocol) is not int or protocol != _PROTOCOL:
-        raise source.broken("a torch.save stream must begin here")
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise source.broken("numbers must be little-endian")
+    value, storages = _begin_stream(source, modules)
+    found = part_of(value, StoredTensor, source.name, naming, part)
+    _pass_storages(source, storages, found.weights.values())
+    return _loaded(found, source)
+
+
+def skip_stream(source: Source, modules: Sequence[str] = ()) -> Any:
+    """The value in a legacy stream; its tensors have no values. Raises `CheckpointError`."""
+    value, storages = _begin_stream(source, modules)
+    _pass_storages(source, storages, ())
+    return value
+
+
+def _begin_stream(source: Source, modules: Sequence[str]) -> tuple[Any, dict[str, Storage]]:
+    """The value of a stream, and the storages that follow, in their order."""
+    magic, protocol, system = unpickle(source), None, None
+    if type(magic) is int and magic == _MAGIC:
+        protocol, system = unpickle(source), unpickle(source)
+    if type(protocol) is not int or protocol != _PROTOCOL or not isinstance(system, dict):
+        raise CheckpointError(f"{source.name} is a pickle, but not of torch.save; save its weights with torch.save")
+    _check_byte_order(system.get("little_endian") is True, source)
     storages = Storages()
     value = unpickle(source, torch_vocabulary(modules), storages.find)
     keys = unpickle(source)
@@ -65,83 +82,46 @@ def read_stream(source: Source, modules: Sequence[str] = (), load: bool = True) 
         raise source.broken("it lists no storages")
     if set(keys) != storages.by_key.keys():
         raise source.broken("the storages it lists are not those it uses")
-    for key in keys:
-        storage = storages.by_key[key]
+    return value, {key: storages.by_key[key] for key in keys}
+
+
+def _pass_storages(source: Source, storages: Mapping[str, Storage], tensors: Iterable[StoredTensor]) -> None:
+    """Read the storages of `tensors`, and skip the others."""
+    wanted = {id(tensor.storage) for tensor in tensors}
+    for key, storage in storages.items():
         if source.length(8) != storage.count:
             raise source.broken(f"storage {shown(key)} has another size than declared")
-        if load:
+        if id(storage) in wanted:
             storage.load(source)
         else:
             source.skip(storage.bytes)
-    return value
 
 
-def state_of(value: object, source: Source) -> dict[str, Tensor]:
-    """The tensors of a state dict, of one under "state_dict" as training frameworks save it, or of an inert module.
+def _check_byte_order(is_little: bool, source: Source) -> None:
+    if not is_little:
+        raise CheckpointError(f"{source.name} holds big-endian numbers; save it on a little-endian machine")
 
-    By dotted name. Raises `CheckpointError`.
-    """
-    if isinstance(value, Inert):
-        found = dict(_module_tensors(value, source))
-    elif isinstance(value, dict):
-        inner = value.get("state_dict")
-        found = inner if isinstance(inner, dict) else value
-    else:
-        raise source.broken("it holds neither a network nor its weights")
-    if len(found) > _TENSORS:
-        raise source.broken(f"it holds more than {_TENSORS:,} tensors")
-    for name, tensor in found.items():
-        if type(name) is not str or not _NAME.fullmatch(name):
-            raise source.broken(f"{shown(str(name))} is no name of a tensor")
-        if not isinstance(tensor, StoredTensor):
-            raise source.broken(f"{shown(name)} is a {type(tensor).__name__} instead of a tensor")
-    views = {name: tensor.tensor() for name, tensor in found.items()}
-    stored = sum({id(tensor.storage): tensor.storage.count for tensor in found.values()}.values())
+
+def _loaded(part: Part[StoredTensor], source: Source) -> Part[Tensor]:
+    """The same weights, whose storages have been read, as tensors."""
+    views = {name: tensor.tensor() for name, tensor in part.weights.items()}
+    stored = sum({id(tensor.storage): tensor.storage.count for tensor in part.weights.values()}.values())
     if sum(view.numel() for view in views.values()) > _SHARED * stored:
-        raise source.broken(f"its tensors hold far more than the {stored:,} values it has")
-    return views
+        raise CheckpointError(f"{source.name}: its tensors hold far more than the {stored:,} values it has; refused")
+    return Part(views, part.name, part.prefix, part.passed_over)
 
 
-def _module_tensors(root: Inert, source: Source) -> Iterator[tuple[str, StoredTensor]]:
-    """Parameters and kept buffers of a module and all below it, as torch's `state_dict` names them."""
-    open_modules = [("", root, 0)]
-    seen = 0
-    while open_modules:
-        prefix, module, depth = open_modules.pop()
-        state = module.state or {}
-        parts: dict[str, dict[Any, Any]] = {}
-        for key in ("_parameters", "_buffers", "_modules"):
-            part = state.get(key)
-            if not isinstance(part, dict):
-                raise source.broken(f"{shown(module.name)} is no module")
-            parts[key] = part
-        seen += 1 + sum(map(len, parts.values()))
-        if depth > _DEPTH or seen > _ENTRIES:
-            raise source.broken(f"its modules are nested deeper than {_DEPTH}, or have more than {_ENTRIES:,} entries")
-        hidden = state.get("_non_persistent_buffers_set")
-        for key, part in parts.items():
-            for name, value in part.items():
-                if type(name) is not str or not _PART.fullmatch(name):
-                    raise source.broken(f"{shown(str(name))} is no name of a tensor or module")
-                if value is None or (key == "_buffers" and isinstance(hidden, set) and name in hidden):
-                    continue
-                if key == "_modules" and isinstance(value, Inert):
-                    open_modules.append((f"{prefix}{name}.", value, depth + 1))
-                elif key != "_modules" and isinstance(value, StoredTensor):
-                    yield prefix + name, value
-                else:
-                    raise source.broken(f"{shown(prefix + name)} is of a wrong kind")
-
-
-def _read_zip(path: Path, source: Source, modules: Sequence[str]) -> dict[str, Tensor]:
+def _read_zip(
+    path: Path, source: Source, modules: Sequence[str], naming: Naming | None, part: str | None
+) -> Part[Tensor]:
     """torch's newer format: `NAME/data.pkl` and `NAME/data/KEY`, stored without compression."""
     with open(path, "rb") as file:
-        if _count(file, b"PK\x01\x02") > _ENTRIES:
-            raise source.broken(f"its zip has more than {_ENTRIES:,} entries")
+        if _count(file, b"PK\x01\x02") > MOST_ENTRIES:
+            raise CheckpointError(f"{path}: its zip must have at most {MOST_ENTRIES:,} entries; refused")
         with _zip_errors(source):
             archive = zipfile.ZipFile(file)
         with archive:
-            return _read_archive(archive, source, torch_vocabulary(modules))
+            return _read_archive(archive, source, torch_vocabulary(modules), naming, part)
 
 
 @contextmanager
@@ -153,16 +133,20 @@ def _zip_errors(source: Source) -> Iterator[None]:
         raise source.broken(shown(str(error)) or "its zip cannot be read") from error
 
 
-def _read_archive(archive: zipfile.ZipFile, source: Source, vocabulary: Vocabulary) -> dict[str, Tensor]:
+def _read_archive(
+    archive: zipfile.ZipFile, source: Source, vocabulary: Vocabulary, naming: Naming | None, part: str | None
+) -> Part[Tensor]:
     entries = {entry.filename: entry for entry in archive.infolist()}
-    for entry in entries.values():
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise source.broken("its zip holds compressed entries, which torch.save never writes")
-    if sum(entry.file_size for entry in entries.values()) > source.left:
-        raise source.broken("its zip declares more than the file holds")
     programs = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(programs) != 1:
-        raise source.broken("it is a zip, but not of torch.save")
+        raise CheckpointError(f"{source.name} is a zip, but not of torch.save; give the model file itself")
+    for entry in entries.values():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise CheckpointError(
+                f"{source.name}: its zip holds compressed entries, which torch.save never writes; save it again"
+            )
+    if sum(entry.file_size for entry in entries.values()) > source.left:
+        raise source.broken("its zip declares more than the file holds")
     root = programs[0].removesuffix("data.pkl")
 
     def member(name: str) -> Source:
@@ -171,16 +155,19 @@ def _read_archive(archive: zipfile.ZipFile, source: Source, vocabulary: Vocabula
         with _zip_errors(source):
             return Source(io.BytesIO(archive.read(entries[name])), source.name)
 
-    if root + "byteorder" in entries and member(root + "byteorder").peek(10) != b"little":
-        raise source.broken("numbers must be little-endian")
+    if root + "byteorder" in entries:
+        _check_byte_order(member(root + "byteorder").peek(10) == b"little", source)
     storages = Storages()
     value = unpickle(member(programs[0]), vocabulary, storages.find)
+    found = part_of(value, StoredTensor, source.name, naming, part)
+    wanted = {id(tensor.storage) for tensor in found.weights.values()}
     for key, storage in storages.by_key.items():
-        data = member(f"{root}data/{key}")
-        if data.left != storage.bytes:
-            raise source.broken(f"storage {shown(key)} has another size than declared")
-        storage.load(data)
-    return state_of(value, source)
+        if id(storage) in wanted:
+            data = member(f"{root}data/{key}")
+            if data.left != storage.bytes:
+                raise source.broken(f"storage {shown(key)} has another size than declared")
+            storage.load(data)
+    return _loaded(found, source)
 
 
 def _count(file: BinaryIO, mark: bytes) -> int:
@@ -192,20 +179,22 @@ def _count(file: BinaryIO, mark: bytes) -> int:
     return total
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, naming: Naming | None, part: str | None) -> Part[Tensor]:
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            if len(names) > _TENSORS or not all(_NAME.fullmatch(name) for name in names):
-                raise CheckpointError(f"{path} must hold at most {_TENSORS:,} tensors with plain names")
-            for name in names:
+            found = part_of(dict(zip(names, names, strict=True)), str, str(path), naming, part)
+            for name in found.weights.values():
                 if (kind := file.get_slice(name).get_dtype()) not in _SAFETENSORS:
                     raise CheckpointError(
                         f"{path}: {shown(name)} is of kind {shown(str(kind))}, which is none of "
                         f"{', '.join(_SAFETENSORS)}; convert it to one of these"
                     )
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
+            tensors = {own: file.get_tensor(name) for own, name in found.weights.items()}
+            return Part(tensors, found.name, found.prefix, found.passed_over)
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({shown(str(error))}); copy or download it again"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error

@@ -102,6 +102,20 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     return {}
 
 
+def _counter(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    match arguments:
+        case () | ({},):
+            return dict(*arguments)
+    raise ValueError("a Counter is made of odd arguments")
+
+
+def _device(arguments: tuple[Any, ...]) -> str:
+    match arguments:
+        case (str(kind),) | (str(kind), int()):
+            return kind
+    raise ValueError("a device is made of odd arguments")
+
+
 def _set(arguments: tuple[Any, ...]) -> set[str | int]:
     match arguments:
         case ([*members],) if all(type(member) in (str, int) for member in members):
@@ -209,6 +223,10 @@ _STORAGES = {
 }
 _KNOWN: dict[str, object] = {
     "collections.OrderedDict": Function(_ordered_dict),
+    # what training scripts keep beside weights: their options, and schedules of learning rates
+    "argparse.Namespace": StandIn("argparse.Namespace"),
+    "collections.Counter": Function(_counter),
+    "torch.device": Function(_device),
     "_codecs.encode": Function(_encode),
     "numpy.dtype": Function(_dtype),
     "torch.Size": Function(_size),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -288,13 +288,17 @@ class Published:
     """What a family's reader makes of a checkpoint that others published.
 
     state: weights under our names, float32; all that `LatentModel.state_dict` has. dropped: tensors that are not
-    needed, by kind. notes: what the user has to know.
+    needed, by kind. notes: what the user has to know. part, prefix, passed_over: where in the file they lie, see
+    `hflow_rt.foreign.parts.Part`.
     """
 
     config: ModelConfig
     state: Mapping[str, Tensor]
     dropped: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    part: str = "."
+    prefix: str = ""
+    passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -302,7 +306,8 @@ class Family:
     """How the rest of the project finds a family: its settings class, presets, model class.
 
     read_published: reads a published checkpoint and, where that does not hold them, its settings from another
-    file; without executing anything. Raises `CheckpointError` and `ConfigError`.
+    file; of a checkpoint that holds several networks the part that the third argument names. Executes nothing.
+    Raises `CheckpointError` and `ConfigError`.
     """
 
     name: str
@@ -310,7 +315,7 @@ class Family:
     config: type[ModelConfig]
     presets: Mapping[str, Mapping[str, Any]]
     build: Callable[[Any], LatentModel]
-    read_published: Callable[[Path, Path | None], Published] | None = None
+    read_published: Callable[[Path, Path | None, str | None], Published] | None = None
 
 
 # name -> module that holds `FAMILY`; one line a family

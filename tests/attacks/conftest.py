@@ -21,7 +21,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
     """Read bytes as a model file: one line of error that holds `parts`, nothing executed, little spent."""
     from generators import CLASSES
 
-    from hflow_rt.foreign.states import read_state
+    from hflow_rt.foreign.states import read_weights
 
     monkeypatch.chdir(tmp_path)
 
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
             tracemalloc.start()
         try:
             with pytest.raises(HFlowError) as caught:
-                (reader or (lambda file: read_state(file, CLASSES)))(path)
+                (reader or (lambda file: read_weights(file, CLASSES)))(path)
             peak = tracemalloc.get_traced_memory()[1] / 1e6 if measure else 0.0
         finally:
             tracemalloc.stop()

@@ -97,6 +97,7 @@ def container(module: bytes, adam: bytes, settings: bytes | None, source: bytes 
     return sized(b"hflow.network") + sized(source) + module + adam + (b"" if settings is None else sized(settings))
 
 
+NETWORK = stream(dict_of({"w": tensor("0", 1, [1])}), {"0": (1, b"\0" * 4)})
 ADAM = stream(dict_of({"state": EMPTY_DICT, "param_groups": EMPTY_LIST}))
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hflow_rt.errors import CheckpointError
-from hflow_rt.foreign.states import read_state
+from hflow_rt.foreign.states import read_weights
 
 KINDS = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
 ]  # fmt: skip
+
+
+def read_state(path: Path, modules: Sequence[str] = ()) -> dict[str, Tensor]:
+    return read_weights(path, modules).weights
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -49,7 +50,7 @@ def test_a_container_becomes_a_run(hflow: Command, container: Path) -> None:
     weights = json.loads((GOLDEN / "tiny32.json").read_text())["weights"]
     counts = f"{weights['trainable']:,} tensors of {weights['trainable_values']:,} values"
     assert first == f"runs/model_iter_9: hflow 32x32, {counts} read, each accounted for"
-    assert dropped.startswith("dropped, for they are recomputed: 8 blur kernels, ")
+    assert dropped.startswith("dropped because they are recomputed: 8 blur kernels, ")
     assert dropped.endswith(" masks")
     assert note.startswith("note: noise scales are not in published files and stay at 1, ")
     assert following == "next: hflow-rt export runs/model_iter_9"
@@ -101,6 +102,44 @@ def test_json_and_images(hflow: Command, container: Path) -> None:
     about = read_metadata(Path("made/model.safetensors"))
     assert about["spreads"] == found["spreads"]
     assert about["imported_from"]["sha256"] == found["sha256"]
+
+
+def test_weights_below_another_key(hflow: Command, container: Path) -> None:
+    weights = {
+        name: torch.from_numpy(value) for name, value in load_file(GOLDEN / "tiny32.weights.safetensors").items()
+    }
+    named = {f"module.{name}": value for name, value in weights.items()}
+    optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
+    torch.save({"model": named, "optimizer": optimizer, "iteration": 5}, "model.pt")
+    done = hflow("import", "model.pt", "--settings", "settings.json", "-o", "made")
+    assert done.code == 0, done.err
+    first, taken, prefix, passed_over, *_ = done.out.splitlines()
+    assert first.endswith(" values read")  # not each tensor of the file is accounted for
+    assert taken == "weights taken from model"
+    assert prefix == "names begin with module., taken off"
+    assert passed_over == "passed over: optimizer (an optimizer's state), iteration (a number)"
+    about = read_metadata(Path("made/model.safetensors"))
+    assert (about["imported_from"]["part"], about["imported_from"]["prefix"]) == ("model", "module.")
+
+    torch.save({"model": weights, "model_ema": {name: value.neg() for name, value in weights.items()}}, "two.pt")
+    failed(
+        hflow("import", "two.pt", "--settings", "settings.json"), "choose one with --part NAME", "(model, model_ema)"
+    )
+    options = ("--settings", "settings.json", "--json", "--part")
+    found = json.loads(hflow("import", "two.pt", *options, "model_ema", "-o", "ema").out)
+    assert (found["part"], found["prefix"]) == ("model_ema", "")
+    assert found["passed_over"] == {"model": f"{len(weights)} tensors"}
+    plain, ema = (load_file(Path(name, "model.safetensors")) for name in ("made", "ema"))
+    for name, value in plain.items():
+        np.testing.assert_array_equal(ema[name], value if name.startswith("spread_") else -value)
+
+
+def test_path_that_cannot_be_asked(hflow: Command, container: Path) -> None:
+    failed(hflow("import", "n" * 300), ": File name too long")
+    failed(hflow("import", container / "x"), "no file at model_iter_9.bin/x")
+    failed(hflow("import", container, "--settings", "n" * 300), ": File name too long")
+    os.mkfifo("pipe")
+    failed(hflow("import", "pipe"), "no file at pipe")
 
 
 def test_bad_input_is_one_line(hflow: Command, container: Path) -> None:

@@ -1,10 +1,14 @@
 """Every tensor of every golden Glow case, in float64 and float32, within the bounds of the format's README."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
+from golden_cases import HERE, GoldenCase, Listed, Quantities, Reduced, compute
 from torch import Tensor
 
 from hflow_rt.layers.actnorm import ActNorm
@@ -18,7 +22,6 @@ from hflow_rt.models.glow.published import infer_settings
 from hflow_rt.models.glow.weights import from_original, ignored_kind, layout_of, place
 
 FAMILY = "glow"
-Quantities = Iterator[tuple[str, Tensor]]
 
 
 def config_of(described: dict[str, Any], bits: int, invertible: bool = True) -> GlowConfig:
@@ -53,7 +56,7 @@ class Case:
     def __init__(self, golden: Any) -> None:
         self.description = golden.description()
         self.described = self.description["config"]
-        self.stored = golden.tensors()
+        self.stored = Listed(golden.tensors(), self.description["io"])
         self.weights = golden.weights()
         self.dtype = golden.dtype
         self.levels = range(self.described["levels"])
@@ -84,7 +87,7 @@ class Case:
 
     def noise(self, temperature: float = 1.0) -> dict[str, Tensor]:
         """The stored draws times a temperature."""
-        key = "z" if "noise.z0" in self.stored else "eps"
+        key = "z" if "noise.z0" in self.stored.names else "eps"
         return {f"z{i}": self[f"noise.{key}{i}"] * temperature for i in self.levels}
 
     def original(self, model: Glow, name: str, values: dict[str, Tensor]) -> Tensor:
@@ -97,68 +100,84 @@ def encode(model: Glow, x: Tensor, labels: dict[str, Tensor]) -> Encoded:
         return model.encode_model(x, labels.get("labels"))
 
 
-def encoding(case: Case) -> Quantities:
-    yield "v8", case.x(8)
-    yield "v5", case.x(5)
-    model, learned = case.model(), case.described["split_prior"]
-    x = case.x(8)
-    sizes = [(level, x.new_zeros(1, 1, level.chain.side, level.chain.side)) for level in model.levels]
-    for name in ("actnorm", "mixing"):
-        values = [[getattr(step, name).log_det(like) for step in level.chain.steps] for level, like in sizes]
-        key = {"actnorm": "logdet_actnorm", "mixing": "logdet_conv1x1"}[name]
-        yield key, torch.stack([torch.stack(row) for row in values]).detach()
+def dequantized(case: Case) -> Quantities:
     for bits in (8, 5):
-        model, x, prefix = case.model(bits), case.x(bits), f"enc{bits}"
-        labels = case.labels()
-        found = encode(model, x, labels)
-        for i in case.levels:
-            yield f"{prefix}.z{i}", found.raw[i]
-            yield f"{prefix}.eps{i}", found.latents[i]
-        coupling = torch.stack([chain.coupling for chain in found.chains])
-        yield f"{prefix}.logdet_coupling", coupling.permute(2, 0, 1)
-        yield f"{prefix}.logdet", torch.stack([chain.log_det for chain in found.chains]).sum(0)
-        yield f"{prefix}.logp_level", torch.stack(found.log_prior, 1)
-        yield f"{prefix}.logp", torch.stack(found.log_prior).sum(0)
-        yield f"{prefix}.bpd", -found.log_prob / (x[0].numel() * math.log(2)) + bits
-        loss = model.loss(x, conditions=labels)
-        yield f"{prefix}.loss", loss.loss.detach()
-        if found.logits is not None:
-            yield f"{prefix}.logits", found.logits
-            yield f"{prefix}.loss_class", loss.terms["class"] * math.log(2)
-    model, x, found = case.model(), case.x(8), encode(case.model(), case.x(8), case.labels())
-    if learned:
-        with torch.no_grad():
-            kept = [chain.value.chunk(2, 1)[0] for chain in found.chains]
-            for i in case.levels:
-                top = i == case.levels[-1]
-                prior = model.top(found.raw[i], case.labels().get("labels")) if top else model.levels[i].prior(kept[i])
-                zeros = torch.zeros_like(found.raw[i])
-                yield f"enc8.mu{i}", zeros if prior is None else zeros + prior.mean
-                yield f"enc8.logs{i}", zeros if prior is None else zeros + prior.log_std
+        yield f"v{bits}", case.x(bits)
+
+
+def layers(case: Case) -> Quantities:
+    sizes = [
+        (level, torch.zeros(1, 1, level.chain.side, level.chain.side, dtype=case.dtype))
+        for level in case.model().levels
+    ]
+    for name, key in (("actnorm", "logdet_actnorm"), ("mixing", "logdet_conv1x1")):
+        values = [[getattr(step, name).log_det(like) for step in level.chain.steps] for level, like in sizes]
+        yield key, torch.stack([torch.stack(row) for row in values]).detach()
+
+
+def encoding(case: Case, bits: int) -> Quantities:
+    model, x, labels, prefix = case.model(bits), case.x(bits), case.labels(), f"enc{bits}"
+    found = encode(model, x, labels)
+    for i in case.levels:
+        yield f"{prefix}.z{i}", found.raw[i]
+        yield f"{prefix}.eps{i}", found.latents[i]
+    coupling = torch.stack([chain.coupling for chain in found.chains])
+    yield f"{prefix}.logdet_coupling", coupling.permute(2, 0, 1)
+    yield f"{prefix}.logdet", torch.stack([chain.log_det for chain in found.chains]).sum(0)
+    yield f"{prefix}.logp_level", torch.stack(found.log_prior, 1)
+    yield f"{prefix}.logp", torch.stack(found.log_prior).sum(0)
+    yield f"{prefix}.bpd", -found.log_prob / (x[0].numel() * math.log(2)) + bits
+    loss = model.loss(x, conditions=labels)
+    yield f"{prefix}.loss", loss.loss.detach()
+    if found.logits is not None:
+        yield f"{prefix}.logits", found.logits
+        yield f"{prefix}.loss_class", loss.terms["class"] * math.log(2)
+    if case.described["split_prior"]:
+        yield from priors(model, found, prefix, labels)
     with torch.no_grad():
         for i, level in enumerate(model.levels):
             x = torch.nn.functional.pixel_unshuffle(x, 2)
             for k, step in enumerate(level.chain.steps):
                 x, _ = step.inverse(x)
-                yield f"enc8.step.l{i}.k{k}", x
+                yield f"{prefix}.step.l{i}.k{k}", x
             x = x.chunk(2, 1)[0]
-    if case.described["y_classes"]:
-        other = encode(model, case.x(8), case.labels(shift=1))
-        yield "enc8_other.bpd", -other.log_prob / (case.x(8)[0].numel() * math.log(2)) + 8
 
 
 @torch.no_grad()
-def decoding(case: Case) -> Quantities:
-    model, labels = case.model(), case.labels()
-    temperature = case.described["temperature"]
-    found = model.decode_model(case.noise(temperature) | labels)
+def priors(model: Glow, found: Encoded, prefix: str, labels: dict[str, Tensor]) -> Quantities:
+    for i, chain in enumerate(found.chains):
+        top = i == len(found.chains) - 1
+        kept = chain.value.chunk(2, 1)[0]
+        prior = model.top(found.raw[i], labels.get("labels")) if top else model.levels[i].prior(kept)
+        zeros = torch.zeros_like(found.raw[i])
+        yield f"{prefix}.mu{i}", zeros if prior is None else zeros + prior.mean
+        yield f"{prefix}.logs{i}", zeros if prior is None else zeros + prior.log_std
+
+
+def encoding_of_other_labels(case: Case) -> Quantities:
+    other = encode(case.model(), case.x(8), case.labels(shift=1))
+    yield "enc8_other.bpd", -other.log_prob / (case.x(8)[0].numel() * math.log(2)) + 8
+
+
+@torch.no_grad()
+def sampling(case: Case) -> Quantities:
+    found = case.model().decode_model(case.noise(case.described["temperature"]) | case.labels())
     yield "sample_T07.v", found.image
     yield "sample_T07.image", (found.image + 0.5).clamp(0, 1)
     yield "sample_T07.u8", to_public(found.image, 8) * 255
     for i in case.levels:
         yield f"sample_T07.z{i}", found.raw[i]
-    if labels:
-        yield "sample_T07_other.v", model.decode_model(case.noise(temperature) | case.labels(shift=1)).image
+
+
+@torch.no_grad()
+def sampling_of_other_labels(case: Case) -> Quantities:
+    latents = case.noise(case.described["temperature"]) | case.labels(shift=1)
+    yield "sample_T07_other.v", case.model().decode_model(latents).image
+
+
+@torch.no_grad()
+def reconstruction(case: Case) -> Quantities:
+    model, labels = case.model(), case.labels()
     encoded = model.named_latents(encode(model, case.x(8), labels))
     back = model.decode_model(encoded | labels).image
     yield "recon8.v", back
@@ -171,65 +190,78 @@ def decoding(case: Case) -> Quantities:
         yield f"partial_{label}.v", model.decode_model(case.noise(t) | {top: encoded[top]} | labels).image
 
 
-def initialization(case: Case) -> Quantities:
-    for label in ("fresh", "kept"):
-        model = case.model()
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, ActNorm):
-                    module.shift.zero_()
-                    module.log_scale.zero_()
-                elif label == "fresh" and isinstance(module, (ZeroConv2d, ZeroLinear, TopPrior)):
-                    for parameter in module.parameters(recurse=False):
-                        parameter.zero_()
-        model.initialized.zero_()
-        model.init_from_batch(case.x(8, "init."))
-        assert model.initialized
-        values = {name: value.detach() for name, value in model.named_parameters()}
-        for name in case.weights:
-            if "actnorm" in name and ignored_kind(name) is None:
-                yield f"init_{label}:{name}", case.original(model, name, values)
+def initialization(case: Case, label: str) -> Quantities:
+    model = case.model()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ActNorm):
+                module.shift.zero_()
+                module.log_scale.zero_()
+            elif label == "fresh" and isinstance(module, (ZeroConv2d, ZeroLinear, TopPrior)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.zero_()
+    model.initialized.zero_()
+    model.init_from_batch(case.x(8, "init."))
+    assert model.initialized
+    values = {name: value.detach() for name, value in model.named_parameters()}
+    for name in case.weights:
+        if "actnorm" in name and ignored_kind(name) is None:
+            yield f"init_{label}:{name}", case.original(model, name, values)
 
 
-def training(case: Case) -> Quantities:
-    runs = {"train": case.described["train_optimizer"]}
-    if "train2_optimizer" in case.described:
-        runs["train2"] = case.described["train2_optimizer"]
-    bits = case.described["train_bits"]
-    for prefix, settings in runs.items():
-        model = case.model(bits)
-        kinds = {"Adam": torch.optim.Adam, "Adamax": torch.optim.Adamax}
-        optimizer = kinds[settings["type"]](model.parameters(), **{k: v for k, v in settings.items() if k != "type"})
-        losses, norms = [], []
+def training(case: Case, prefix: str) -> Quantities:
+    settings, bits = case.described[f"{prefix}_optimizer"], case.described["train_bits"]
+    model = case.model(bits)
+    kinds = {"Adam": torch.optim.Adam, "Adamax": torch.optim.Adamax}
+    optimizer = kinds[settings["type"]](model.parameters(), **{k: v for k, v in settings.items() if k != "type"})
+    losses, norms = [], []
 
-        def loss(index: int, model: Glow = model) -> Tensor:
-            return model.loss(case.x(bits, "train.", index), conditions=case.labels("train.labels", index=index)).loss
+    def loss(index: int) -> Tensor:
+        return model.loss(case.x(bits, "train.", index), conditions=case.labels("train.labels", index=index)).loss
 
-        for step in range(3):
-            optimizer.zero_grad()
-            losses.append(loss(step))
-            losses[-1].backward()
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            norms.append(torch.stack([g.norm() for g in gradients.values()]).norm())
-            if step == 0 and prefix == "train":
-                for listed in case.listed:
-                    if listed.startswith("train.grad:"):
-                        name = listed.removeprefix("train.grad:")
-                        zero = torch.zeros_like(case.weights[name])
-                        yield listed, zero if ignored_kind(name) else case.original(model, name, gradients).clone()
-            optimizer.step()
-        yield f"{prefix}.losses", torch.stack(losses).detach()
-        yield f"{prefix}.grad_norm", torch.stack(norms)
-        yield f"{prefix}.loss_after", loss(0).detach()
+    for step in range(3):
+        optimizer.zero_grad()
+        losses.append(loss(step))
+        losses[-1].backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norms.append(torch.stack([g.norm() for g in gradients.values()]).norm())
+        if step == 0:
+            for listed in case.listed:
+                if listed.startswith(f"{prefix}.grad:"):
+                    name = listed.removeprefix(f"{prefix}.grad:")
+                    zero = torch.zeros_like(case.weights[name])
+                    yield listed, zero if ignored_kind(name) else case.original(model, name, gradients).clone()
+        optimizer.step()
+    yield f"{prefix}.losses", torch.stack(losses).detach()
+    yield f"{prefix}.grad_norm", torch.stack(norms)
+    yield f"{prefix}.loss_after", loss(0).detach()
 
 
-def test_golden_glow(golden: Any) -> None:
+# what computes the outputs whose names begin so
+GROUPS: dict[str, Callable[[Any], Quantities]] = {
+    r"v\d": dequantized,
+    r"logdet_": layers,
+    r"enc8\.": partial(encoding, bits=8),
+    r"enc5\.": partial(encoding, bits=5),
+    r"enc8_other\.": encoding_of_other_labels,
+    r"sample_T07\.": sampling,
+    r"sample_T07_other\.": sampling_of_other_labels,
+    r"(recon8|interp_a03|partial_T\d+)\.": reconstruction,
+    r"init_fresh:": partial(initialization, label="fresh"),
+    r"init_kept:": partial(initialization, label="kept"),
+    r"train\.": partial(training, prefix="train"),
+    r"train2\.": partial(training, prefix="train2"),
+}
+
+
+def compare(golden: Any) -> int:
+    """Hold every output that the case lists, and has the inputs of, against ours. Returns how many these were."""
     case = Case(golden)
-    computed: dict[str, Tensor] = {}
-    for group in (encoding, decoding, initialization, training):
-        computed |= dict(group(case))
-    failures = [f"{name}: not computed" for name in case.listed if name not in computed]
-    for name in case.listed.keys() & computed.keys():
+    computed, absent = compute(GROUPS, case, case.listed)
+    failures = [f"{name}: not computed" for name in case.listed if name not in computed and name not in absent]
+    failures += [f"{name}: not computed, in a case that is whole" for name in absent if golden.is_ours]
+    compared = case.listed.keys() & computed.keys()
+    for name in compared:
         entry, value = case.listed[name], computed[name].double()
         if entry["dtype"] == "uint8":
             expected = case.stored[name].double()
@@ -250,8 +282,49 @@ def test_golden_glow(golden: Any) -> None:
         error = (value - expected).abs().max().item()
         if not error <= bound:
             failures.append(f"{name}: error {error:.3g} above {bound:.3g}")
-    assert len(case.listed) > 50
+    assert compared, f"nothing of {golden} was compared"
     assert not failures, f"{len(failures)} of {len(case.listed)}:\n" + "\n".join(sorted(failures))
+    return len(compared)
+
+
+def test_golden_glow(golden: Any) -> None:
+    compare(golden)
+
+
+def reduced(pattern: str) -> Reduced:
+    """`paper_ycond` with those inputs and outputs only whose names begin so."""
+    whole = GoldenCase(HERE / "glow" / "paper_ycond.json", torch.float64)
+    return Reduced(whole, "io", lambda name: re.match(pattern, name) is None)
+
+
+@pytest.mark.parametrize(
+    ("has", "compared"),
+    [
+        (r"images_u8|u$|v8|enc8\.z|logdet_", 3),  # no labels, which the latents depend on
+        (r"noise|labels|sample_T07|recon|train\.loss", 5),  # no images; no batches of the training
+    ],
+)
+def test_a_case_is_compared_in_what_it_has(has: str, compared: int) -> None:
+    assert compare(reduced(has)) == compared
+
+
+def test_a_case_that_compares_nothing_fails() -> None:
+    for has in ("images_u8", "enc8", "init_fresh"):
+        with pytest.raises(AssertionError, match=r"nothing of .* was compared"):
+            compare(reduced(has))
+
+
+def test_what_a_reduced_case_has_may_not_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = reduced("logdet_")
+    stored, listed = wrong.tensors(), wrong.description()
+    stored["logdet_actnorm.f64"][0, 0] += 1e-3
+    monkeypatch.setattr(Reduced, "tensors", lambda self: stored)
+    with pytest.raises(AssertionError, match=r"1 of 2:\n *logdet_actnorm: error 0\.001 above"):
+        compare(wrong)
+    listed["io"][-1]["name"] = "logdet_of_nothing"
+    monkeypatch.setattr(Reduced, "description", lambda self: listed)
+    with pytest.raises(AssertionError, match=r"logdet_of_nothing: not computed"):
+        compare(wrong)
 
 
 def test_published_settings_are_found(golden: Any) -> None:

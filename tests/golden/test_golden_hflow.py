@@ -4,12 +4,14 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import HERE, Absent, GoldenCase, Listed, Quantities, Reduced, compute
 from torch import Tensor
 
 from hflow_rt.layers import equalized
@@ -26,7 +28,6 @@ FAMILY = "hflow"
 AFTER_A_KINK = 5e-3
 # Its gradients part by up to 1e-2 on one draw with the same weights (point 10), and here the weights have parted too.
 GRADIENTS_AFTER_A_KINK = 2e-2
-Quantities = Iterator[tuple[str, Tensor]]
 
 
 class Case:
@@ -35,15 +36,18 @@ class Case:
     def __init__(self, golden: Any) -> None:
         self.golden = golden
         self.description = golden.description()
-        self.stored = golden.tensors()
+        self.stored = Listed(golden.tensors(), self.description["tensors"])
         self.weights = golden.weights()
         self.dtype = golden.dtype
         self.config = read_settings(self.description["config"])
         self.general = self.description["config"]["GENERAL"]
-        self.x = self["in.x"]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.stored[name].to(self.dtype)
+
+    @property
+    def x(self) -> Tensor:
+        return self["in.x"]
 
     def model(self, zeroed: Callable[[str], bool] = lambda name: False) -> HFlow:
         """A fresh copy with the case's weights, those of `zeroed` original names set to zero."""
@@ -72,7 +76,9 @@ class Case:
     def noise(self, model: HFlow, prefix: str, decoders: bool) -> dict[str, Tensor]:
         """The stored draws in call order under our names; evaluation draws none for the level decoders."""
         names = [n for n in noise_shapes(model) if decoders or n.startswith("end") or n.endswith(".flow")]
-        keys = sorted(name for name in self.stored if name.startswith(f"{prefix}.noise."))
+        keys = sorted(name for name in self.stored.names if name.startswith(f"{prefix}.noise."))
+        if not keys:
+            raise Absent(f"{prefix}.noise")
         assert len(names) == len(keys)
         return {name: self[key].reshape(-1, *noise_shapes(model)[name]) for name, key in zip(names, keys, strict=True)}
 
@@ -121,28 +127,33 @@ def log_dets(prefix: str, run: Any) -> Quantities:
     yield f"{prefix}.total", run.log_det
 
 
-def sampling(case: Case) -> Quantities:
-    model = case.model()
-    meaning = next(t["meaning"] for t in case.description["tensors"] if t["name"] == "overdrive.image")
-    match = re.search(r"multiplied by ([\d.]+)", meaning)
-    assert match
-    factors = {"sample": 1.0, "overdrive": float(match[1])}
-    for prefix, factor in factors.items():
-        with torch.no_grad():
-            run: Decoded = model.generate(case.latents("sample", factor))
-        yield f"{prefix}.image", run.image
-        yield f"{prefix}.y_end", torch.cat([part.value for part in run.end], 1)
-        yield f"{prefix}.log_det", torch.stack([r.log_det for r in [*run.end, *run.levels]]).sum(0)
-        for i, part in enumerate(run.end):
-            yield f"{prefix}.log_det.end.part{i}", part.log_det
-        for i, level in enumerate(run.levels):
-            yield f"{prefix}.y{i}", level.value
-            yield f"{prefix}.log_det.level{i}", level.log_det
+def sampling(case: Case, prefix: str) -> Quantities:
+    factor = 1.0
+    if prefix == "overdrive":
+        meanings = [t["meaning"] for t in case.description["tensors"] if t["name"].startswith("overdrive.")]
+        factor = float(next(match[1] for m in meanings if (match := re.search(r"multiplied by ([\d.]+)", m))))
     with torch.no_grad():
-        forward = model.end_flow.decode(case.parts(case["end.z"]))
-        inverse = model.end_flow.encode(case.parts(case["end.y"]))
-    yield "end.y_of_z", torch.cat([part.value for part in forward], 1)
-    yield "end.z_of_y", torch.cat([part.value for part in inverse], 1)
+        run: Decoded = case.model().generate(case.latents("sample", factor))
+    yield f"{prefix}.image", run.image
+    yield f"{prefix}.y_end", torch.cat([part.value for part in run.end], 1)
+    yield f"{prefix}.log_det", torch.stack([r.log_det for r in [*run.end, *run.levels]]).sum(0)
+    for i, part in enumerate(run.end):
+        yield f"{prefix}.log_det.end.part{i}", part.log_det
+    for i, level in enumerate(run.levels):
+        yield f"{prefix}.y{i}", level.value
+        yield f"{prefix}.log_det.level{i}", level.log_det
+
+
+@torch.no_grad()
+def end_forward(case: Case) -> Quantities:
+    parts = case.model().end_flow.decode(case.parts(case["end.z"]))
+    yield "end.y_of_z", torch.cat([part.value for part in parts], 1)
+
+
+@torch.no_grad()
+def end_inverse(case: Case) -> Quantities:
+    parts = case.model().end_flow.encode(case.parts(case["end.y"]))
+    yield "end.z_of_y", torch.cat([part.value for part in parts], 1)
 
 
 def interpolation(case: Case) -> Quantities:
@@ -170,32 +181,31 @@ def interpolation(case: Case) -> Quantities:
             yield f"interp.{mode}.{space}.end", end
 
 
-def losses(case: Case) -> Quantities:
-    for mode in ("train", "eval"):
-        model, training = case.model(), mode == "train"
-        model.train(training)
-        noise = case.noise(model, f"loss.{mode}", decoders=training)
-        found = evaluate(model, case.x, noise, batch_spread=True, noise_decoders=training)
-        loss = torch.stack([term.bits * term.weight for term in found.values()]).sum(0)
-        total = torch.stack([term.log_likelihood for term in found.values()]).sum(0)
-        yield f"loss.{mode}.total", loss.detach()
-        yield f"loss.{mode}.mean", loss.mean().detach()
-        per_dimension = -total.mean().detach() / (case.x[0].numel() * math.log(2))
-        yield f"loss.{mode}.bpd", per_dimension + case.general["DISCRETIZATION_BITS"]
-        for name, term in found.items():
-            yield from loss_terms(f"loss.{mode}", name, term, case)
-        conditional = [term for name, term in found.items() if name.startswith("end") and name != "end0"]
-        dimensions = sum(term.dimensions for term in conditional)
-        bits = -sum((term.log_likelihood for term in conditional), torch.zeros(())) / (dimensions * math.log(2))
-        yield f"loss.{mode}.log.bits_per_dim.end_conditional_parts", bits.detach()
-        loss.mean().backward()
-        parameters = dict(model.named_parameters())
-        gradients = {theirs: parameters[ours].grad for theirs, ours in case.originals(model).items()}
-        gradients = {name: torch.zeros(1) if g is None else g for name, g in gradients.items()}
-        yield f"loss.{mode}.grad_norms", torch.stack([g.double().norm() for g in gradients.values()])
-        if training:
-            for theirs, gradient in gradients.items():
-                yield f"grad.{theirs}", gradient
+def losses(case: Case, mode: str) -> Quantities:
+    model, training = case.model(), mode == "train"
+    model.train(training)
+    noise = case.noise(model, f"loss.{mode}", decoders=training)
+    found = evaluate(model, case.x, noise, batch_spread=True, noise_decoders=training)
+    loss = torch.stack([term.bits * term.weight for term in found.values()]).sum(0)
+    total = torch.stack([term.log_likelihood for term in found.values()]).sum(0)
+    yield f"loss.{mode}.total", loss.detach()
+    yield f"loss.{mode}.mean", loss.mean().detach()
+    per_dimension = -total.mean().detach() / (case.x[0].numel() * math.log(2))
+    yield f"loss.{mode}.bpd", per_dimension + case.general["DISCRETIZATION_BITS"]
+    for name, term in found.items():
+        yield from loss_terms(f"loss.{mode}", name, term, case)
+    conditional = [term for name, term in found.items() if name.startswith("end") and name != "end0"]
+    dimensions = sum(term.dimensions for term in conditional)
+    bits = -sum((term.log_likelihood for term in conditional), torch.zeros(())) / (dimensions * math.log(2))
+    yield f"loss.{mode}.log.bits_per_dim.end_conditional_parts", bits.detach()
+    loss.mean().backward()
+    parameters = dict(model.named_parameters())
+    gradients = {theirs: parameters[ours].grad for theirs, ours in case.originals(model).items()}
+    gradients = {name: torch.zeros(1) if g is None else g for name, g in gradients.items()}
+    yield f"loss.{mode}.grad_norms", torch.stack([g.double().norm() for g in gradients.values()])
+    if training:
+        for theirs, gradient in gradients.items():
+            yield f"grad.{theirs}", gradient
 
 
 def loss_terms(prefix: str, name: str, term: BoundTerm, case: Case) -> Quantities:
@@ -210,29 +220,26 @@ def loss_terms(prefix: str, name: str, term: BoundTerm, case: Case) -> Quantitie
     yield f"{prefix}.log.bits_per_dim.{label}", term.bits.detach()
 
 
-def initialization(case: Case) -> Quantities:
-    patterns = re.findall(r"\*\*\.[\w.]+", case.description["zero_init"])
+def initialization(case: Case, label: str) -> Quantities:
+    patterns = re.findall(r"\*\*\.[\w.]+", case.description["zero_init"]) if label == "fresh" else []
 
-    def actnorm(name: str) -> bool:
-        return name.endswith(("an_scale", "an_bias"))
+    def zeroed(name: str) -> bool:
+        is_actnorm = name.endswith(("an_scale", "an_bias"))
+        return is_actnorm or any(fnmatch.fnmatch(name, pattern.replace("**", "*")) for pattern in patterns)
 
-    def fresh(name: str) -> bool:
-        return actnorm(name) or any(fnmatch.fnmatch(name, pattern.replace("**", "*")) for pattern in patterns)
-
-    for label, zeroed in (("fresh", fresh), ("case_weights", actnorm), ("loss_call", actnorm)):
-        model = case.model(zeroed)
-        with data_init(model):
-            if label == "loss_call":
-                noise = case.noise(model.train(), "loss.train", decoders=True)
-                evaluate(model, case.x, noise, batch_spread=True, noise_decoders=True)
-            else:
-                model.encode_targets(model.targets(case.x))
-        for i, level in enumerate(model.levels):
-            layers = [layer for layer in level.modules() if isinstance(layer, ActNorm)]
-            yield f"init.{label}.level{i}.scale", torch.stack([layer.log_scale for layer in layers]).detach()
-            yield f"init.{label}.level{i}.bias", torch.stack([layer.shift for layer in layers]).detach()
-        ends = [layer for layer in model.end_flow.modules() if isinstance(layer, ActNorm)]
-        assert all(layer.log_scale.abs().max() == 0 == layer.shift.abs().max() for layer in ends)
+    model = case.model(zeroed)
+    with data_init(model):
+        if label == "loss_call":
+            noise = case.noise(model.train(), "loss.train", decoders=True)
+            evaluate(model, case.x, noise, batch_spread=True, noise_decoders=True)
+        else:
+            model.encode_targets(model.targets(case.x))
+    for i, level in enumerate(model.levels):
+        layers = [layer for layer in level.modules() if isinstance(layer, ActNorm)]
+        yield f"init.{label}.level{i}.scale", torch.stack([layer.log_scale for layer in layers]).detach()
+        yield f"init.{label}.level{i}.bias", torch.stack([layer.shift for layer in layers]).detach()
+    ends = [layer for layer in model.end_flow.modules() if isinstance(layer, ActNorm)]
+    assert all(layer.log_scale.abs().max() == 0 == layer.shift.abs().max() for layer in ends)
 
 
 def kink_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -295,20 +302,36 @@ def training(case: Case) -> Quantities:
         yield f"train.param_after.{theirs}", after[ours].detach().reshape(case.weights[theirs].shape)
 
 
-def test_golden_hflow(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+# what computes the outputs whose names begin so
+GROUPS: dict[str, Callable[[Any], Quantities]] = {
+    r"(roundtrip|target|style|decoder|latent|log_det|skip|theta|cond)\.": encoding,
+    r"sample\.": partial(sampling, prefix="sample"),
+    r"overdrive\.": partial(sampling, prefix="overdrive"),
+    r"end\.y_of_z": end_forward,
+    r"end\.z_of_y": end_inverse,
+    r"interp\.": interpolation,
+    r"(loss\.train|grad)\.": partial(losses, mode="train"),
+    r"loss\.eval\.": partial(losses, mode="eval"),
+    r"init\.fresh\.": partial(initialization, label="fresh"),
+    r"init\.case_weights\.": partial(initialization, label="case_weights"),
+    r"init\.loss_call\.": partial(initialization, label="loss_call"),
+    r"train\.": training,
+}
+
+
+def compare(golden: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Hold every output that the case lists, and has the inputs of, against ours. Returns how many these were."""
     case = Case(golden)
     listed = {entry["name"]: entry for entry in case.description["tensors"] if entry["role"] == "output"}
-    groups = (encoding, sampling, interpolation, losses, initialization, training)
-    needs_training = any(name.startswith("train.") for name in listed)
-    computed: dict[str, Tensor] = {}
-    for group in groups:
-        if group is not training or needs_training:
-            computed |= dict(group(case))
-    failures = [f"{name}: not computed" for name in listed if name not in computed]
+    computed, absent = compute(GROUPS, case, listed)
+    failures = [f"{name}: not computed" for name in listed if name not in computed and name not in absent]
+    failures += [f"{name}: not computed, in a case that is whole" for name in absent if golden.is_ours]
     unstable = set(case.description.get("training", {}).get("unstable", []))
-    kink = kink_step(case, monkeypatch) if needs_training and case.dtype == torch.float32 else 3
+    compared = listed.keys() & computed.keys()
+    is_trained = any(name.startswith("train.") for name in compared)
+    kink = kink_step(case, monkeypatch) if is_trained and case.dtype == torch.float32 else 3
     stable = torch.tensor([name not in unstable for name in case.originals(case.model())])
-    for name in listed.keys() & computed.keys():
+    for name in compared:
         entry, expected = listed[name], case.stored[name].double()
         value = computed[name].double().reshape(expected.shape)
         if name == "train.delta_norms":
@@ -327,5 +350,47 @@ def test_golden_hflow(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
                 error = off[:exact].max().item() if exact else 0.0
         if not error <= bound:
             failures.append(f"{name}: error {error:.3g} above {bound:.3g}")
-    assert len(listed) > 20
+    assert compared, f"nothing of {golden} was compared"
     assert not failures, f"{len(failures)} of {len(listed)}:\n" + "\n".join(sorted(failures))
+    return len(compared)
+
+
+def test_golden_hflow(golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(golden, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("missing", "compared"),
+    [
+        (r"(?!in\.|style\.|target\.end|loss\.eval\.(mean|bpd)$)", 2),  # no draws of the loss, whose results it has
+        (r"overdrive\.|loss\.|grad\.|init\.|train\.|interp\.|in\.x", 13),  # nor the image of what is encoded
+    ],
+)
+def test_a_case_is_compared_in_what_it_has(missing: str, compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = GoldenCase(HERE / "hflow" / "tiny32.json", torch.float64)
+    reduced = Reduced(whole, "tensors", lambda name: re.match(missing, name) is not None)
+    assert compare(reduced, monkeypatch) == compared
+
+
+def test_a_case_that_compares_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = GoldenCase(HERE / "hflow" / "tiny32.json", torch.float64)
+    for has in ("in.x", "sample.image", "loss.eval.mean"):
+        only = Reduced(whole, "tensors", lambda name, has=has: name != has)  # type: ignore[misc]
+        with pytest.raises(AssertionError, match=r"nothing of .* was compared"):
+            compare(only, monkeypatch)
+
+
+def test_what_a_reduced_case_has_may_not_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = GoldenCase(HERE / "hflow" / "tiny32.json", torch.float64)
+    wrong = Reduced(whole, "tensors", lambda name: not name.startswith("end."))
+    assert compare(wrong, monkeypatch) == 2
+    stored = wrong.tensors()
+    stored["end.y_of_z"][0, 0] += 1e-3
+    monkeypatch.setattr(Reduced, "tensors", lambda self: stored)
+    with pytest.raises(AssertionError, match=r"1 of 2:\n *end\.y_of_z: error 0\.001 above"):
+        compare(wrong, monkeypatch)
+    unknown = wrong.description()
+    unknown["tensors"][-1]["name"] = "end.of_nothing"
+    monkeypatch.setattr(Reduced, "description", lambda self: unknown)
+    with pytest.raises(AssertionError, match=r"end\.of_nothing: not computed"):
+        compare(wrong, monkeypatch)

@@ -4,6 +4,8 @@ import collections
 import json
 import sys
 import types
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,144 @@ def test_every_container_gives_the_same_run(
         assert (model.double().decode(model.encode(x.double()).latents) - x).abs().max() < 1e-9
 
 
+Wrap = Callable[[dict[str, Tensor]], Any]
+
+
+def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() if name.endswith(("w_p", "s_sign")) else value + 1 for name, value in state.items()}
+
+
+def before(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+OPTIMIZER = {"state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
+AN_OPTIMIZER = "an optimizer's state"
+# what wraps the weights, the part and prefix they are taken from, and what is passed over
+BELOW: dict[str, tuple[Wrap, str, str, dict[str, str]]] = {
+    "the case": (
+        lambda state: {"model": state, "optimizer": OPTIMIZER, "iteration": 5},
+        "model", "", {"optimizer": AN_OPTIMIZER, "iteration": "a number"},
+    ),
+    "any name": (lambda state: {"my-flow 2": state}, "my-flow 2", "", {}),
+    "depth two": (
+        lambda state: {"checkpoint": {"net": state, "epoch": 3}, "optimizer": OPTIMIZER, "args": Namespace(lr=1.0)},
+        "checkpoint.net", "",
+        {"optimizer": AN_OPTIMIZER, "args": "a record of argparse.Namespace", "checkpoint.epoch": "a number"},
+    ),
+    "counters beside tensors": (
+        lambda state: {"step": 5, "version": "1.0", "best": None, "rate": 0.5, **state},
+        ".", "", {"step": "a number", "version": "text", "best": "nothing", "rate": "a number"},
+    ),
+    "DataParallel": (lambda state: before("module.", state), ".", "module.", {}),
+    "compiled": (lambda state: {"model": before("module._orig_mod.", state)}, "model", "module._orig_mod.", {}),
+    "a network beside": (
+        lambda state: before("flow.net.", state) | {"loss.vgg.w": torch.ones(1), "loss.b": torch.ones(1)},
+        ".", "flow.net.", {"loss": "2 tensors"},
+    ),
+    "a discriminator": (
+        lambda state: {"g": state, "d": {"conv.weight": torch.ones(1)}, "g_optim": OPTIMIZER, "d_optim": OPTIMIZER},
+        "g", "", {"d": "1 tensor", "g_optim": AN_OPTIMIZER, "d_optim": AN_OPTIMIZER},
+    ),
+    "an average in a list": (
+        lambda state: {"model": state, "ema": {"decay": 0.9, "shadow_params": list(state.values())[:3]}},
+        "model", "", {"ema": "shadow_params: a list of 3 tensors"},
+    ),
+    "an average of torch": (
+        lambda state: {"n_averaged": torch.tensor(3), **before("module.", state)},
+        ".", "module.", {"n_averaged": "1 tensor"},
+    ),
+    "the same twice": (lambda state: {"model": state, "state_dict": state}, "model", "", {"state_dict": "the same"}),
+    "a schedule": (
+        lambda state: {"net": state, "lr_scheduler": {"milestones": Counter([5, 9]), "on": torch.device("cuda:0")}},
+        "net", "", {"lr_scheduler": "a dictionary"},
+    ),
+    "a list of weights beside": (
+        lambda state: {"net": state, "all": [state, 5]}, "net", "", {"all": "a list of 2 (144 tensors, a number)"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BELOW))
+def test_weights_below_another_key(what: str, saved: Callable[..., Saved], settings: Path) -> None:
+    wrap, part, prefix, passed_over = BELOW[what]
+    plain, _ = saved("plain.pt")
+    path, _ = saved(wrap=wrap)
+    found, expected = read_published(path, settings), read_published(plain, settings)
+    assert (found.part, found.prefix, found.passed_over) == (part, prefix, passed_over)
+    assert (expected.part, expected.prefix, expected.passed_over) == (".", "", {})
+    assert (found.config, found.dropped) == (expected.config, expected.dropped)
+    assert found.state.keys() == expected.state.keys()
+    assert all(torch.equal(found.state[name], expected.state[name]) for name in expected.state)
+
+
+# what wraps the weights; names of the raw and of the averaged ones, as the message lists them
+TWO: dict[str, tuple[Wrap, str, str]] = {
+    "state_dict": (lambda s: {"state_dict": s, "ema_state_dict": averaged(s)}, "state_dict", "ema_state_dict"),
+    "model": (lambda s: {"model": s, "model_ema": before("module.", averaged(s))}, "model", "model_ema"),
+    "g": (lambda s: {"g": before("module.", s), "g_ema": averaged(s), "g_optim": OPTIMIZER}, "g", "g_ema"),
+    "in one": (lambda s: {"model": {"raw": s, "ema": averaged(s)}, "step": 1}, "model.raw", "model.ema"),
+    "prefixes": (lambda s: before("model.", s) | before("model_ema.", averaged(s)), "model", "model_ema"),
+    "a prefix of both": (lambda s: before("net.", s) | before("net.ema.", averaged(s)), "net", "net.ema"),
+    "one without": (lambda s: s | before("ema.", averaged(s)), ".", "ema"),
+    "Lightning": (lambda s: {"state": before("n.", s) | before("e.", averaged(s))}, "state.n", "state.e"),
+}  # fmt: skip
+
+
+FLAT = ("prefixes", "a prefix of both", "one without")
+
+
+@pytest.mark.parametrize(("what", "suffix"), [(what, "pt") for what in TWO] + [(what, "safetensors") for what in FLAT])
+def test_averaged_weights_are_never_passed_over_without_a_word(
+    what: str, suffix: str, saved: Callable[..., Saved], settings: Path
+) -> None:
+    wrap, raw, ema = TWO[what]
+    path, state = saved(f"glow.{suffix}", wrap=wrap)
+    with pytest.raises(CheckpointError) as caught:
+        read_published(path, settings)
+    assert str(caught.value) == f"{path} holds 2 networks ({raw}, {ema}); choose one with --part NAME"
+    for part, weights, other in ((raw, state, ema), (ema, averaged(state), raw)):
+        found = read_published(path, settings, part)
+        expected = from_original(found.config, weights)  # type: ignore[arg-type]
+        assert found.state.keys() == expected.keys()
+        assert all(torch.equal(found.state[name], value) for name, value in expected.items())
+        assert found.part == part
+        assert found.passed_over[other] == f"{len(state)} tensors"
+    with pytest.raises(CheckpointError, match=rf"has no weights called other; --part must be one of {raw}, {ema}$"):
+        read_published(path, settings, "other")
+
+
+HOLDS: dict[str, tuple[Any, str]] = {
+    "an optimizer": (OPTIMIZER, "holds an optimizer's state; give"),
+    "an optimizer below a key": (
+        {"optimizer": OPTIMIZER, "epoch": 3}, "holds optimizer (an optimizer's state), epoch (a number); give"
+    ),
+    "a tensor": (torch.ones(3), "holds a single tensor; give"),
+    "a list": ([torch.ones(3), torch.ones(2)], "holds a list of 2 tensors; give"),
+    "a list of weights": (({"w": torch.ones(3)}, 5), "holds a list of 2 (1 tensor, a number); give"),
+    "nothing": ({}, "holds an empty dictionary; give"),
+    "averages in a list": (
+        {"ema": {"shadow_params": [torch.ones(3)] * 2}}, "holds ema (shadow_params: a list of 2 tensors); give"
+    ),
+    "numbers by name": ({0: torch.ones(3)}, "must name its tensors blocks.0.flows.0... or flow.layers.1"),
+    "another network": (
+        {"model": {"conv.weight": torch.ones(3)}},
+        "must name its tensors blocks.0.flows.0... or flow.layers.1..., as published Glow models do; found model.conv",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(HOLDS))
+def test_a_whole_file_without_weights_is_not_called_damaged(what: str, tmp_path: Path) -> None:
+    value, message = HOLDS[what]
+    torch.save(value, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError) as caught:
+        read_published(tmp_path / "x.pt")
+    assert str(caught.value).startswith(f"{tmp_path / 'x.pt'} {message}")
+    assert "\n" not in str(caught.value)
+    assert "download" not in str(caught.value)
+
+
 def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return lambda state: {key: value for key, value in state.items() if key != name}
 
@@ -154,7 +294,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "NaN": (lambda state: state | {f"{FLOW}actnorm.bias": torch.full((1, 24, 1, 1), torch.nan)}, "NaN or infinite"),
     "two networks": (
         lambda state: state | {f"other.{name}": value for name, value in state.items()},
-        "more than one network",
+        r"holds 2 networks \(\., other\); choose one with --part NAME",
     ),
     "a stranger": (lambda state: state | {"blocks.0.extra": torch.zeros(1)}, "unexpected blocks.0.extra"),
 }

@@ -106,6 +106,49 @@ def test_state_dicts(tmp_path: Path, weights: dict[str, torch.Tensor], settings_
     same(read_published(path, settings_file), read_published(GOLDEN / "tiny32.weights.safetensors", settings_file))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "_orig_mod.", "module._orig_mod.", "generator.flow."])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "below a key"])
+def test_weights_below_another_key_and_behind_a_prefix(
+    tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path, prefix: str, kind: str
+) -> None:
+    named = {prefix + name: value for name, value in weights.items()}
+    path = tmp_path / "weights"
+    if kind == "safetensors":
+        save_file(named, path)
+    else:
+        torch.save({"ema": named, "step": 5} if kind == "below a key" else named, path)
+    found = read_published(path, settings_file)
+    same(found, read_published(GOLDEN / "tiny32.weights.safetensors", settings_file))
+    assert found.prefix == prefix
+    assert (found.part, found.passed_over) == (("ema", {"step": "a number"}) if kind == "below a key" else (".", {}))
+
+
+def test_raw_and_averaged_weights(tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    other = {f"model_ema.{name}": value + 1 for name, value in weights.items()}
+    save_file({f"model.{name}": value for name, value in weights.items()} | other, path)
+    with pytest.raises(CheckpointError, match=r"x.safetensors holds 2 networks \(model, model_ema\); choose one with"):
+        read_published(path, settings_file)
+    found = read_published(path, settings_file, "model")
+    same(found, read_published(GOLDEN / "tiny32.weights.safetensors", settings_file))
+    assert found.passed_over == {"model_ema": f"{len(weights)} tensors"}
+
+
+def test_another_network_is_named(tmp_path: Path, settings_file: Path) -> None:
+    torch.save({"model": {"conv.weight": torch.ones(3)}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"as published hflow models do; found model\.conv\.weight$"):
+        read_published(tmp_path / "x.pt", settings_file)
+
+
+def test_a_container_has_one_part(
+    write: Callable[..., Path], weights: dict[str, torch.Tensor], description: dict[str, Any]
+) -> None:
+    path = write(weights, description["config"])
+    assert read_published(path, part=".").part == "."
+    with pytest.raises(CheckpointError, match=r"has no weights called ema; --part must be one of \.$"):
+        read_published(path, part="ema")
+
+
 def test_an_imported_run_computes_the_golden_images(
     tmp_path: Path, write: Callable[..., Path], weights: dict[str, torch.Tensor], description: dict[str, Any]
 ) -> None:
@@ -292,7 +335,7 @@ def test_masks_may_not_outweigh_the_file(tmp_path: Path, monkeypatch: pytest.Mon
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in HFlow(config).state_dict().items()}
     state = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    reads = dataclasses.replace(FAMILY, read_published=lambda path, settings: Published(config, state, {}))
+    reads = dataclasses.replace(FAMILY, read_published=lambda path, settings, part: Published(config, state, {}))
     monkeypatch.setitem(sys.modules, "large_family", types.SimpleNamespace(FAMILY=reads))  # type: ignore[misc]
     monkeypatch.setitem(FAMILIES, "large", "large_family")
     wanted = (

@@ -16,10 +16,10 @@ def _build(config: Any) -> LatentModel:
     return Glow(config)
 
 
-def _read_published(path: Path, settings: Path | None) -> Published:
+def _read_published(path: Path, settings: Path | None, part: str | None) -> Published:
     from hflow_rt.models.glow.published import read_published
 
-    return read_published(path, settings)
+    return read_published(path, settings, part)
 
 
 FAMILY = Family("glow", "Glow, multi-scale flow", GlowConfig, PRESETS, _build, _read_published)

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from hflow_rt.errors import CheckpointError, ConfigError
+from hflow_rt.foreign.parts import Naming
 from hflow_rt.foreign.settings import read_settings_file
 from hflow_rt.foreign.source import shown
-from hflow_rt.foreign.states import read_state
+from hflow_rt.foreign.states import read_weights
 from hflow_rt.models.checkpoint import parse_config
 from hflow_rt.models.family import Published
 from hflow_rt.models.glow.config import GlowConfig
@@ -27,17 +28,20 @@ __all__ = ["infer_settings", "read_published"]
 
 # Classes that become inert records: what Lightning keeps beside the weights.
 _CLASSES = ("pytorch_lightning", "lightning", "lightning_fabric")
-# what a training framework puts before the names of the network
-_PREFIX = re.compile(r"((?:\w+\.)*?)(?:blocks\.0\.flows\.0\.|flow\.layers\.1\.)")
+_NAMING = Naming(
+    r"blocks\.0\.flows\.0\.|flow\.layers\.1\.",
+    "blocks.0.flows.0... or flow.layers.1..., as published Glow models do",
+)
 _BITS_UNKNOWN = "the file does not say how many bits its data had: 8 were taken; say otherwise in --settings"
 
 
-def read_published(path: Path, settings: Path | None = None) -> Published:
+def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
     """Settings and weights of the file at `path`; `settings` is JSON of our settings, as far as needed.
 
-    Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.
+    part: which weights of several. Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.
     """
-    state = _without_prefix(read_state(path, _CLASSES), str(path))
+    found = read_weights(path, _CLASSES, _NAMING, part)
+    state = found.weights
     given: dict[str, Any] = {} if settings is None else dict(read_settings_file(settings))
     values = infer_settings(state, str(path)) | given
     if "resolution" not in values:
@@ -54,7 +58,8 @@ def read_published(path: Path, settings: Path | None = None) -> Published:
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     dropped = Counter(kind for name in state if (kind := ignored_kind(name)) is not None)
     notes = () if "bits" in given else (_BITS_UNKNOWN,)
-    return Published(config, from_original(config, floats, str(path)), dict(dropped), notes)
+    weights = from_original(config, floats, str(path))
+    return Published(config, weights, dict(dropped), notes, found.name, found.prefix, found.passed_over)
 
 
 def infer_settings(state: Mapping[str, Tensor], source: str = "the file") -> dict[str, Any]:
@@ -109,21 +114,11 @@ def _parts(layout: Layout) -> tuple[str, str, str]:
     return f"{step}block.0.conv.weight", f"{step}block.4.conv.weight", f"{step}invconv."
 
 
-def _without_prefix(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors below the network, under its own names; those beside it are not part of the model."""
-    prefixes = {match[1] for name in state if (match := _PREFIX.match(name))}
-    if len(prefixes) > 1:
-        found = ", ".join(shown(prefix) or "none" for prefix in sorted(prefixes))
-        raise CheckpointError(f"{source} holds more than one network (before their names: {found}); save one of them")
-    prefix = next(iter(prefixes), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def _check_steps(config: GlowConfig, state: Mapping[str, Tensor], source: str) -> None:
     """A step has at least 7 tensors: settings may not ask for many more modules than the file has."""
     steps = config.levels * config.steps
     if 7 * steps > len(state):
         raise CheckpointError(
             f"{source} holds {len(state):,} tensors, which {steps:,} flow steps cannot have; "
-            "leave levels and steps out of the settings"
+            "omit levels and steps from the settings"
         )

@@ -83,7 +83,7 @@ class Place:
         return value[self.order]
 
     def theirs(self, ours: Tensor) -> Tensor:
-        """The inverse of `ours` up to shape; of gradients, too, for it only permutes and changes signs."""
+        """The inverse of `ours` up to shape; of gradients, too, because it only permutes and changes signs."""
         value = ours * self.sign
         return value if self.order is None else value[torch.argsort(self.order)]
 
@@ -114,7 +114,7 @@ def from_original(config: GlowConfig, state: Mapping[str, Tensor], source: str =
     result: dict[str, Tensor] = {"initialized": torch.ones((), dtype=torch.uint8)}
     for name, tensor in state.items():
         if name == "prior_h" and bool(tensor.any()):
-            raise CheckpointError(f"{source}: prior_h must be zeros, for it is no parameter; give an intact file")
+            raise CheckpointError(f"{source}: prior_h must be zeros because it is no parameter; give an intact file")
         if ignored_kind(name) is not None:
             continue
         where = place(config, layout, name)

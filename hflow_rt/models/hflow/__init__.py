@@ -16,10 +16,10 @@ def _build(config: Any) -> LatentModel:
     return HFlow(config)
 
 
-def _read_published(path: Path, settings: Path | None) -> Published:
+def _read_published(path: Path, settings: Path | None, part: str | None) -> Published:
     from hflow_rt.models.hflow.published import read_published
 
-    return read_published(path, settings)
+    return read_published(path, settings, part)
 
 
 FAMILY = Family("hflow", "hflow, invertible hierarchical flow", HFlowConfig, PRESETS, _build, _read_published)

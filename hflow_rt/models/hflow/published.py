@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hflow_rt.errors import CheckpointError, ConfigError
+from hflow_rt.foreign.parts import Naming, Part
 from hflow_rt.foreign.settings import parse_settings, read_settings_file
 from hflow_rt.foreign.source import Source, open_source, shown
-from hflow_rt.foreign.states import read_state, read_stream, state_of
+from hflow_rt.foreign.states import read_stream, read_weights, skip_stream
 from hflow_rt.models.family import Published
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.network import HFlow
@@ -27,19 +28,22 @@ _MODULE = b"hflow.network"
 _START = struct.pack("<I", len(_MODULE)) + _MODULE
 # Classes that become inert records; the files name no others.
 _CLASSES = ("hflow.network", "torch.nn.modules")
+_NAMING = Naming(
+    r"(?:blocks\.\d{1,4}\.(?:blocks\.steps|learned_upscaler)|endblock_\w{1,40}|global_state)\.",
+    "blocks.0.blocks.steps..., endblock_... and global_state..., as published hflow models do",
+)
 _VALUES = 1 << 24  # of one level's target
 
 
-def read_published(path: Path, settings: Path | None = None) -> Published:
+def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
     """Settings and weights of the file at `path`; `settings` replaces, or provides, the original's JSON.
 
-    Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.
+    part: which weights of several. Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.
     """
     with open_source(path) as source:
-        is_container = source.peek(len(_START)) == _START
-        state, embedded = _read_container(source) if is_container else ({}, None)
-    if not is_container:
-        state = read_state(path, _CLASSES)
+        contained = _read_container(source, part) if source.peek(len(_START)) == _START else None
+    found, embedded = contained or (read_weights(path, _CLASSES, _NAMING, part), None)
+    state = found.weights
     if settings is not None:
         values = read_settings_file(settings)
     elif embedded is not None:
@@ -54,22 +58,22 @@ def read_published(path: Path, settings: Path | None = None) -> Published:
     if taken := sorted(weights.keys() & scales.keys()):
         raise CheckpointError(f"{path} holds {taken[0]}, which is no name of the original's; give a published file")
     dropped = Counter(kind for name in state if (kind := ignored_kind(name)) is not None)
-    return Published(config, weights | scales, dict(dropped))
+    return Published(config, weights | scales, dict(dropped), (), found.name, found.prefix, found.passed_over)
 
 
-def _read_container(source: Source) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """State dict and settings. The module's name and source text are passed over, and so is Adam's state."""
+def _read_container(source: Source, part: str | None) -> tuple[Part[Tensor], dict[str, Any] | None]:
+    """Weights and settings. The module's name and source text are passed over, and so is Adam's state."""
     source.skip(source.length())
     source.skip(source.length())
-    state = state_of(read_stream(source, _CLASSES), source)
-    if not isinstance(read_stream(source, load=False), dict):
+    weights = read_stream(source, _CLASSES, part=part)
+    if not isinstance(skip_stream(source), dict):
         raise source.broken("the optimizer's state is no dictionary")
     if not source.left:
-        return state, None
+        return weights, None
     size = source.length()
     if size != source.left:
         raise source.broken(f"{size:,} bytes of settings must end it, and {source.left:,} are left")
-    return state, parse_settings(source.read(size), source.name)
+    return weights, parse_settings(source.read(size), source.name)
 
 
 def _config(values: Mapping[str, Any], source: str) -> HFlowConfig:

@@ -52,6 +52,9 @@ def import_checkpoint(
         print(f"dropped, for they are recomputed: {counts}")
     if found.spreads is not None:
         print(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
+        print(f"  ({found.spreads['split']})")
+        if "not_used" in found.spreads:
+            print(f"  (not used: {found.spreads['not_used']})")
     for note in found.notes:
         print(f"note: {note}")
     say_next(f"hflow-rt export {run}")

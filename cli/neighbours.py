@@ -1,5 +1,6 @@
 """`hflow-rt neighbours`."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +81,8 @@ def neighbours(
     session = open_session(model, backend, device, quiet=json)
     where = find_place(session, place)
     searched = select(data, session.resolution, split)
+    if searched.images.unused:
+        print(f"not used of {searched.source}: {searched.images.left_out}", file=sys.stderr)
     found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0
     known = _of_set(session, found, label)
     if images:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.data.dataset import ImageSet
     from hflow_rt.evaluation.bits import Evaluation
     from hflow_rt.models.family import LatentModel
-    from hflow_rt.training.batches import Images
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import TrainResult
@@ -51,7 +51,7 @@ def train(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A folder, zip, tar or .npy of images; by default the bundled ones.", show_default=False),
+        typer.Option(help="A folder, archive or array of images; by default the bundled ones.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -87,14 +87,16 @@ def train(
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be > 0; found {value}")
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
+    before: dict[str, Any] | None = None
     checkpoint: bool | Path = False
     if resume:
         if preset is not None or config is not None or start is not None:
             raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")
         folder, checkpoint, values = _resumed(run, out)
         chosen = load_config(file=values, overrides=settings or ())
+        before = values.get("run", {}).get("data", {})
         if data is None:
-            about = {"source": values.get("run", {}).get("data", {}).get("source")}
+            about = {"source": before.get("source")}
     else:
         if run is not None:
             raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
@@ -106,6 +108,9 @@ def train(
             chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
         folder = out or new_run(chosen.preset or chosen.family)
     opened = _open(about["source"], chosen)
+    about["split"] = opened.split_by
+    if before is not None and _is_main():
+        _warn_of_split(before.get("split"), opened)
 
     from hflow_rt.training.trainer import train as run_training
 
@@ -145,7 +150,7 @@ def _model_file(path: Path) -> Path:
     return path / MODEL if path.is_dir() else path
 
 
-def _open(source: str | None, config: RunConfig) -> Images:
+def _open(source: str | None, config: RunConfig) -> ImageSet:
     from hflow_rt.assets import demo_images
     from hflow_rt.data.dataset import open_dataset
 
@@ -153,7 +158,22 @@ def _open(source: str | None, config: RunConfig) -> Images:
     if opened.skipped and source is not None and _is_main():
         counts = ", ".join(f"{count} {reason}" for reason, count in opened.skipped.items())
         print(f"{len(opened)} images; not used: {counts}", file=sys.stderr)
+    if _is_main():
+        print(opened.split_by, file=sys.stderr)
     return opened
+
+
+def _warn_of_split(before: str | None, images: ImageSet) -> None:
+    """Say so if a run that goes on began with other images held out. Versions that recorded nothing split otherwise."""
+    known = all(name.partition("/")[0] in ("train", "test", "val") for name in images.names)
+    if before is None and not known and "by the folders" in images.split_by:
+        before = "a hash of the names"
+    if before not in (None, images.split_by):
+        print(
+            f"warning: the run began with images split by {before}, so it has seen some that are now held out; "
+            "their bits/dim mean less than those of a new run",
+            file=sys.stderr,
+        )
 
 
 def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:

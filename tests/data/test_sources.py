@@ -2,16 +2,23 @@
 
 import io
 import os
+import socket
+import struct
+import subprocess
+import sys
 import tarfile
+import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from hflow_rt.data.resize import fit
-from hflow_rt.data.sources import Skipped, open_source, to_rgb
+from hflow_rt.data.sources import Skipped, looks_like_image, open_source, read_file, to_rgb
 from hflow_rt.errors import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -123,7 +130,7 @@ def test_bad_files_are_named_with_a_reason(tmp_path: Path) -> None:
     }
     expected = {
         "cut.png": "broken image",
-        "empty.png": "not an image",
+        "empty.png": "empty file",
         "good.png": "used",
         "notes.txt": "not an image",
         "text.png": "not an image",
@@ -133,22 +140,52 @@ def test_bad_files_are_named_with_a_reason(tmp_path: Path) -> None:
     assert reasons(write_tar(tmp_path / "x.tar", files)) == expected
 
 
-def test_special_files_and_dead_links_are_unreadable(tmp_path: Path) -> None:
-    (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(tmp_path / "pipe.png")
-    assert reasons(tmp_path) == {"dead.png": "unreadable", "pipe.png": "unreadable"}
+def test_what_is_no_regular_file_is_counted_and_never_waited_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", {"ok.png": PLAIN, "deep/ok.png": PLAIN})
+    elsewhere = write(tmp_path / "elsewhere", {"other.png": PLAIN})
+    (folder / "dead.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "below.png").symlink_to("ok.png/below")
+    (folder / "round").symlink_to(folder)
+    (folder / "others").symlink_to(elsewhere)
+    (folder / "same.png").symlink_to("ok.png")
+    (folder / "null").symlink_to(os.devnull)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "to_pipe.png").symlink_to("pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket.png"))
+        assert reasons(folder) == {
+            "below.png": "broken link",
+            "dead.png": "broken link",
+            "deep/ok.png": "used",
+            "loop.png": "broken link",
+            "null": "link to a device",
+            "ok.png": "used",
+            "others": "link to a folder",
+            "pipe.png": "named pipe",
+            "round": "link to a folder",
+            "same.png": "used",
+            "socket.png": "socket",
+            "to_pipe.png": "link to a named pipe",
+        }
     with pytest.raises(DataError, match="neither a folder nor a regular file"):
-        read(tmp_path / "pipe.png")
+        read(folder / "pipe.png")
+    (tmp_path / "link").symlink_to(elsewhere)  # one that was named is followed
+    assert reasons(tmp_path / "link") == {"other.png": "used"}
 
 
 def test_links_inside_a_tar(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.png": PLAIN})
     with tarfile.open(path, "a") as archive:
-        for name, target in [("same.png", "a.png"), ("outside.png", "../secret.png")]:
+        for name, target in [("same.png", "a.png"), ("outside.png", "../secret.png"), ("loop.png", "loop.png")]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = tarfile.SYMTYPE, target
             archive.addfile(info)
-    assert reasons(path) == {"a.png": "used", "same.png": "used", "outside.png": "unreadable"}
+        info = tarfile.TarInfo("pipe.png")
+        info.type = tarfile.FIFOTYPE
+        archive.addfile(info)
+    unread = dict.fromkeys(["outside.png", "loop.png", "pipe.png"], "unreadable")
+    assert reasons(path) == {"a.png": "used", "same.png": "used"} | unread
 
 
 def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
@@ -157,10 +194,17 @@ def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.5])  # Pillow warns above its limit and raises above twice that
-def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+def test_decompression_bombs_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, factor: float
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(100 * 100 / 2 / factor))
+    """large_image_two_answers: a file among others, or alone."""
     write(tmp_path, {"bomb.png": png(Image.new("L", (100, 100))), "ok.png": PLAIN})
     assert reasons(tmp_path) == {"bomb.png": "too large", "ok.png": "used"}
+    found = read_file(tmp_path / "bomb.png")
+    assert isinstance(found, Skipped)
+    assert found.reason == "too large"
+    assert list(recwarn) == []
 
 
 def test_oversized_entries_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +213,123 @@ def test_oversized_entries_are_skipped(tmp_path: Path, monkeypatch: pytest.Monke
     assert reasons(path) == {"ok.png": "used", "zeros.png": "too large"}
 
 
-def test_a_pillow_warning_is_a_skip(tmp_path: Path) -> None:
-    # one EXIF tag, the orientation, whose value would lie beyond the end
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\x10\0\0\0\xff\xff\0\0\0\0"
-    Image.new("RGB", (8, 8)).save(tmp_path / "odd.jpg", exif=exif)
-    assert reasons(tmp_path) == {"odd.jpg": "broken image"}
+TURNED = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # an entry of EXIF: to be turned by 90 degrees clockwise
+BEYOND = struct.pack(">HHII", 0x010F, 2, 4096, 0xFFFF)  # the maker's name, beyond the end
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ([TURNED], (8, 16)),
+        ([TURNED, BEYOND], (8, 16)),
+        ([struct.pack(">HHII", 0x0112, 3, 4096, 0xFFFF)], (16, 8)),  # the orientation itself is lost
+        ([TURNED, TURNED[:5]], (8, 16)),  # cut off
+        ([TURNED[:5]], (16, 8)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_whole_pixels_broken_exif(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, entries: list[bytes], size: tuple[int, int], kind: str
+) -> None:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + b"".join(entries)
+    Image.new("RGB", (16, 8), RED).save(tmp_path / f"a.{kind}", exif=exif)
+    for image in (read(tmp_path)[f"a.{kind}"], read_file(tmp_path / f"a.{kind}")):
+        assert isinstance(image, Image.Image)
+        assert image.size == size
+    assert list(recwarn) == []
+
+
+def chunk(kind: bytes, data: bytes, damage: int = 0) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
+
+
+@pytest.mark.parametrize("at", [33, -12])  # after the header, before the end
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        chunk(b"tEXt", b"key\0value", damage=1),
+        chunk(b"eXIf", b"II*\0", damage=1),
+        chunk(b"pHYs", b"\0"),
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2**21))),  # longer than Pillow takes
+    ],
+)
+def test_whole_pixels_broken_chunks(tmp_path: Path, damaged: bytes, at: int) -> None:
+    data = png(Image.new("RGB", (8, 8), RED), icc_profile=b"", transparency=RED)
+    (tmp_path / "a.png").write_bytes(data[:at] + damaged + data[at:])
+    image = read(tmp_path)["a.png"]
+    assert isinstance(image, Image.Image)
+    assert pixel(image) == WHITE  # what the pixels need is kept
+
+
+@pytest.mark.parametrize("kind", [b"IDAT", b"PLTE", b"tRNS"])
+def test_broken_chunks_of_pixels_are_refused(tmp_path: Path, kind: bytes) -> None:
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 255, *RED])
+    data = bytearray(png(palette, transparency=0))
+    start = data.index(kind)
+    data[start + 4] ^= 0xFF
+    (tmp_path / "a.png").write_bytes(data)
+    assert reasons(tmp_path)["a.png"] in ("broken image", "not an image")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyError, AssertionError, ZeroDivisionError, RecursionError, MemoryError]
+)
+def test_damaged_image_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def load(image: Image.Image) -> None:
+        raise error("failed to decode")
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    write(tmp_path, {"a.png": PLAIN})
+    reason = "too large" if error is MemoryError else "broken image"
+    assert reasons(tmp_path) == {"a.png": reason}
+    found = read_file(tmp_path / "a.png")
+    assert isinstance(found, Skipped)
+    assert found.reason == reason
+
+
+def test_damaged_compressed_tiff_says_nothing_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.tiff", compression="tiff_lzw")
+    data = bytearray((tmp_path / "a.tiff").read_bytes())
+    data[100:400] = b"\xff" * 300
+    (tmp_path / "a.tiff").write_bytes(data)
+    assert reasons(tmp_path) == {"a.tiff": "broken image"}
+    os.write(2, b"after")
+    assert capfd.readouterr() == ("", "after")
+
+
+def test_what_pillow_logs_is_not_printed() -> None:
+    """A TIFF of too many samples a pixel: Pillow logs an error, which Python prints by default."""
+    code = (
+        "import io, sys; from PIL import Image, TiffImagePlugin; from hflow_rt.data.sources import read_file\n"
+        "ifd = TiffImagePlugin.ImageFileDirectory_v2(); ifd[277] = 3\n"
+        "Image.new('RGB', (8, 8)).save('many.tiff', tiffinfo=ifd)\n"
+        "data = bytearray(open('many.tiff', 'rb').read())\n"
+        "data[data.index(b'\\x15\\x01\\x03\\x00') + 8] = 99\n"
+        "open('many.tiff', 'wb').write(data); print(read_file('many.tiff').reason)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert (done.stdout, done.stderr) == ("not an image\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.JPG", True), ("b/a.webp", True), ("IMG_1.HEIC", True), ("a.txt", False), ("README", False), ("png", False)],
+)
+def test_names_that_look_like_images(name: str, expected: bool) -> None:
+    assert looks_like_image(name) == expected
+
+
+def test_the_first_frame_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE)]
+    for kind in ("gif", "png", "webp", "tiff"):
+        settings = {"lossless": True} if kind == "webp" else {}
+        frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **settings)
+    for image in read(tmp_path).values():
+        assert isinstance(image, Image.Image)
+        assert pixel(image) == RED
 
 
 def test_a_damaged_zip_entry_is_skipped(tmp_path: Path) -> None:

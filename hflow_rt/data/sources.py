@@ -149,13 +149,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """What EXIF says, as far as it can be read; 1, upright, if it says nothing."""
-    value: object = None
+    """What EXIF says, as far as Pillow can read it; 1, upright, if it says nothing."""
     with suppress(Exception):  # a damaged block raises nearly anything
-        image.getexif()
-    with suppress(Exception):  # what was read before the damage is kept
         value = image.getexif().get(ExifTags.Base.Orientation)
-    return value if isinstance(value, int) else 1
+        return value if isinstance(value, int) else 1
+    return 1
 
 
 def _source(entries: list[_Entry]) -> ImageSource:

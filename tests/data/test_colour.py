@@ -97,6 +97,14 @@ def test_it_is_what_littlecms_makes_of_it() -> None:
     np.testing.assert_array_equal(to_rgb(saved(noise, wide())), expected)
 
 
+def test_a_small_difference_counts_and_rounding_does_not() -> None:
+    levels = np.arange(256, dtype=np.uint8)[None]
+    for embedded, differs in ((grey(2.2), True), (SRGB, False)):
+        found = np.asarray(to_rgb(saved(Image.fromarray(levels), embedded)))[..., 0].astype(int)
+        assert (3 < np.abs(found - levels).max() < 10) == differs
+        assert (found == levels).all() != differs
+
+
 @pytest.mark.parametrize("embedded", [SRGB, b"", b"no profile", SRGB[:300], wide()[:200], grey(2.2), ink()])
 def test_srgb_and_what_cannot_be_read_or_belongs_to_others_change_nothing(embedded: bytes) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)

@@ -225,6 +225,7 @@ BEYOND = struct.pack(">HHII", 0x010F, 2, 4096, 0xFFFF)  # the maker's name, beyo
         ([struct.pack(">HHII", 0x0112, 3, 4096, 0xFFFF)], (16, 8)),  # the orientation itself is lost
         ([TURNED, TURNED[:5]], (8, 16)),  # cut off
         ([TURNED[:5]], (16, 8)),
+        ([], (16, 8)),
     ],
 )
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
@@ -232,6 +233,7 @@ def test_whole_pixels_broken_exif(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, entries: list[bytes], size: tuple[int, int], kind: str
 ) -> None:
     exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + b"".join(entries)
+    exif = exif if entries else b"Exif\0\0no EXIF"
     Image.new("RGB", (16, 8), RED).save(tmp_path / f"a.{kind}", exif=exif)
     for image in (read(tmp_path)[f"a.{kind}"], read_file(tmp_path / f"a.{kind}")):
         assert isinstance(image, Image.Image)

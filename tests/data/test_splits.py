@@ -108,10 +108,10 @@ def test_split_folders_ignored_in_no_kind_of_source(tmp_path: Path, separator: s
 
 def test_names_with_backslashes_in_a_folder(tmp_path: Path) -> None:
     """What some programs leave when they unpack an archive of Windows elsewhere."""
-    for index, name in enumerate(["train\\1.png", "train\\2.png", "test\\1.png"]):
+    for index, name in enumerate(["train\\1.png", "train\\2.png", "train0.png", "test\\1.png"]):
         save(tmp_path / name, index)
     images = open_dataset(tmp_path, 4)
-    assert images.names == ["test/1.png", "train/1.png", "train/2.png"]
+    assert images.names == ["test/1.png", "train/1.png", "train/2.png", "train0.png"]
     assert images.split()[1].tolist() == [0]
 
 

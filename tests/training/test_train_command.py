@@ -52,7 +52,7 @@ def test_train_then_resume(folder: Path, tmp_path: Path) -> None:
     assert "now: " in lines[3]
     assert lines[-1] == f"next: hflow-rt export {run}"
     # piped: a line at each evaluation
-    assert first.stderr.startswith("41 images to train on, 4 held out, by a hash of the names\n")
+    assert first.stderr.startswith("40 images to train on, 5 held out, by a hash of the names\n")
     assert [line.split("  ")[0] for line in first.stderr.splitlines()[2:]] == ["0 images", "80 images"]
     with Image.open(run / "samples" / "000000080.png") as picture:
         assert picture.mode == "RGB"

@@ -31,7 +31,7 @@ def by_folder(choices: Choices, names: Sequence[str]) -> _OneHot:
 def class_folder(choices: Choices, path: Path) -> str:
     """What to put before the names of images in `path`, a file or folder, for `by_folder`: `boot/` in a folder boot."""
     path = Path(os.path.abspath(path))  # a link has the name it was given
-    name = path.name if path.is_dir() else path.parent.name
+    name = path.name if os.path.isdir(path) else path.parent.name
     return f"{name}/" if any(name in options for options in choices.values()) else ""
 
 

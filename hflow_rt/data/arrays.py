@@ -43,11 +43,13 @@ def open_array(path: Path) -> Iterator[ImageSource]:
             layout = _layout(path, stream, size)
         except FileNotFoundError as error:
             raise DataError(f"no images at {path}: it does not exist; give a folder, zip, tar or array") from error
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {short(error)}") from error
         except DataError:
             raise
         except Exception as error:  # a damaged zip raises nearly anything
             raise DataError(f"{path} is not a whole file of NumPy ({short(error)}); save it again") from error
-        yield ImageSource(_images(path, stream, layout), layout.count)
+        yield ImageSource(_images(path, stream, layout), layout.number)
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[IO[bytes], int]:
@@ -70,7 +72,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[IO[bytes], int]:
 class _Layout(NamedTuple):
     """How an image lies in the array: `[C, H, W]` or, with colours last, `[H, W, C]`."""
 
-    count: int
+    number: int
     height: int
     width: int
     colours: int
@@ -107,7 +109,8 @@ def _three(found: str, shape: tuple[int, ...]) -> _Layout:
             f"{found}, which may be one image or grey ones; save array[None] if it is one image, "
             "array[..., None] if they are grey"
         )
-    return _Layout(*shape, colours=1, last=True)
+    count, height, width = shape
+    return _Layout(count, height, width, 1, True)
 
 
 def _four(found: str, shape: tuple[int, ...]) -> _Layout:
@@ -116,8 +119,8 @@ def _four(found: str, shape: tuple[int, ...]) -> _Layout:
         raise DataError(f"{found}, where colours may come first or last; give images of more than 3 pixels a side")
     if not first and not last:
         raise DataError(f"{found}; images must have 3 colours, or 1, as [N, H, W, 3] or [N, 3, H, W]")
-    count, *sides, colours = shape if last else (shape[0], *shape[2:], shape[1])
-    return _Layout(count, *sides, colours, last)
+    count, height, width, colours = shape if last else (shape[0], shape[2], shape[3], shape[1])
+    return _Layout(count, height, width, colours, last)
 
 
 def _images(path: Path, stream: IO[bytes], layout: _Layout) -> Iterator[tuple[str, Image.Image]]:

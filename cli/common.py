@@ -11,7 +11,7 @@ from hflow_rt.cli.terminal import note, tracked
 from hflow_rt.files import is_file, is_ours
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
-from hflow_rt.names import quoted
+from hflow_rt.names import quoted, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +104,7 @@ ImagesArgument = Annotated[
 
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
 
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy", ".npz")
 
 
 def locate(model: Path | None, quiet: bool = False) -> Path:
@@ -166,12 +166,20 @@ def need_extra(extra: str, *packages: str) -> None:
 
 
 def read_pictures(
-    paths: Sequence[Path], resolution: int, limit: int | None = None, choices: "Choices | None" = None
+    paths: Sequence[Path],
+    resolution: int,
+    limit: int | None = None,
+    choices: "Choices | None" = None,
+    unused: dict[str, str] | None = None,
 ) -> tuple[list[str], "NDArray[np.float32]"]:
-    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders and archives, the first `limit` of them.
+    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders, archives and arrays, the first `limit`.
 
-    choices: of the model; a file's or folder's name then tells its class, see `class_folder`. Raises `DataError`.
+    choices: of the model; a file's or folder's name then tells its class, see `class_folder`.
+    unused: takes the names of images in folders and archives that cannot be used, and why; if there are several
+    sources, with the source before the name. Their number is told on stderr. Raises `DataError`.
     """
+    import os
+
     import numpy as np
 
     from hflow_rt.conditions import class_folder
@@ -182,18 +190,19 @@ def read_pictures(
     images: list[NDArray[np.float32]] = []
     for path in paths:
         folder = class_folder(choices or {}, path)
-        if path.is_dir() or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
+        if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
             from hflow_rt.data.dataset import open_dataset
 
             found = open_dataset(path, resolution)
-            skipped = {reason: count for reason, count in found.skipped.items() if reason != "not an image"}
-            if skipped:
-                counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-                note(f"{len(found)} images in {path}; not used: {counts}")
+            if found.unused:
+                note(f"{len(found)} images in {path}; not used: {found.left_out}")
+            if unused is not None:
+                above = f"{path}/" if len(paths) > 1 else folder
+                unused |= {above + name: reason for name, reason in found.unused.items()}
             names += [folder + name for name in found.names[:limit]]
             images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
         else:
-            names.append(folder + path.name)
+            names.append(folder + shown(path.name))
             images.append(read_image(path, resolution))
     if not images:
         raise DataError("no images given; name at least one file, folder or archive")

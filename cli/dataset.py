@@ -1,6 +1,5 @@
 """`hflow-rt dataset`: turn a folder, zip or tar of images into one training file."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.app import app
+from hflow_rt.cli.terminal import print_json, say, say_next
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     from hflow_rt.data.dataset import Progress
@@ -27,33 +28,37 @@ class CropChoice(StrEnum):
 
 @app.command()
 def dataset(
-    source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images (anything Pillow reads).")],
+    source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images, or a .npy or .npz array.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .npy.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")],
     crop: Annotated[CropChoice, typer.Option(help="center, or none: skip oblong images.")] = CropChoice.CENTER,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the first unusable file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Turn a folder, zip or tar of images into one file to train on.
+    """Turn a folder, zip, tar or array of images into one file to train on.
 
-    Transparency becomes white, grey becomes RGB, EXIF orientation is obeyed. Files that are no images, are
-    broken or smaller than the resolution are skipped and counted.
+    Anything that Pillow reads: transparency becomes white, grey becomes RGB, colour profiles become sRGB, EXIF
+    orientation is obeyed. Files that are no images, are broken or smaller than the resolution are skipped and counted.
+    Arrays are uint8, [N, H, W, 3], [N, 3, H, W] or grey [N, H, W].
 
     Example: hflow-rt dataset photos.zip -o photos-128.npy --resolution 128
     """
     from hflow_rt.data.dataset import build_dataset
+    from hflow_rt.data.splits import split_names
 
     with _progress_bar() as progress:
         info = build_dataset(source, output, resolution, crop.value, strict, progress)
-    size = output.stat().st_size
+    size, split = output.stat().st_size, split_names(info.names)
     if as_json:
-        summary = {"path": str(output), "bytes": size, **info.model_dump(exclude={"names"})}
-        typer.echo(json.dumps(summary))
+        about = info.model_dump(exclude={"names", "unused"})
+        summary = {"path": str(output), "bytes": size, **about, "split": str(split)}
+        print_json(summary)
         return
-    typer.echo(f"{info.count} images of {resolution}x{resolution} in {output} ({size / 1e6:.1f} MB)")
+    say(f"{info.count} images of {resolution}x{resolution} in {output} ({size / 1e6:.1f} MB)")
     for reason, count in info.skipped.items():
-        typer.echo(f"skipped {count}: {reason}")
-    typer.echo(f"next: hflow-rt train --data {output}")
+        say(f"skipped {count}: {reason}")
+    say(f"split: {split}")
+    say_next(f"hflow-rt train --data {quoted(output)}")
 
 
 @contextmanager

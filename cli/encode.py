@@ -50,7 +50,8 @@ def encode(
     if picture is not None:
         check_picture_name(picture)
     session = open_session(model, backend, device, quiet=json)
-    names, pixels = read_pictures(images, session.resolution, choices=session.choices)
+    unused: dict[str, str] = {}
+    names, pixels = read_pictures(images, session.resolution, choices=session.choices, unused=unused)
     conditions = told(session, names, label)
     starts = [slice(start, start + _BATCH) for start in range(0, len(pixels), _BATCH)]
     size = lambda part: len(pixels[part])  # noqa: E731
@@ -65,6 +66,7 @@ def encode(
         "family": session.manifest.family,
         "model": session.manifest.checkpoint["sha256"],
         "images": names,
+        "skipped": unused,
     }
     save_latents(output, latents, about | {"log_prob": [float(value) for value in log_prob]})
     if picture is not None:
@@ -72,7 +74,8 @@ def encode(
         rows = [("original", to_uint8(pixels[:8])), ("decoded", to_uint8(session.forward(first)))]
         save_image(picture, labelled_rows(rows))
     if json:
-        print_json({"output": str(output), "images": names, "bits_per_dim": [float(value) for value in bits]})
+        values = [float(value) for value in bits]
+        print_json({"output": str(output), "images": names, "skipped": unused, "bits_per_dim": values})
         return
     for name, value in list(zip(names, bits, strict=True))[:8]:
         say(f"{name}: {value:.3f} bits/dim (plug-in estimate)")

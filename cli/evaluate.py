@@ -94,8 +94,9 @@ def bpd(
     report = {"model": str(source), "backend": where, **found.dump()}
     report |= {"split": split, "seed": seed, "draws": draws, "batch": batch}
     report |= {"data": chosen.source, "images": len(chosen), "data_hash": chosen.images.hash}
+    report |= {"data_split": chosen.images.split_by, "skipped": chosen.images.unused}
     lines = [f"bits/dim of {chosen}, seed {seed}, {draws} draw{'s' if draws > 1 else ''} each:"]
-    lines += _bits_lines(found) + _notes(found, chosen, metadata)
+    lines += _bits_lines(found) + _about_data(chosen) + _notes(found, chosen, metadata)
     following = f"hflow-rt eval distance{_again(model, data)} --features efficientnet-lite0"
     _finish(processes, report, lines, output, json, following)
 
@@ -173,6 +174,8 @@ def distance(
         "split": split,
         "data": chosen.source,
         "data_hash": chosen.images.hash,
+        "data_split": chosen.images.split_by,
+        "skipped": chosen.images.unused,
     }
     lines = [] if found is None else _distance_lines(found, chosen, stds, seed)
     _finish(processes, report, lines, output, json, f"hflow-rt eval bpd{_again(model, data)}")
@@ -289,6 +292,12 @@ def _notes(found: "BitsReport", chosen: "Selection", metadata: dict[str, Any]) -
     return notes
 
 
+def _about_data(chosen: "Selection") -> list[str]:
+    """By what the images were split, and how many were not used."""
+    lines = [] if chosen.split == "all" else [f"of {chosen.source}: {chosen.images.split_by}"]
+    return lines + ([f"not used of {chosen.source}: {chosen.images.left_out}"] if chosen.images.unused else [])
+
+
 def _distance_lines(found: "DistanceReport", chosen: "Selection", std: list[str], seed: int) -> list[str]:
     kernel = found.kernel
     lines = [
@@ -298,6 +307,7 @@ def _distance_lines(found: "DistanceReport", chosen: "Selection", std: list[str]
         f"{found.samples} samples at std {' '.join(std)}, seed {seed}, against {chosen}; "
         f"{found.dimensions} features of {found.network}",
     ]
+    lines += _about_data(chosen)
     if found.rank_deficient:
         lines.append(
             f"note: {min(found.samples, found.data)} images cannot fill a covariance of {found.dimensions} dimensions; "

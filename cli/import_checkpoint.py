@@ -66,6 +66,9 @@ def import_checkpoint(
         say(f"dropped because they are recomputed: {counts}")
     if found.spreads is not None:
         say(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
+        say(f"  ({found.spreads['split']})")
+        if "not_used" in found.spreads:
+            say(f"  (not used: {found.spreads['not_used']})")
     for note in found.notes:
         say(f"note: {note}")
     say_next(f"hflow-rt export {quoted(run)}")

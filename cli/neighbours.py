@@ -25,7 +25,7 @@ from hflow_rt.cli.common import (
     starting_points,
     told,
 )
-from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,6 +89,8 @@ def neighbours(
         check_picture_size(output, *table_size(count + 1, 2 * samples, session.resolution))
     where = find_place(session, place)
     searched = select(data, session.resolution, split)
+    if searched.images.unused:
+        note(f"not used of {searched.source}: {searched.images.left_out}")
     found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0
     known = _of_set(session, found, label)
     if images:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.data.dataset import ImageSet
     from hflow_rt.evaluation.bits import Evaluation
     from hflow_rt.models.family import LatentModel
-    from hflow_rt.training.batches import Images
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import TrainResult
@@ -55,7 +55,7 @@ def train(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A folder, zip, tar or .npy of images; by default the bundled ones.", show_default=False),
+        typer.Option(help="A folder, archive or array of images; by default the bundled ones.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -91,14 +91,16 @@ def train(
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} must be a finite number > 0; found {value}")
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
+    before: dict[str, Any] | None = None
     checkpoint: bool | Path = False
     if resume:
         if preset is not None or config is not None or start is not None:
             raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")
         folder, checkpoint, values = _resumed(run, out)
         chosen = load_config(file=values, overrides=settings or ())
+        before = values.get("run", {}).get("data", {})
         if data is None:
-            about = {"source": values.get("run", {}).get("data", {}).get("source")}
+            about = {"source": before.get("source")}
     else:
         if run is not None:
             raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
@@ -113,6 +115,9 @@ def train(
     if folder is None:
         name = chosen.preset or chosen.family
         folder = new_run(name) if _is_main() else ROOT / name  # the main process writes
+    about["split"] = opened.split_by
+    if before is not None and _is_main():
+        _warn_of_split(before.get("split"), opened)
 
     from hflow_rt.training.trainer import train as run_training
 
@@ -152,7 +157,7 @@ def _model_file(path: Path) -> Path:
     return path / MODEL if is_folder(path) else path
 
 
-def _open(source: str | None, config: RunConfig) -> Images:
+def _open(source: str | None, config: RunConfig) -> ImageSet:
     from hflow_rt.assets import demo_images
     from hflow_rt.data.dataset import open_dataset
 
@@ -160,7 +165,21 @@ def _open(source: str | None, config: RunConfig) -> Images:
     if opened.skipped and source is not None and _is_main():
         counts = ", ".join(f"{count} {reason}" for reason, count in opened.skipped.items())
         note(f"{len(opened)} images; not used: {counts}")
+    if _is_main():
+        note(opened.split_by)
     return opened
+
+
+def _warn_of_split(before: str | None, images: ImageSet) -> None:
+    """Say so if a run that goes on began with other images held out. Versions that recorded nothing split otherwise."""
+    known = all(name.partition("/")[0] in ("train", "test", "val") for name in images.names)
+    if before is None and not known and "by the folders" in images.split_by:
+        before = "a hash of the names"
+    if before not in (None, images.split_by):
+        note(
+            f"warning: the run began with images split by {before}, so it has seen some that are now held out; "
+            "their bits/dim mean less than those of a new run"
+        )
 
 
 def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:

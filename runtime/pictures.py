@@ -5,7 +5,6 @@ rounding lead from one to the other, so an 8-bit image survives the trip unchang
 """
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from hflow_rt.data.pixels import to_levels
 from hflow_rt.data.resize import fit
-from hflow_rt.data.sources import Skipped, to_rgb
+from hflow_rt.data.sources import Skipped, read_file
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file
 from hflow_rt.memory import need
@@ -62,8 +61,8 @@ _SOFTWARE = 0x0131  # the tag of EXIF for it
 _SCREEN = 2048  # pixels across
 _LARGE = 2**20  # pixels; larger pictures are a tenth larger on disk and written three times as fast
 
-# what Pillow raises on damaged files, besides OSError
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# what makes a file no image; other reasons leave its content unknown, or whole
+_DAMAGED = ("empty file", "not an image", "broken image")
 
 
 def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -88,22 +87,21 @@ def check_pixels(images: NDArray[np.uint8], what: str = "images") -> None:
 
 
 def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArray[np.float32]:
-    """An image file as float32 `[3, R, R]` in [0, 1]: turned as its EXIF says, transparency on white.
+    """An image file as float32 `[3, R, R]` in [0, 1]: turned as its EXIF says, in sRGB, transparency on white.
 
     `crop` is `center` (the largest square in the middle) or `none` (the image must be square); what is larger
     than R is reduced with a Lanczos filter.
-    Raises `DataError` for a file that is missing, damaged, no image or too small.
+    Raises `DataError` for a file that is missing, damaged, no image, too large or too small.
     """
     if crop not in ("center", "none"):
         raise DataError(f"crop must be 'center' or 'none'; found '{crop}'")
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no image at {path}; check the name")
-    try:
-        with Image.open(path) as file:
-            picture = to_rgb(file)
-    except (*_DAMAGED, ValueError) as error:
-        raise DataError(f"{path} is not a whole image of a known kind; convert or copy it again") from error
+    picture = read_file(path)
+    if isinstance(picture, Skipped):
+        if picture.reason in _DAMAGED:
+            raise DataError(f"{path} is not a whole image of a known kind: {picture.detail}; convert or copy it again")
+        if picture.reason == "too large":
+            raise DataError(f"{path} cannot be used: {picture.detail}; reduce it first")
+        raise DataError(f"no image at {path}: {picture.detail}; check the name")
     fitted = fit(picture, resolution, "none" if crop == "none" else "center")
     if isinstance(fitted, Skipped):
         wanted = f"{resolution}x{resolution}"

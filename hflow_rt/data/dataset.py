@@ -9,19 +9,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hflow_rt.data.arrays import is_array, open_array
 from hflow_rt.data.resize import Crop, fit
-from hflow_rt.data.sources import ImageSource, Skipped, open_source
+from hflow_rt.data.sources import ImageSource, Skipped, looks_like_image, open_source
+from hflow_rt.data.splits import Split, split_names
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.files import atomic_file, sha256
 
@@ -29,8 +35,6 @@ __all__ = ["DatasetInfo", "ImageSet", "Progress", "build_dataset", "open_dataset
 
 Progress = Callable[[int, int], None]
 
-# Held out when the names do not say it: one image in ten.
-HELD_OUT = 0.1
 # Images decoded on the fly stay in memory up to this many bytes, then move to a temporary file.
 MAX_MEMORY_BYTES = 2**30
 # One header size for every image count, so that it can be written before the images are counted.
@@ -38,7 +42,11 @@ HEADER_BYTES = 128
 
 
 class DatasetInfo(BaseModel):
-    """What `NAME.json` holds. `sha256` is of the `.npy` file's bytes, `skipped` counts files by reason."""
+    """What `NAME.json` holds.
+
+    `sha256` is of the `.npy` file's bytes, `skipped` counts files by reason, and `unused` says of each file that is or
+    looks like an image why it is not used.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,6 +57,7 @@ class DatasetInfo(BaseModel):
     crop: Crop
     sha256: str
     skipped: dict[str, int]
+    unused: dict[str, str] = {}
     names: list[str]
 
 
@@ -56,13 +65,22 @@ class ImageSet:
     """Images in a fixed order.
 
     `hash` changes with any name, pixel or the order, and is the same for the same images whether they come
-    from a folder, a zip or a `.npy` built of it. `skipped` counts by reason the files of the source not used.
+    from a folder, a zip or a `.npy` built of it. `skipped` counts by reason the files of the source not used;
+    `unused` gives the name and the reason of those that are or look like images.
     """
 
-    def __init__(self, array: NDArray[np.uint8], names: list[str], skipped: dict[str, int], array_sha256: str) -> None:
+    def __init__(
+        self,
+        array: NDArray[np.uint8],
+        names: list[str],
+        skipped: dict[str, int],
+        array_sha256: str,
+        unused: Mapping[str, str] | None = None,
+    ) -> None:
         self._array = array
         self.names = names
         self.skipped = skipped
+        self.unused = dict(unused or {})
         self.hash = hashlib.sha256(json.dumps([names, array_sha256]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -77,24 +95,23 @@ class ImageSet:
         """The images at `indices` (any order, repeats allowed) as a new uint8 array `[n, 3, R, R]`."""
         return self._array[np.asarray(indices, dtype=np.int64)]
 
-    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices of the images to train on, and of those held out; both ascending.
+    @cached_property
+    def _split(self) -> Split:
+        return split_names(self.names)
 
-        Where every name lies in a top folder `train/`, `test/` or `val/` and both sides have images, the
-        folders decide. Otherwise a hash of the name decides (about a tenth is held out), so that adding
-        images moves none from one side to the other, save in sets so small that the rule would leave a side
-        empty. A single image is trained on.
-        """
-        top = [name.split("/")[0] if "/" in name else "" for name in self.names]
-        held = np.array([folder != "train" for folder in top])
-        if not set(top) <= {"train", "test", "val"} or held.all() or not held.any():
-            draw = np.array([_uniform(name) for name in self.names])
-            held = draw < HELD_OUT
-            if len(held) == 1 or held.all():
-                held[draw.argmax()] = False
-            elif not held.any():
-                held[draw.argmin()] = True
-        return np.flatnonzero(~held), np.flatnonzero(held)
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices of the images to train on, and of those held out; both ascending. See `split_names`."""
+        return self._split.training, self._split.held_out
+
+    @property
+    def split_by(self) -> str:
+        """How many images are on each side and what decided it: the folders, or a hash of the names."""
+        return str(self._split)
+
+    @property
+    def left_out(self) -> str:
+        """`unused` counted in words such as "2 empty file, 1 too small"; empty if everything is used."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(self.unused.values()).items()))
 
 
 def build_dataset(
@@ -105,24 +122,25 @@ def build_dataset(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> DatasetInfo:
-    """Decode a folder, zip or tar into `output` (`.npy`, uint8 `[N, 3, R, R]`) and its `.json`, atomically.
+    """Decode a folder, zip, tar or array into `output` (`.npy`, uint8 `[N, 3, R, R]`) and its `.json`, atomically.
 
     `strict` refuses the first file that cannot be used instead of skipping it; `progress` is called with the
-    files done and the files in all. Raises `DataError` (nothing usable, unreadable, unwritable) or
-    `ConfigError`.
+    files done and the files in all. Raises `DataError` (nothing usable, unreadable, unwritable, or a file of the user's
+    would be replaced) or `ConfigError`.
     """
-    output = Path(output)
+    source, output = Path(source), Path(output)
     if output.suffix != ".npy":
         raise ConfigError(f"the dataset file must end in .npy, not '{output.name}'")
     _check_settings(resolution, crop)
+    _check_output(source, output)
     with (
-        open_source(source) as images,  # first, so that a wrong source leaves no new folder behind
+        _open(source) as images,  # first, so that a wrong source leaves no new folder behind
         atomic_file(output.with_suffix(".json")) as info_file,
         atomic_file(output) as array_file,  # last, so renamed first: the JSON never vouches for a missing array
     ):
         with open(array_file, "wb") as sink:
             sink.write(bytes(HEADER_BYTES))
-            names, skipped = _decode(images, source, resolution, crop, strict, progress, sink.write)
+            names, skipped, unused = _decode(images, source, resolution, crop, strict, progress, sink.write)
             sink.seek(0)
             sink.write(_header(len(names), resolution))
         info = DatasetInfo(
@@ -132,6 +150,7 @@ def build_dataset(
             crop=crop,
             sha256=sha256(array_file),
             skipped=skipped,
+            unused=unused,
             names=names,
         )
         info_file.write_text(json.dumps(info.model_dump(), indent=1) + "\n")
@@ -141,34 +160,54 @@ def build_dataset(
 def open_dataset(
     source: Path | str, resolution: int, crop: Crop = "center", progress: Progress | None = None
 ) -> ImageSet:
-    """A `.npy` written by `build_dataset` (mapped, checked against its hash), or a folder, zip or tar.
+    """A `.npy` written by `build_dataset` (mapped, checked against its hash), or a folder, zip, tar or other array.
 
     The latter are decoded into memory, above 1 GiB into a temporary file that vanishes with the process.
-    `crop` concerns only these: a `.npy` is square already. Raises `DataError` or `ConfigError`.
+    `crop` concerns only these: a dataset is square already. Raises `DataError` or `ConfigError`.
     """
     _check_settings(resolution, crop)
     path = Path(source)
-    if path.suffix == ".npy" and not path.is_dir():
-        return _open_array(path, resolution)
-    with open_source(path) as images, _Spool() as spool:
-        names, skipped = _decode(images, path, resolution, crop, False, progress, spool.write)
+    if _is_dataset(path):
+        info = _read_info(path)
+        if info.resolution != resolution:
+            raise DataError(
+                f"{path} holds images of {info.resolution} pixels and {resolution} are needed; "
+                f"build one with 'hflow-rt dataset --resolution {resolution}'"
+            )
+        return ImageSet(_map_array(path, info), info.names, info.skipped, info.sha256, info.unused)
+    with _open(path) as images, _Spool() as spool:
+        names, skipped, unused = _decode(images, path, resolution, crop, False, progress, spool.write)
         array = spool.array((len(names), 3, resolution, resolution))
     digest = hashlib.sha256(_header(len(names), resolution))  # the hash that the .npy of these images would have
     digest.update(array.reshape(-1).data)
-    return ImageSet(array, names, skipped, digest.hexdigest())
+    return ImageSet(array, names, skipped, digest.hexdigest(), unused)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[ImageSource]:
+    """The images of any source; those of a dataset keep their names, so that they are split as before."""
+    if _is_dataset(path):
+        info = _read_info(path)
+        array = _map_array(path, info)
+        images = (Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))) for pixels in array)
+        yield ImageSource(zip(info.names, images, strict=True), info.count)
+        return
+    with open_array(path) if is_array(path) else open_source(path) as source:
+        yield source
 
 
 def _decode(
     images: ImageSource,
-    source: Path | str,
+    source: Path,
     resolution: int,
     crop: Crop,
     strict: bool,
     progress: Progress | None,
     write: Callable[[bytes], object],
-) -> tuple[list[str], dict[str, int]]:
-    """Hand each usable image's pixels to `write`; their names, and the count of the others by reason."""
+) -> tuple[list[str], dict[str, int], dict[str, str]]:
+    """Hand each usable image's pixels to `write`; their names, and `skipped` and `unused` as of `DatasetInfo`."""
     names: list[str] = []
+    unused: dict[str, str] = {}
     skipped: list[Skipped] = []
     for done, (name, image) in enumerate(images, 1):
         pixels = image if isinstance(image, Skipped) else fit(image, resolution, crop)
@@ -176,6 +215,8 @@ def _decode(
             if strict:
                 raise DataError(f"{name} in {source} cannot be used: {pixels.detail}; fix it or go without strict")
             skipped.append(pixels)
+            if pixels.reason not in ("not an image", "empty file") or looks_like_image(name):
+                unused[name] = pixels.reason
         else:
             write(pixels.tobytes())
             names.append(name)
@@ -183,10 +224,10 @@ def _decode(
             progress(done, len(images))
     if not names:
         raise DataError(_nothing_usable(source, resolution, skipped))
-    return names, dict(sorted(Counter(item.reason for item in skipped).items()))
+    return names, dict(sorted(Counter(item.reason for item in skipped).items())), unused
 
 
-def _nothing_usable(source: Path | str, resolution: int, skipped: list[Skipped]) -> str:
+def _nothing_usable(source: Path, resolution: int, skipped: list[Skipped]) -> str:
     if not skipped:
         return f"{source} holds no files; give a folder, zip or tar with images"
     sizes = [item.size for item in skipped if item.size is not None]
@@ -198,45 +239,72 @@ def _nothing_usable(source: Path | str, resolution: int, skipped: list[Skipped])
         )
     counts = Counter(item.reason for item in skipped)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    return f"{source} holds no usable image ({reasons}); the first: {skipped[0].detail}"
+    first = next((item for item in skipped if item.reason != "not an image"), skipped[0])
+    return f"{source} holds no usable image ({reasons}); the first: {first.detail}"
 
 
-def _open_array(path: Path, resolution: int) -> ImageSet:
+def _is_dataset(path: Path) -> bool:
+    """Whether a `.npy` has a description beside it, right or wrong; without one it is any array."""
+    return path.suffix.lower() == ".npy" and is_array(path) and os.path.lexists(path.with_suffix(".json"))
+
+
+def _read_info(path: Path) -> DatasetInfo:
+    """The description of a dataset. Raises `DataError`."""
     info_path = path.with_suffix(".json")
-    again = "build it again with 'hflow-rt dataset'"
-    for needed in (path, info_path):
-        if not needed.is_file():
-            raise DataError(f"a dataset is a .npy and a .json side by side, and {needed} is missing; {again}")
+    if not os.path.isfile(info_path):  # reading a pipe would wait for ever
+        raise DataError(f"{info_path} must be a regular file that describes a dataset; move it, or repair the link")
     try:
-        info = DatasetInfo.model_validate_json(info_path.read_bytes())
+        return DatasetInfo.model_validate_json(info_path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DataError(f"{info_path} does not describe a dataset ({where}: {first['msg']}); {again}") from error
+        raise DataError(
+            f"{info_path} does not describe a dataset ({where}: {first['msg']}); build it again with "
+            f"'hflow-rt dataset', or, if {path.name} is an array of your own, keep the two apart"
+        ) from error
     except OSError as error:
         raise DataError(f"cannot read {info_path}: {error.strerror or error}") from error
-    if info.resolution != resolution:
-        raise DataError(
-            f"{path} holds images of {info.resolution} pixels and {resolution} are needed; "
-            f"build one with 'hflow-rt dataset --resolution {resolution}'"
-        )
-    shape = (info.count, 3, resolution, resolution)
+
+
+def _map_array(path: Path, info: DatasetInfo) -> NDArray[np.uint8]:
+    """The images `[N, 3, R, R]` of a dataset, mapped into memory once they are what `info` says. Raises `DataError`."""
+    described, again = path.with_suffix(".json").name, "build it again with 'hflow-rt dataset'"
+    shape = (info.count, 3, info.resolution, info.resolution)
     expected = HEADER_BYTES + int(np.prod(shape, dtype=np.int64))
     try:
         size, digest = path.stat().st_size, sha256(path)
         if size != expected:
-            raise DataError(f"{path} has {size} bytes where {info_path.name} asks for {expected}; {again}")
+            raise DataError(f"{path} has {size} bytes where {described} asks for {expected}; {again}")
         if digest != info.sha256:
-            raise DataError(f"{path} is not the file that {info_path.name} describes (sha256 differs); {again}")
+            raise DataError(f"{path} is not the file that {described} describes (sha256 differs); {again}")
         array = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError as error:
+        raise DataError(f"a dataset is a .npy and a .json side by side, and {path} is missing; {again}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; {again}") from error
     if array.shape != shape or array.dtype != np.uint8 or len(info.names) != info.count or info.count < 1:
         raise DataError(
-            f"{path} holds {array.dtype} {list(array.shape)} where {info_path.name} asks for "
+            f"{path} holds {array.dtype} {list(array.shape)} where {described} asks for "
             f"uint8 {list(shape)} with {len(info.names)} names; {again}"
         )
-    return ImageSet(np.asarray(array), info.names, info.skipped, digest)
+    return np.asarray(array)
+
+
+def _check_output(source: Path, output: Path) -> None:
+    """Raise `DataError` if a dataset there would replace its source, or a `.json` that describes something else."""
+    description = output.with_suffix(".json")
+    if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
+        raise DataError(f"a dataset cannot be written over its own source {source}; choose another name")
+    if os.path.lexists(description):
+        try:
+            _read_info(output)
+        except DataError as error:
+            raise DataError(
+                f"{description} describes no dataset and would be replaced by the description of {output}; "
+                "choose another name, or move that file"
+            ) from error
+    elif os.path.isfile(output) and Path(os.path.realpath(source)) in Path(os.path.realpath(output)).parents:
+        raise DataError(f"{output} is a file of its source {source} and would be replaced; choose another name")
 
 
 class _Spool:
@@ -286,8 +354,3 @@ def _check_settings(resolution: int, crop: Crop) -> None:
         raise ConfigError(f"the resolution must be at least 1, not {resolution}")
     if crop not in get_args(Crop):
         raise ConfigError(f"crop must be one of {', '.join(get_args(Crop))}, not '{crop}'")
-
-
-def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48

@@ -20,7 +20,7 @@ from hflow_rt.files import atomic_file
 
 __all__ = ["FeatureCache", "cache_folder", "cache_key"]
 
-_FORMAT = 1
+_FORMAT = 2  # 2: folders split a set wherever they lie in it
 _METADATA = "hflow_rt_features"
 
 

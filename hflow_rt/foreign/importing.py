@@ -160,4 +160,5 @@ def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: C
             f"{source}: noise scales must be finite, and those of {', '.join(wild)} are not on {images}; "
             "its weights overflow, so omit --images or give an intact file"
         )
-    return {"source": str(images), "images": count, "held_out": len(held_out)}
+    about = {"source": str(images), "images": count, "held_out": len(held_out), "split": pixels.split_by}
+    return about | ({"not_used": pixels.left_out} if pixels.left_out else {})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -156,7 +157,6 @@ def test_train_and_test_folders_are_kept() -> None:
     [
         [*(f"train/{index}" for index in range(30))],  # nothing held out
         [*(f"test/{index}" for index in range(30))],  # nothing to train on
-        [*(f"train/{index}" for index in range(20)), *(f"test/{index}" for index in range(9)), "other.png"],
         [*(f"train/{index}" for index in range(29)), "test"],  # a file, not a folder
     ],
 )
@@ -227,6 +227,68 @@ def test_unwritable_output_is_refused(photos: Path, tmp_path: Path) -> None:
     assert leftovers(tmp_path) == ["file", "folder.npy"]
 
 
+@pytest.mark.parametrize("content", [b'{"cat": 1}', b"", b'{"format": 1}', None])
+def test_file_nobody_named_overwritten(photos: Path, tmp_path: Path, content: bytes | None) -> None:
+    labels = tmp_path / "photos.json"
+    labels.write_bytes(content) if content is not None else labels.symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"photos\.json describes no dataset and would be replaced") as caught:
+        build_dataset(photos, tmp_path / "photos.npy", R)
+    assert "\n" not in str(caught.value)
+    assert labels.read_bytes() == content if content is not None else labels.is_symlink()
+    assert leftovers(tmp_path) == ["photos.json"]
+    build_dataset(photos, tmp_path / "set.npy", R)
+    build_dataset(photos, tmp_path / "set.npy", R)  # one of a dataset may be replaced
+
+
+def test_a_dataset_never_replaces_its_source(photos: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.npy"
+    np.save(own, np.zeros((4, R, R, 3), np.uint8))
+    (tmp_path / "link.npy").symlink_to("own.npy")
+    (tmp_path / "hard.npy").hardlink_to(own)
+    for output in (own, tmp_path / "link.npy", tmp_path / "hard.npy", tmp_path / "photos" / ".." / "own.npy"):
+        with pytest.raises(DataError, match="cannot be written over its own source"):
+            build_dataset(own, output, R)
+    build_dataset(own, tmp_path / "set.npy", R)
+    with pytest.raises(DataError, match="cannot be written over its own source"):
+        build_dataset(tmp_path / "set.npy", tmp_path / "set.npy", R // 2)
+    (photos / "array.npy").write_bytes(own.read_bytes())
+    with pytest.raises(DataError, match=r"array\.npy is a file of its source"):
+        build_dataset(photos, photos / "array.npy", R)
+    assert (photos / "array.npy").read_bytes() == own.read_bytes()
+    assert build_dataset(photos, photos / "new.npy", R).count == 12
+    assert build_dataset(photos, photos / "new.npy", R).count == 12  # a dataset, not a file of the source
+    assert build_dataset(photos, own, R).count == 12  # it was named
+
+
+def test_what_is_not_used_is_named(photos: Path, tmp_path: Path) -> None:
+    """encode_leaves_files_out: what is called like an image counts as one, whatever is in it."""
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "page.jpg").write_text("<html>")
+    (photos / "live.HEIC").write_bytes(b"no Pillow reads it")
+    (photos / "empty").write_bytes(b"")
+    os.mkfifo(photos / "pipe")
+    build_dataset(photos, tmp_path / "set.npy", R)
+    for source in (photos, tmp_path / "set.npy"):
+        images = open_dataset(source, R)
+        assert images.skipped == {"empty file": 2, "named pipe": 1, "not an image": 3, "too small": 1}
+        assert images.unused == {
+            "empty.jpg": "empty file",
+            "live.HEIC": "not an image",
+            "page.jpg": "not an image",
+            "pipe": "named pipe",
+            "small.png": "too small",
+        }
+        assert images.left_out == "1 empty file, 1 named pipe, 2 not an image, 1 too small"
+
+
+def test_a_description_without_what_is_not_used_is_read(photos: Path, tmp_path: Path) -> None:
+    build_dataset(photos, tmp_path / "set.npy", R)
+    info = json.loads((tmp_path / "set.json").read_text())
+    del info["unused"]
+    (tmp_path / "set.json").write_text(json.dumps(info))
+    assert open_dataset(tmp_path / "set.npy", R).unused == {}
+
+
 def test_impossible_settings_are_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"end in \.npy"):
         build_dataset(photos, tmp_path / "set.bin", R)
@@ -263,10 +325,10 @@ class TestDamagedFile:
         self.refuse(built, "sha256 differs")
 
     def test_missing_parts(self, built: Path) -> None:
-        built.with_suffix(".json").rename(built.with_suffix(".bak"))
-        self.refuse(built, r"set\.json is missing")
         built.unlink()
         self.refuse(built, r"set\.npy is missing")
+        built.with_suffix(".json").unlink()
+        self.refuse(built, r"no images at .*set\.npy: it does not exist")
 
     def test_json_is_not_ours(self, built: Path) -> None:
         self.edit_json(built, format=2)
@@ -320,6 +382,7 @@ def test_command_prints_a_summary_and_the_next_command(photos: Path, tmp_path: P
         f"12 images of 8x8 in {output} (0.0 MB)",
         "skipped 1: not an image",
         "skipped 1: too small",
+        "split: 9 images to train on, 3 held out, by a hash of the names",
         f"next: hflow-rt train --data {output}",
     ]
 

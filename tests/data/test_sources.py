@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hflow_rt.data.resize import fit
-from hflow_rt.data.sources import Skipped, open_source, to_rgb
+from hflow_rt.data.sources import Skipped, looks_like_image, open_source, read_file, to_rgb
 from hflow_rt.errors import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -123,7 +124,7 @@ def test_bad_files_are_named_with_a_reason(tmp_path: Path) -> None:
     }
     expected = {
         "cut.png": "broken image",
-        "empty.png": "not an image",
+        "empty.png": "empty file",
         "good.png": "used",
         "notes.txt": "not an image",
         "text.png": "not an image",
@@ -133,22 +134,52 @@ def test_bad_files_are_named_with_a_reason(tmp_path: Path) -> None:
     assert reasons(write_tar(tmp_path / "x.tar", files)) == expected
 
 
-def test_special_files_and_dead_links_are_unreadable(tmp_path: Path) -> None:
-    (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere")
-    os.mkfifo(tmp_path / "pipe.png")
-    assert reasons(tmp_path) == {"dead.png": "unreadable", "pipe.png": "unreadable"}
+def test_what_is_no_regular_file_is_counted_and_never_waited_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", {"ok.png": PLAIN, "deep/ok.png": PLAIN})
+    elsewhere = write(tmp_path / "elsewhere", {"other.png": PLAIN})
+    (folder / "dead.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "below.png").symlink_to("ok.png/below")
+    (folder / "round").symlink_to(folder)
+    (folder / "others").symlink_to(elsewhere)
+    (folder / "same.png").symlink_to("ok.png")
+    (folder / "null").symlink_to(os.devnull)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "to_pipe.png").symlink_to("pipe.png")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket.png"))
+        assert reasons(folder) == {
+            "below.png": "broken link",
+            "dead.png": "broken link",
+            "deep/ok.png": "used",
+            "loop.png": "broken link",
+            "null": "link to a device",
+            "ok.png": "used",
+            "others": "link to a folder",
+            "pipe.png": "named pipe",
+            "round": "link to a folder",
+            "same.png": "used",
+            "socket.png": "socket",
+            "to_pipe.png": "link to a named pipe",
+        }
     with pytest.raises(DataError, match="neither a folder nor a regular file"):
-        read(tmp_path / "pipe.png")
+        read(folder / "pipe.png")
+    (tmp_path / "link").symlink_to(elsewhere)  # one that was named is followed
+    assert reasons(tmp_path / "link") == {"other.png": "used"}
 
 
 def test_links_inside_a_tar(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {"a.png": PLAIN})
     with tarfile.open(path, "a") as archive:
-        for name, target in [("same.png", "a.png"), ("outside.png", "../secret.png")]:
+        for name, target in [("same.png", "a.png"), ("outside.png", "../secret.png"), ("loop.png", "loop.png")]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = tarfile.SYMTYPE, target
             archive.addfile(info)
-    assert reasons(path) == {"a.png": "used", "same.png": "used", "outside.png": "unreadable"}
+        info = tarfile.TarInfo("pipe.png")
+        info.type = tarfile.FIFOTYPE
+        archive.addfile(info)
+    unread = dict.fromkeys(["outside.png", "loop.png", "pipe.png"], "unreadable")
+    assert reasons(path) == {"a.png": "used", "same.png": "used"} | unread
 
 
 def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
@@ -157,10 +188,17 @@ def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.5])  # Pillow warns above its limit and raises above twice that
-def test_decompression_bombs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+def test_decompression_bombs_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, factor: float
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(100 * 100 / 2 / factor))
+    """large_image_two_answers: a file among others, or alone."""
     write(tmp_path, {"bomb.png": png(Image.new("L", (100, 100))), "ok.png": PLAIN})
     assert reasons(tmp_path) == {"bomb.png": "too large", "ok.png": "used"}
+    found = read_file(tmp_path / "bomb.png")
+    assert isinstance(found, Skipped)
+    assert found.reason == "too large"
+    assert list(recwarn) == []
 
 
 def test_oversized_entries_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +207,22 @@ def test_oversized_entries_are_skipped(tmp_path: Path, monkeypatch: pytest.Monke
     assert reasons(path) == {"ok.png": "used", "zeros.png": "too large"}
 
 
-def test_a_pillow_warning_is_a_skip(tmp_path: Path) -> None:
-    # one EXIF tag, the orientation, whose value would lie beyond the end
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\x10\0\0\0\xff\xff\0\0\0\0"
-    Image.new("RGB", (8, 8)).save(tmp_path / "odd.jpg", exif=exif)
-    assert reasons(tmp_path) == {"odd.jpg": "broken image"}
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.JPG", True), ("b/a.webp", True), ("IMG_1.HEIC", True), ("a.txt", False), ("README", False), ("png", False)],
+)
+def test_names_that_look_like_images(name: str, expected: bool) -> None:
+    assert looks_like_image(name) == expected
+
+
+def test_the_first_frame_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE)]
+    for kind in ("gif", "png", "webp", "tiff"):
+        settings = {"lossless": True} if kind == "webp" else {}
+        frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **settings)
+    for image in read(tmp_path).values():
+        assert isinstance(image, Image.Image)
+        assert pixel(image) == RED
 
 
 def test_a_damaged_zip_entry_is_skipped(tmp_path: Path) -> None:

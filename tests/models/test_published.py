@@ -385,7 +385,7 @@ def test_spreads_are_those_of_one_large_batch_without_what_is_held_out(
     run, source = tmp_path / "run", GOLDEN / "tiny32.weights.safetensors"
     done = import_published(source, "hflow", run, settings_file, tmp_path / "images.npy")
     assert done.spreads == {
-        "source": str(tmp_path / "images.npy"), "images": count - held_out, "held_out": held_out
+        "source": str(tmp_path / "images.npy"), "images": count - held_out, "held_out": held_out, "split": "by hand"
     }  # fmt: skip
     assert len(done.notes) == bool(held_out)
     assert all("5 held-out images were left out" in note for note in done.notes)
@@ -406,6 +406,7 @@ class Images:
     def __init__(self, pixels: Any, held_out: int) -> None:
         self.array = pixels.transpose(0, 3, 1, 2)
         self.held_out = held_out
+        self.split_by, self.left_out = "by hand", ""
 
     def __len__(self) -> int:
         return len(self.array)

@@ -52,7 +52,8 @@ def test_train_then_resume(folder: Path, tmp_path: Path) -> None:
     assert "now: " in lines[3]
     assert lines[-1] == f"next: hflow-rt export {run}"
     # piped: a line at each evaluation
-    assert [line.split("  ")[0] for line in first.stderr.splitlines()[1:]] == ["0 images", "80 images"]
+    assert first.stderr.startswith("40 images to train on, 5 held out, by a hash of the names\n")
+    assert [line.split("  ")[0] for line in first.stderr.splitlines()[2:]] == ["0 images", "80 images"]
     with Image.open(run / "samples" / "000000080.png") as picture:
         assert picture.mode == "RGB"
 
@@ -66,6 +67,29 @@ def test_train_then_resume(folder: Path, tmp_path: Path) -> None:
     earlier = checkpoints(run)[0]
     fourth = _train("--resume", earlier, "--images", 168, "--json")
     assert json.loads(fourth.stdout)["images"] == 168
+
+
+def test_split_folders_ignored(images: Any, tmp_path: Path) -> None:
+    """What is trained on is said and recorded; a run that began with another split hears of it when it goes on."""
+    for index, pixels in enumerate(images.array):
+        path = tmp_path / "all" / "photos" / ("Train" if index % 3 else "Test") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+    run, split = tmp_path / "run", "30 images to train on, 15 held out, by the folders photos/Train/ and photos/Test/"
+    first = _train("--preset", "toy", "--data", tmp_path / "all", "--out", run, "--images", 8)
+    assert first.stderr.splitlines()[0] == split
+    about = json.loads((run / "run.json").read_text())
+    assert about["run"]["data"]["split"] == split
+    again = _train("--resume", run, "--images", 16)
+    assert again.exit_code == 0, again.output
+    assert "warning" not in again.stderr
+    del about["run"]["data"]["split"]  # as older versions wrote it, which did not see these folders
+    (run / "run.json").write_text(json.dumps(about))
+    again = _train("--resume", run, "--images", 24)
+    assert again.exit_code == 0, again.output
+    assert again.stderr.splitlines()[1].startswith(
+        "warning: the run began with images split by a hash of the names, so it has seen some that are now held out"
+    )
 
 
 def test_resume_without_a_name_takes_the_latest_run(

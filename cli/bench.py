@@ -27,7 +27,7 @@ def bench(
         typer.Option(
             "-o",
             "--output",
-            help="NAME of NAME.json, .md and .png; without it latency, in the bundle (here for the model that ships).",
+            help="NAME of NAME.json, .md and .png; by default latency, in the bundle (for the bundled model here).",
             show_default=False,
         ),
     ] = None,

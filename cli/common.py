@@ -49,7 +49,7 @@ __all__ = [
     "write_pictures",
 ]
 
-_MODEL_HELP = "A run or a bundle; without it the latest run under ./runs, else the model that ships."
+_MODEL_HELP = "A run or a bundle; by default the latest run under ./runs, else the bundled model."
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default=False)]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx, trt or torch.")]
@@ -74,7 +74,7 @@ StdOption = Annotated[
     typer.Option(
         "--std",
         metavar="S|NAME=S",
-        help="Multiply the prior's std, of all latents or of one; as the model says if left away. Repeatable.",
+        help="Multiply the prior's std, of all latents or of one; by default what the bundle says. Repeatable.",
         show_default=False,
     ),
 ]
@@ -82,8 +82,8 @@ StdOption = Annotated[
 LabelOption = Annotated[
     str | None,
     typer.Option(
-        help="For a model of classes: the class of all these images; without it samples take each in turn, and "
-        "images the one their folder is named after.",
+        help="For a model of classes: the class of all these images. By default samples take each in turn, and "
+        "images the one that their folder is named after.",
         show_default=False,
     ),
 ]
@@ -99,7 +99,7 @@ PlaceOption = Annotated[
 ]
 ImagesArgument = Annotated[
     list[Path] | None,
-    typer.Argument(help="Image files, folders or archives; without them samples.", show_default=False),
+    typer.Argument(help="Image files, folders or archives; by default samples.", show_default=False),
 ]
 
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
@@ -108,7 +108,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy", ".npz")
 
 
 def locate(model: Path | None, quiet: bool = False) -> Path:
-    """`model`, or the latest run under ./runs, or the model that ships, which is then named on stderr."""
+    """`model`, or the latest run under ./runs, or the bundled model, which is then named on stderr."""
     from hflow_rt.assets import PRETRAINED, pretrained
     from hflow_rt.errors import CheckpointError
     from hflow_rt.runs import ROOT, latest_run
@@ -119,7 +119,7 @@ def locate(model: Path | None, quiet: bool = False) -> Path:
         return latest_run()
     except CheckpointError:
         if not quiet:
-            note(f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships")
+            note(f"no run under ./{ROOT}: this is {PRETRAINED}, the bundled model")
         return pretrained()
 
 
@@ -210,7 +210,7 @@ def read_pictures(
 
 
 def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[np.float32]"]:
-    """Names and pixels, as of `read_pictures`, of `number` of the test images that ship, taken evenly.
+    """Names and pixels, as of `read_pictures`, of `number` of the bundled test images, taken evenly.
 
     Raises `DataError` if they are too small for the model.
     """
@@ -278,7 +278,7 @@ def starting_points(
     return [f"sample {index}" for index in range(number)], session.forward(latents), latents
 
 
-def check_std(std: Sequence[str] | None, samples: bool, instead: str = "leave it away") -> None:
+def check_std(std: Sequence[str] | None, samples: bool, instead: str = "omit it") -> None:
     """Raise `DataError`, which says what to do `instead`, for an std where nothing is sampled."""
     from hflow_rt.errors import DataError
 

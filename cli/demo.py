@@ -1,4 +1,4 @@
-"""`hflow-rt demo`: everything once, on the images that ship, with a page to look at."""
+"""`hflow-rt demo`: everything once, on the bundled images, with a page to look at."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

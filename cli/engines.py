@@ -28,7 +28,7 @@ __all__ = ["EngineOptions", "build_engines", "describe_engines", "describe_layer
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What `export` was told about TensorRT, as it was typed; None where nothing."""
+    """What `export` was asked for of TensorRT, as it was typed; None where nothing was asked."""
 
     flavor: Literal["tensorrt", "rtx"] | None
     capabilities: str | None
@@ -204,7 +204,7 @@ def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, 
             output = output or ROOT / PRETRAINED
             run = output if is_file(output / MANIFEST) else pretrained()
             if not quiet:
-                note(f"no run under ./{ROOT}: this is {PRETRAINED}, the model that ships, in {output}")
+                note(f"no run under ./{ROOT}: this is {PRETRAINED}, the bundled model, in {output}")
     source, folder = model_and_bundle(run, output)
     bundle = source.parent
     if is_file(bundle / MANIFEST) and folder.resolve() != bundle.resolve():

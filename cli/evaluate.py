@@ -33,9 +33,7 @@ app.add_typer(evaluation, name="eval")
 
 DataOption = Annotated[
     Path | None,
-    typer.Option(
-        "--data", help="Folder, zip, tar or .npy of images; without it the ones that ship.", show_default=False
-    ),
+    typer.Option("--data", help="Folder, zip, tar or .npy of images; by default the bundled ones.", show_default=False),
 ]
 ReportOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="Also write the report (.json).", show_default=False)
@@ -49,7 +47,7 @@ def bpd(
     data: DataOption = None,
     split: Annotated[str, typer.Option(help="test (the held-out images), train or all.")] = "test",
     limit: Annotated[
-        int | None, typer.Option(help="So many images, evenly spaced, instead of all.", show_default=False)
+        int | None, typer.Option(help="This many images, evenly spaced, instead of all.", show_default=False)
     ] = None,
     draws: Annotated[int, typer.Option(help="Draws of noise an image for the strict bound.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,

@@ -68,7 +68,7 @@ _ImagesOption = Annotated[
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What `export` was told about the graphs; None where it was told nothing."""
+    """What `export` was asked for of the graphs; None where nothing was asked."""
 
     images: list[Path] | None = None
     direction: Literal["forward", "inverse", "both"] | None = None
@@ -102,7 +102,7 @@ def export(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="RUN", help="A run, a bundle or a model file; without it the latest run.", show_default=False
+            metavar="RUN", help="A run, a bundle or a model file; by default the latest run.", show_default=False
         ),
     ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
@@ -125,9 +125,7 @@ def export(
     ] = None,
     std: Annotated[
         list[str] | None,
-        typer.Option(
-            "--std", metavar="S|NAME=S", help="What to draw samples at where nobody says; 0.7.", show_default=False
-        ),
+        typer.Option("--std", metavar="S|NAME=S", help="What to draw samples at by default; 0.7.", show_default=False),
     ] = None,
     half: Annotated[
         bool | None,
@@ -204,7 +202,8 @@ def export(
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
 
-    What is not said stays as in the bundle that is replaced: --direction, --bound, --std, --half, --precision, --tune.
+    Options that are omitted stay as in the bundle that is replaced: --direction, --bound, --std, --half, --precision,
+    --tune.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
@@ -288,7 +287,7 @@ def check(
 def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
     """The model file of a run, a bundle or a path to one, the latest run's if none, and the folder of its bundle.
 
-    Raises `CheckpointError` where there is none, and `BundleError` for the bundle that ships.
+    Raises `CheckpointError` where there is none, and `BundleError` for the bundled model's bundle.
     """
     from hflow_rt.assets import pretrained
     from hflow_rt.errors import BundleError

@@ -27,7 +27,7 @@ from hflow_rt.limits import check_count
 def interpolate(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Two images; without them two samples are joined.", show_default=False),
+        typer.Argument(help="Two images; by default two samples are joined.", show_default=False),
     ] = None,
     model: ModelOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help=".png (a strip), .gif, .webp or .mp4.")] = Path(

@@ -108,7 +108,7 @@ def mix(
         return
     given = f"{' '.join(names)} of the row, {' '.join(rest) or 'nothing'} of the column"
     say(f"{len(down)} x {len(across)} mixes, {given}: {output}")
-    finest = list(session.latent_shapes)[-2:][0]  # the last but one, for with the last all is the row's
+    finest = list(session.latent_shapes)[-2:][0]  # the last but one: with the last all is the row's
     say_next(f"hflow-rt mix{named(model, '--model ')} --cut {finest} -o finer.png")
 
 

@@ -41,11 +41,13 @@ _BATCH = 16
 def neighbours(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Images to look for; without them samples.", show_default=False),
+        typer.Argument(help="Images to look for; by default samples.", show_default=False),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Where to look: a folder, zip, tar or .npy; by default what ships.", show_default=False),
+        typer.Option(
+            help="Where to look: a folder, zip, tar or .npy; by default the bundled images.", show_default=False
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="test (the held-out images), train or all.")] = "all",
     count: Annotated[int, typer.Option("-k", "--count", help="Neighbours of each image.")] = 6,

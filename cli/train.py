@@ -43,7 +43,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Named settings; hflow-demo if nothing else is said.", show_default=False),
+        typer.Option(help="Named settings; by default hflow-demo.", show_default=False),
     ] = None,
     config: Annotated[
         Path | None,
@@ -71,8 +71,8 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with RUN, or the latest run.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long.", show_default=False)] = None,
-    images: Annotated[int | None, typer.Option(help="Stop after so many images in all.", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes.", show_default=False)] = None,
+    images: Annotated[int | None, typer.Option(help="Stop after this many images in all.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto for the best that works.")] = "auto",
     json: JsonOption = False,
 ) -> None:

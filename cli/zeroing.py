@@ -30,7 +30,7 @@ from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 def zeroing(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Image files, folders or archives; by default test images that ship.", show_default=False),
+        typer.Argument(help="Image files, folders or archives; by default bundled test images.", show_default=False),
     ] = None,
     model: ModelOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path(
@@ -65,7 +65,7 @@ def zeroing(
     check_picture_name(output)
     if images and samples:
         raise DataError("images and --samples both say what to start from; keep one of them")
-    check_std(std, samples, "ask for samples with --samples or leave it away")
+    check_std(std, samples, "ask for samples with --samples or omit it")
     session = open_session(model, backend, device, quiet=json)
     check_picture_size(output, *table_size(number, len(session.latent_shapes) + 1, session.resolution))
     if images or samples:

@@ -133,7 +133,7 @@ def _run(view: View, chain: list[onnx.NodeProto], x: Array, kind: type[np.floati
 
 
 def _products(view: View, chain: list[onnx.NodeProto], a: Array, b: Array) -> Rewrite:
-    """The product on the right runs faster, for it is one of all channels; so it takes the larger share."""
+    """The product on the right runs faster because it is one of all channels; so it takes the larger share."""
     rewrite = Rewrite(chain)
     kind = view.dtype(chain[0].input[0])
     left, right = rewrite.constant("rows", a.astype(kind)), rewrite.constant("columns", b.T.astype(kind))

@@ -42,7 +42,7 @@ _COMMAND = [sys.executable, "-P", "-m", "hflow_rt.export.tensorrt_build"]
 # What one plan of TensorRT for RTX serves where nobody names a GPU: all generations since Ampere. With Turing among
 # them, matrix products would be convolutions for all (see `tensorrt_build`).
 _PORTABLE = ("8.0", "8.6", "8.9", "12.0")
-_ANEW = "leave --update-weights away to build anew"
+_ANEW = "omit --update-weights to build anew"
 
 
 def add_engines(
@@ -254,7 +254,7 @@ def _capabilities(built_by: Product, gpu: Gpu | None, wanted: Sequence[str] | No
         if wanted is not None and tuple(wanted) != (gpu.capability,):
             raise ConfigError(
                 f"TensorRT builds for the GPU here, {gpu.name} with compute capability {gpu.capability}, not for"
-                f" {', '.join(wanted)}; leave --compute-capability away, or use --flavor rtx"
+                f" {', '.join(wanted)}; omit --compute-capability, or use --flavor rtx"
             )
         return (gpu.capability,)
     known = sorted(
@@ -279,12 +279,12 @@ def _check_refit(built_by: Product, gpu: Gpu | None, capabilities: Sequence[str]
     if gpu is None:
         raise BackendUnavailable(
             f"{built_by.title} builds engines whose weights can be replaced on a machine with a GPU only, and there is"
-            " none here; run this there, or leave --refit away and build again for new weights, which takes seconds"
+            " none here; run this there, or omit --refit and build again for new weights, which takes seconds"
         )
     if len(capabilities) != 1:
         raise ConfigError(
             f"--refit is for one compute capability, not for {', '.join(capabilities)}: {built_by.title} has no"
-            " engines for several whose weights can be replaced; name one, or leave --refit away"
+            " engines for several whose weights can be replaced; name one, or omit --refit"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a model is told beside image or latents, such as a class: choices among named options, as one-hot vectors.
+"""Conditions beside image or latents, such as a class: choices among named options, as one-hot vectors.
 
 `choices` maps the name of a condition to its options, e.g. `labels` to ("boot", "coat").
 """
@@ -55,7 +55,7 @@ def in_turn(choices: Choices, indices: Sequence[int]) -> _OneHot:
 def of_option(choices: Choices, option: str, count: int) -> _OneHot:
     """One-hot `[count, options]`, the same for all. Raises `DataError` for an unknown option, or one of several."""
     if len(choices) != 1:
-        raise DataError(f"this model knows no classes; leave '{option}' out")
+        raise DataError(f"this model knows no classes; omit '{option}'")
     ((key, options),) = choices.items()
     if option not in options:
         raise DataError(f"unknown option '{option}' of {key}; known: {', '.join(options)}")

@@ -114,9 +114,7 @@ class Manifest(_Entry):
     config: dict[str, Any]
     resolution: int
     latents: tuple[Latent, ...]
-    std: tuple[str, ...] = Field(
-        default=STD, description="what samples are drawn at where nobody says, as --std is written"
-    )
+    std: tuple[str, ...] = Field(default=STD, description="what samples are drawn at by default, as --std is written")
     choices: dict[str, tuple[str, ...]] = Field(
         default={}, description="what graphs are told beside image or latents: options by name, as one-hot vectors"
     )

@@ -29,7 +29,7 @@ def find_place(session: Session, name: str | None = None) -> Place:
     Raises `DataError` for a name that nothing has.
     """
     shapes = session.latent_shapes
-    if name in shapes:  # first, for a bundle of one direction lacks the other spaces
+    if name in shapes:  # first, because a bundle of one direction lacks the other spaces
         return Place(LATENT_SPACE, name)
     places = {latent: Place(LATENT_SPACE, latent) for latent in shapes}
     others = [

@@ -149,7 +149,7 @@ class Session:
 
     @property
     def choices(self) -> Choices:
-        """What the model is told beside image or latents: options by name, none for most models."""
+        """The conditions beside image or latents: options by name, none for most models."""
         return self.manifest.choices
 
     @property
@@ -220,7 +220,7 @@ class Session:
                 ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
                 for shapes in (told, {name: array.shape for name, array in arrays.items()})
             )
-            raise DataError(f"beside images this model is told {wanted}, one-hot float32, not {found}")
+            raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_told(self.choices, arrays)
         outputs = self.run_graph("inverse", {"image": pixels, **arrays}) | arrays
         return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
@@ -331,7 +331,7 @@ def load(path: Path | str, backend: str = "onnx", device: str = "auto", *, cuda_
     """Open the bundle (or exported run) at `path`.
 
     backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works; `onnx` also knows
-    `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; if nobody says, `trt` does and `onnx`
+    `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; by default `trt` does and `onnx`
     does not. Raises `BundleError` for a missing or changed bundle, `EngineMismatch` for
     engines of another machine and `BackendUnavailable` for a backend or device that is not there; there is no
     fallback. Warns where the weights of a run are newer than its bundle.

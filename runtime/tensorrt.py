@@ -158,7 +158,7 @@ def open_engine(bundle: Bundle, device: str, cuda_graph: bool = True) -> TensorR
     process down.
     """
     if device == "cpu":
-        raise BackendUnavailable("TensorRT engines run on a GPU only; leave --device away, or use --backend onnx")
+        raise BackendUnavailable("TensorRT engines run on a GPU only; omit --device, or use --backend onnx")
     gpu = chosen_gpu()
     if gpu is None:
         raise BackendUnavailable(

@@ -19,5 +19,5 @@ def demo_images() -> Path:
 
 
 def pretrained() -> Path:
-    """The bundle of the model that ships, which draws 64x64 emoji; `hflow-emoji.md` beside it says what it is."""
+    """The bundle of the bundled model, which draws 64x64 emoji; `hflow-emoji.md` beside it says what it is."""
     return Path(str(files(__name__) / PRETRAINED))

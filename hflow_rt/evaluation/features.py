@@ -72,7 +72,7 @@ def open_features(
         raise ConfigError(f"a feature network takes {' or '.join(INPUTS)}, not '{takes}'")
     if features == EFFICIENTNET:
         if takes is not None:
-            raise ConfigError(f"--feature-input is for files; {EFFICIENTNET} has its own; leave it away")
+            raise ConfigError(f"--feature-input is for files; {EFFICIENTNET} has its own; omit it")
         return _efficientnet(torch.device(device))
     path = Path(features)
     kind = path.suffix.lower()
@@ -149,7 +149,7 @@ def _torchscript(path: Path, device: torch.device, takes: str) -> Callable[[Pixe
 def _onnx(
     path: Path, resolution: int, device: torch.device, takes: str | None
 ) -> tuple[Callable[[Pixels], Features], str]:
-    """The network and what it takes. Its file must be whole, for the file's hash stands for the network."""
+    """The network and what it takes. Its file must be whole, because its hash stands for the network."""
     with needed("onnxruntime", "an .onnx feature network needs ONNX Runtime: pip install 'hflow-rt[cpu]'"):
         import onnxruntime as runtime
     if device.type == "cuda":
@@ -180,7 +180,7 @@ def _onnx(
     if found is None:
         raise DataError(f"{path} must take uint8 or float32 images, not {inputs[0].type}")
     if takes not in (None, found):
-        raise ConfigError(f"{path} takes {found} images, as it says itself; leave --feature-input away")
+        raise ConfigError(f"{path} takes {found} images, as it says itself; omit --feature-input")
     name, shape = inputs[0].name, inputs[0].shape
     fixed = [given for given in zip(shape[1:], (3, resolution, resolution), strict=False) if isinstance(given[0], int)]
     if len(shape) != 4 or any(have != want for have, want in fixed):

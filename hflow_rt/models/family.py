@@ -110,7 +110,7 @@ class GraphSpec:
     """One graph to export: a module that takes the inputs in order and returns the outputs in order as a tuple.
 
     nets: modules that mixed precision computes in float16, as patterns of paths within `module` that end in a dot,
-    such as `*.decoder.*`. heads: those of them that stay in float32, for what they yield bounds the flow.
+    such as `*.decoder.*`. heads: those of them that stay in float32, because what they yield bounds the flow.
     scales: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
     """
 
@@ -160,7 +160,7 @@ class LatentModel(_Module, ABC):
         """Standard deviation of each latent at temperature 1."""
 
     def choices(self) -> Choices:
-        """What the model is told beside image or latents: options by name, none for most families.
+        """The conditions beside image or latents: options by name, none for most families.
 
         Each is an input of every graph, a one-hot vector, and an entry of `conditions` and of the latents that
         `decode` takes.

@@ -20,7 +20,7 @@ def inputs_of(manifest: Manifest, graph: str, batch: int, seed: int) -> dict[str
 
 
 def _pictures(side: int, number: int, seed: int) -> NDArray[np.float32]:
-    """Emoji that ship, at any size; seed: where to start among them."""
+    """Bundled emoji, at any size; seed: where to start among them."""
     import zipfile
 
     from PIL import Image

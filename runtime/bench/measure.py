@@ -167,7 +167,7 @@ def _case(
 ) -> tuple[list[Row], Row]:
     """Rows of one direction and batch size, and the operations a second that the roof of each device reached.
 
-    Whoever fails leaves its reason and takes no further part.
+    A failing variant keeps its reason and is skipped from then on.
     """
     case = {"graph": direction, "batch": batch}
     rows: dict[str, Row] = {name: {"variant": name, "direction": direction, "batch": batch} for name in workers}

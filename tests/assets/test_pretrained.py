@@ -1,4 +1,4 @@
-"""The model that ships is whole, small, proved, and what its card says."""
+"""The bundled model is whole, small, proved, and what its card says."""
 
 import re
 from pathlib import Path

@@ -122,7 +122,7 @@ def test_the_model_that_ships(hflow: Command, run: Path, quick: list[Any], monke
     before = {path.name for path in pretrained().iterdir()}
     shutil.rmtree("runs")
     result = ok(hflow("export", "--engine", "trt"))
-    assert "no run under ./runs: this is hflow-emoji, the model that ships, in runs/hflow-emoji" in result.err
+    assert "no run under ./runs: this is hflow-emoji, the bundled model, in runs/hflow-emoji" in result.err
     assert find_bundle("runs/hflow-emoji").manifest.engines
     assert {path.name for path in pretrained().iterdir()} == before
     ok(hflow("export", "--engine", "trt"))  # now that is the latest run

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,28 @@ def test_a_bug_shows_its_traceback(hflow: Command, run: Path, monkeypatch: pytes
     monkeypatch.setattr(sample_command, "open_session", bug)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         hflow("sample")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_ctrl_c_while_starting(run: Path, share: float) -> None:
+    """At any moment: exit code 130 or death by the signal, one line at most, and never that a package is missing."""
+    code = INTERRUPTIBLE.replace("main()\n", 'print("starting", flush=True)\nmain()\n')
+    command = [sys.executable, "-c", code, "sample", "-n", "300", "-o", "x.png"]
+    started = time.monotonic()
+    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT, check=False).returncode == 0
+    whole = time.monotonic() - started
+    Path("x.png").unlink()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(share * whole / 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    if process.returncode == 0:  # it was faster this time
+        return
+    assert process.returncode in (130, -signal.SIGINT), err
+    lines = [line for line in err.splitlines() if not line.startswith("hflow 16x16 from")]
+    assert lines in ([], ["interrupted; nothing half-written was kept"])
+    assert not Path("x.png").exists()

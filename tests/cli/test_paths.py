@@ -80,12 +80,12 @@ def test_path_that_cannot_be_asked_for_want_of_permission(
 
         return call
 
-    for name in ("stat", "lstat", "open", "scandir", "listdir"):
-        monkeypatch.setattr(os, name, denying(getattr(os, name)))
-    monkeypatch.setattr("builtins.open", denying(open))
-    monkeypatch.setattr("io.open", denying(open))
-    result = hflow(*readers("d/x")[kind])
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        for name in ("stat", "lstat", "open", "scandir", "listdir"):
+            patched.setattr(os, name, denying(getattr(os, name)))
+        patched.setattr("builtins.open", denying(open))
+        patched.setattr("io.open", denying(open))
+        result = hflow(*readers("d/x")[kind])
     refused(result, "d/x", "Permission denied")
     assert tree() == before
 

@@ -38,14 +38,14 @@ Command = Callable[..., Any]
         (("sample", "--batch", 10**30), "the batch must be at most"),
         (("sample", "--first", 2**64), "image index must be in 0 .. 2^64 - 1"),
         (("interpolate", "--frames", 10**12), "the number of frames must be at most"),
-        (("interpolate", "--frames", 10**9), "a picture of"),
+        (("interpolate", "--frames", 10**9), "PNG pictures end at 2,147,483,647 pixels a side"),
         (("walk", "--frames", 10**30), "must be at most"),
-        (("walk", "--rows", 10**6, "--columns", 10**6), "-o"),
+        (("walk", "--rows", 10**6, "--columns", 10**6), "a .webp ends at 16,383 pixels a side"),
         (("heatmap", "--draws", 10**12), "the number of redraws must be at most"),
-        (("heatmap", "-n", 10**9), "a picture of"),
-        (("zeroing", "--samples", "-n", 10**9), "a picture of"),
-        (("temperature", "-n", 10**12), "a picture of"),
-        (("neighbours", "-k", 10**30), "a picture of"),
+        (("heatmap", "-n", 10**9), "PNG pictures end at 2,147,483,647 pixels a side"),
+        (("zeroing", "--samples", "-n", 10**9), "PNG pictures end at 2,147,483,647 pixels a side"),
+        (("temperature", "-n", 10**12), "PNG pictures end at 2,147,483,647 pixels a side"),
+        (("neighbours", "-k", 10**30), "PNG pictures end at 2,147,483,647 pixels a side"),
         (("seeds", "0-3", "--columns", 10**30), "the number of columns must be at most"),
         (("bench", "--rounds", 10**30), "--rounds must be at most"),
         (("bench", "--batch", 10**30), "--batch must be at most"),
@@ -54,9 +54,7 @@ Command = Callable[..., Any]
 )
 def test_number_too_large(hflow: Command, run: Path, arguments: tuple[object, ...], setting: str) -> None:
     before = tree()
-    result = hflow(*arguments)
-    refused(result)
-    assert setting in result.err or setting == "-o"
+    refused(hflow(*arguments), setting)
     assert tree() == before
 
 

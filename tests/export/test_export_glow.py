@@ -112,7 +112,7 @@ def test_what_the_model_is_told_must_fit(exported: Exported) -> None:
     wanted = r"labels \[2, 3\]" if given else "nothing"
     wrong = [{"labels": np.ones((2, 5), np.float32)}, {**given, "size": np.ones((2, 1), np.float32)}]
     for conditions in [*wrong, *([{}, {"labels": given["labels"].astype(np.float64)}] if given else [])]:
-        with pytest.raises(DataError, match=f"beside images this model is told {wanted}, one-hot float32, not "):
+        with pytest.raises(DataError, match=f"beside images this model needs {wanted}, float32 one-hot; received "):
             session.inverse(x, conditions)
     latents = next(session.draw(range(2)))
     with pytest.raises(DataError, match="unexpected size"):

@@ -80,7 +80,7 @@ class HFlow(LatentModel):
     """Invertible hierarchical image model.
 
     Latents coarse to fine: `end0`, `end1`, ... `[B, d_i, 1, 1]`, then `z{L-1}` ... `z0` `[B, C_l, R_l, R_l]`.
-    image -> latents -> image is exact; latents -> image -> latents is not the identity, for the latents hold more
+    image -> latents -> image is exact; latents -> image -> latents is not the identity because the latents hold more
     numbers than the image (spec 3.4).
     """
 

@@ -7,6 +7,7 @@ import typer
 
 from hflow_rt.cli.app import app
 from hflow_rt.cli.terminal import say, say_next
+from hflow_rt.files import removed_if_empty
 
 if TYPE_CHECKING:
     from hflow_rt.runtime.session import Session
@@ -34,7 +35,8 @@ def demo(
     from hflow_rt.runtime import load
 
     run = out or new_run("hflow-demo")
-    train(preset="hflow-demo", data=data, out=run, minutes=minutes)
+    with removed_if_empty(run):
+        train(preset="hflow-demo", data=data, out=run, minutes=minutes)
     export(run=run)
     session = load(run, "onnx", "cpu")
     page = run / "demo"
@@ -83,7 +85,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     for space in ("z", *session.manifest.spaces):
         ends = tuple(session.into_space(space, end) for end in (first, second))
         mode = "slerp" if space == "z" else "lerp"
-        path = concatenate(interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined(space), session.choices))
+        path = concatenate([*interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined(space), session.choices)])
         walks.append(
             (
                 f"in {space}",
@@ -91,9 +93,9 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
             )
         )
     save_image(page / "interpolation.png", labelled_rows(walks))
-    frames = concatenate(interpolate(first, second, 24, "slerp", session.joined(), session.choices))
+    frames = concatenate([*interpolate(first, second, 24, "slerp", session.joined(), session.choices)])
     big = to_uint8(session.forward(frames)).repeat(4, 1).repeat(4, 2)
-    save_animation(page / "interpolation.gif", big[ping_pong(24)], 12)
+    save_animation(page / "interpolation.gif", big, 12, ping_pong(24))
     return {
         "samples.png": "Samples of the exported engine: the same noise at three temperatures.",
         "reconstruction.png": f"Images the model never saw, encoded and decoded; last: without latent {detail}.",

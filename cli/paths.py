@@ -28,6 +28,8 @@ def check_paths(context: Any) -> None:
     for parameter in context.command.params:
         found = list(_paths(context.params.get(parameter.name)))
         (outputs if OUTPUTS.intersection(parameter.opts) else inputs).append((parameter, found))
+    if any(str(path) == "-" for _, paths in inputs for path in paths):
+        raise DataError("standard input is not read; name a file")
     for parameter, paths in outputs:
         typed = context.get_parameter_source(parameter.name).name != "DEFAULT"
         for path in paths:

@@ -16,7 +16,7 @@ import typer
 from hflow_rt.cli.app import app
 from hflow_rt.cli.common import JsonOption, need_extra
 from hflow_rt.cli.terminal import note, print_json, say, say_next
-from hflow_rt.files import is_file, is_folder
+from hflow_rt.files import is_file, is_folder, removed_if_empty
 from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
@@ -111,23 +111,24 @@ def train(
         else:
             chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
         folder = out
+    weights = None if start is None else _model_file(start)
     opened = _open(about["source"], chosen)
-    if folder is None:
-        name = chosen.preset or chosen.family
-        folder = new_run(name) if _is_main() else ROOT / name  # the main process writes
     about["split"] = opened.split_by
     if before is not None and _is_main():
         _warn_of_split(before.get("split"), opened)
 
     from hflow_rt.training.trainer import train as run_training
 
-    with _live(chosen, folder) as on_progress:
+    if folder is None:
+        name = chosen.preset or chosen.family
+        folder = new_run(name) if _is_main() else ROOT / name  # the main process writes
+    with removed_if_empty(folder), _live(chosen, folder) as on_progress:
         result = run_training(
             chosen,
             opened,
             folder,
             resume=checkpoint,
-            weights=None if start is None else _model_file(start),
+            weights=weights,
             minutes=minutes,
             images=images,
             device=device,

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, EngineMismatch
 from hflow_rt.export.tensorrt_build import BuildRequest, difference, prepared
-from hflow_rt.files import atomic_directory, atomic_file, sha256
+from hflow_rt.files import atomic_directory, atomic_file, removed_if_empty, sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Graph, Manifest, Plan, read_manifest
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.cuda import Gpu, chosen_gpu
@@ -81,7 +81,7 @@ def add_engines(
         built_by.flavor, built_by.version, gpu_name, capabilities, bundle.manifest.precision, batch, digests, refit
     )
     plans: dict[str, Plan] = {}
-    with _removed_if_empty(bundle.path / PLANS), atomic_directory(bundle.path / PLANS / key) as folder:
+    with removed_if_empty(bundle.path / PLANS), atomic_directory(bundle.path / PLANS / key) as folder:
         cache = _start_timing_cache(bundle, built_by, gpu_name, folder)
         for name in names:
             progress(f"building {name}.plan with {built_by.title} for {', '.join(capabilities)}")
@@ -178,7 +178,7 @@ def refit_engines(
     )
     place, plans = f"{PLANS}/{new}", {}
     title = f"{FLAVORS[engines.flavor].title} {engines.version}"
-    with _removed_if_empty(bundle.path / PLANS), atomic_directory(bundle.path / PLANS / new) as folder:
+    with removed_if_empty(bundle.path / PLANS), atomic_directory(bundle.path / PLANS / new) as folder:
         for name in engines.plans:
             progress(f"giving {name}.plan the new weights")
             request = BuildRequest(
@@ -363,12 +363,3 @@ def _process(command: Sequence[str], noise: IO[bytes]) -> Iterator[subprocess.Po
                 with contextlib.suppress(OSError):
                     pipe.close()
         process.wait()
-
-
-@contextlib.contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # it is there and holds something, or was never made
-            folder.rmdir()

@@ -22,6 +22,7 @@ __all__ = [
     "is_file",
     "is_folder",
     "is_ours",
+    "removed_if_empty",
     "sha256",
     "unusable",
 ]
@@ -108,6 +109,16 @@ def atomic_directory(target: Path | str, replace: bool = True) -> Iterator[Path]
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove `folder` again if nothing is in it after what is done inside, however that ends."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def destination(target: Path | str) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hflow_rt.errors import CheckpointError, DataError
-from hflow_rt.files import destination, exists, is_file, is_folder, unusable
+from hflow_rt.files import destination, exists, is_file, is_folder, removed_if_empty, unusable
 from hflow_rt.manifest import MODEL
 from hflow_rt.names import quoted
 
@@ -81,13 +81,12 @@ def taken(folder: Path) -> Iterator[None]:
         raise unusable(folder, error, "make") from error
     if handle is None:
         raise CheckpointError(f"another training is using {folder}; wait until it ends, or choose another --out")
-    try:
-        yield
-    finally:
-        (place / _LOCK).unlink(missing_ok=True)  # before it is let go, so that nobody holds a file without a name
-        os.close(handle)
-        with contextlib.suppress(OSError):
-            place.rmdir()  # only if nothing is in it
+    with removed_if_empty(place):
+        try:
+            yield
+        finally:
+            (place / _LOCK).unlink(missing_ok=True)  # before it is let go, so that nobody holds a file without a name
+            os.close(handle)
 
 
 def _lock(path: Path) -> int | None:

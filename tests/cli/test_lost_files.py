@@ -196,3 +196,11 @@ def test_a_folder_with_somebody_elses_run_json(hflow: Command, run: Path) -> Non
     refused(hflow("train", "--images", 16, "--out", "mine"), "mine/run.json")
     assert json.loads(Path("mine/run.json").read_text()) == {"distance": "10 km"}
     assert tree("mine") == {"run.json"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("encode", "-"), ("decode", "-"), ("dataset", "-", "-o", "x.npy"), ("info", "-")]
+)
+def test_standard_input_is_not_read(hflow: Command, run: Path, arguments: tuple[str, ...]) -> None:
+    more = ("--resolution", 16) if arguments[0] == "dataset" else ()
+    refused(hflow(*arguments, *more), "standard input is not read; name a file")

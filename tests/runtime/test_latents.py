@@ -160,7 +160,7 @@ def test_classes_take_the_straight_line(mode):
     """On the arc between two classes both would be 0.7 at once."""
     told = [{"labels": np.eye(3, dtype=np.float32)[[i]]} for i in (0, 2)]
     a, b = ({name: values[:1] for name, values in x.items()} | label for x, label in zip(pair(5), told, strict=True))
-    path = interpolate(a, b, 3, mode, [("end", "z1")], ["labels"])
+    path = list(interpolate(a, b, 3, mode, [("end", "z1")], ["labels"]))
     np.testing.assert_allclose(path[1]["labels"], [[0.5, 0, 0.5]], atol=1e-7)
     frames = list(random_walk([a, b], 2, True, mode, [("end", "z1")], (), ["labels"]))
     np.testing.assert_allclose(frames[1]["labels"], [[0.5, 0, 0.5]], atol=1e-7)
@@ -198,7 +198,7 @@ def test_paths_need_matching_latents(path):
 @pytest.mark.parametrize("mode", MODES)
 def test_interpolate_steps_evenly_with_both_ends(mode):
     a, b = pair(1)
-    frames = interpolate(a, b, 5, mode)
+    frames = list(interpolate(a, b, 5, mode))
     assert len(frames) == 5
     same(frames[0], a)
     same(frames[-1], b)

@@ -1,13 +1,16 @@
 """`hflow-rt info` and `hflow-rt doctor`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, print_json, say_next
+from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named, print_json, say_next, status
 from hflow_rt.cli.engines import describe_engines, describe_layers
+
+if TYPE_CHECKING:
+    from hflow_rt.kernels.proof import Standing
 
 _SHOWN = 20  # classes; --json lists all
 
@@ -97,6 +100,7 @@ def doctor(json: JsonOption = False) -> None:
     """
     import importlib.metadata
     import platform
+    from dataclasses import asdict
 
     from hflow_rt import __version__
 
@@ -123,12 +127,15 @@ def doctor(json: JsonOption = False) -> None:
         "triton kernels": _kernels(version("torch")),
         "trt backend": _trt_backend(),
     }
+    proofs = _kernel_proofs(quiet=json)
     if json:
-        print_json(facts | findings)
+        print_json(facts | findings | {"kernel proofs": [asdict(proof) for proof in proofs]})
         return
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     for name, finding in findings.items():
         print(f"  {name}: {finding}")
+        if name == "triton kernels":
+            _print_proofs(proofs)
     say_next("hflow-rt demo")
 
 
@@ -162,6 +169,26 @@ def _kernels(torch: str | None) -> str:
     except (ImportError, OSError) as error:  # of torch, which has a line of its own
         return f"BROKEN: {error}"
     return live()
+
+
+def _kernel_proofs(quiet: bool) -> "list[Standing]":
+    """What is known of every kernel on every GPU here. What is not proved yet is proved now: seconds, once."""
+    try:
+        from hflow_rt.kernels.proof import standings
+    except (ImportError, OSError):  # of torch, which has a line of its own
+        return []
+    with status(quiet) as say:
+        return list(standings(say))
+
+
+def _print_proofs(proofs: "list[Standing]") -> None:
+    import itertools
+
+    for where, group in itertools.groupby(proofs, key=lambda proof: proof.environment):
+        print(f"    on {where}:")
+        for proof in group:
+            text = " ".join(filter(None, (proof.state, proof.date))) + (f": {proof.why}" if proof.why else "")
+            print(f"      {proof.operator}: {text}")
 
 
 def _trt_backend() -> str:

@@ -16,9 +16,19 @@ import torch
 
 from hflow_rt.cli.info import doctor
 from hflow_rt.errors import BackendUnavailable, ConfigError
-from hflow_rt.kernels import dispatch, proof, proof_records
+from hflow_rt.kernels import (
+    blur,
+    coupling,
+    coupling_kernels,
+    dispatch,
+    instance_norm,
+    mixing,
+    proof,
+    proof_records,
+    report,
+)
 from hflow_rt.kernels.blur import blur_down
-from hflow_rt.kernels.proof_cases import PROOFS, Difference, tolerance
+from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference, tolerance
 from hflow_rt.kernels.proof_records import Environment, Record
 
 ENVIRONMENT = Environment("A GPU", "9.0", "580.1", "2.13.0", "13.0", "3.9.0", "0123456789abcdef")
@@ -41,6 +51,34 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
         assert len(of.outputs) == len(schema.returns)
         told = " ".join(case.what for case in of.cases)
         assert all(re.search(rf"\b{dtype}\b", told) for dtype in ("float32", "float16", "bfloat16"))
+
+
+@NEEDS_TRITON
+def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel for one GPU generation or another: a case that does not compile would refuse a right operator."""
+    monkeypatch.setattr(blur, "_down_adjoint", blur._down_adjoint_triton)
+    monkeypatch.setattr(blur, "_up_adjoint", blur._up_adjoint_triton)
+    monkeypatch.setattr(coupling, "_coupling_backward", coupling_kernels.couple_backward)
+    monkeypatch.setattr(instance_norm, "_norm_backward", instance_norm._norm_backward_triton)
+    monkeypatch.setattr(mixing, "_mixing_backward", mixing._mixing_backward_triton)
+    operators = {
+        "blur_down": blur._down_triton,
+        "blur_up": blur._up_triton,
+        "coupling": coupling_kernels.couple,
+        "instance_norm_act": instance_norm._norm_triton,
+        "mixing": mixing._mixing_triton,
+    }
+    found: dict[str, dispatch.Launch] = {}
+    for name, of in PROOFS.items():
+        with dispatch.recorded() as launches:
+            largest_difference(dataclasses.replace(of, operator=operators[name]), torch.device("cpu"))
+        found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
+    kernels = [name for name in found if report._first(found, name)]
+    assert len(kernels) == 46
+    for at, name in enumerate(kernels):
+        capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
+        compiled = report.compiled(name, found[name], capability)
+        assert compiled.spilled == 0, compiled
 
 
 ON_CPU = """

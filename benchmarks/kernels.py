@@ -1,7 +1,7 @@
 """What the Triton kernels are worth: bandwidth op by op, and models end to end, against plain torch in the same run.
 
     python benchmarks/kernels.py                  everything, into benchmarks/results/kernels-GPU.json and .md
-    python benchmarks/kernels.py --part decode    one of kernels, decode, training, dispatch; the rest is kept
+    python benchmarks/kernels.py --part decode    one of kernels, decode, training, proof, dispatch; the rest is kept
     python benchmarks/kernels.py --budget 540     leave out what does not fit into so many seconds, and say so
     python benchmarks/kernels.py --dry-run        the same paths at tiny sizes on a CPU; nothing is written
 
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from kernel_ops import OPS, Op, Size
+from kernel_proof import time_proofs
 from measuring import RESULTS, Report, reason, take_turns, time_limit, trained_like
 from torch import Tensor
 from torch._functorch import config as functorch_config
@@ -391,6 +392,7 @@ PARTS: dict[str, Callable[[Plan, Report], None]] = {
     "kernels": kernels,
     "decode": decode,
     "training": training,
+    "proof": lambda plan, report: time_proofs(report, plan.device),
     "dispatch": switch,
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from hflow_rt.cli.engines import describe_engines, describe_layers
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.files import is_file
 from hflow_rt.names import quoted
+
+if TYPE_CHECKING:
+    from hflow_rt.kernels.proof import Standing
 
 _SHOWN = 20  # classes; --json lists all
 
@@ -153,6 +156,7 @@ def doctor(json: JsonOption = False) -> None:
     """
     import importlib.metadata
     import platform
+    from dataclasses import asdict
 
     from hflow_rt import __version__
 
@@ -179,12 +183,15 @@ def doctor(json: JsonOption = False) -> None:
         "triton kernels": _kernels(version("torch")),
         "trt backend": _trt_backend(),
     }
+    proofs = _kernel_proofs(quiet=json)
     if json:
-        print_json(facts | findings)
+        print_json(facts | findings | {"kernel proofs": [asdict(proof) for proof in proofs]})
         return
     say(", ".join(f"{name} {value}" for name, value in facts.items()))
     for name, finding in findings.items():
         say(f"  {name}: {finding}")
+        if name == "triton kernels":
+            _print_proofs(proofs)
     say_next("hflow-rt demo")
 
 
@@ -218,6 +225,26 @@ def _kernels(torch: str | None) -> str:
     except (ImportError, OSError) as error:  # of torch, which has a line of its own
         return f"BROKEN: {error}"
     return live()
+
+
+def _kernel_proofs(quiet: bool) -> "list[Standing]":
+    """What is known of every kernel on every GPU here. What is not proved yet is proved now: seconds, once."""
+    try:
+        from hflow_rt.kernels.proof import standings
+    except (ImportError, OSError):  # of torch, which has a line of its own
+        return []
+    with status(quiet) as say:
+        return list(standings(say))
+
+
+def _print_proofs(proofs: "list[Standing]") -> None:
+    import itertools
+
+    for where, group in itertools.groupby(proofs, key=lambda proof: proof.environment):
+        say(f"    on {where}:")
+        for proof in group:
+            text = " ".join(filter(None, (proof.state, proof.date))) + (f": {proof.why}" if proof.why else "")
+            say(f"      {proof.operator}: {text}")
 
 
 def _trt_backend() -> str:

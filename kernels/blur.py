@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hflow_rt.kernels.dispatch import device_kernel, jit, launch, round_up, takes, tl
+from hflow_rt.kernels.dispatch import jit, launch, operator, round_up, takes, tl
 from hflow_rt.kernels.moments import EPSILON, gather_moments, moments_reference, new_parts, pooled, statistics_dtype
 
 __all__ = [
@@ -350,18 +350,10 @@ def _at_least_two(x: Tensor) -> None:
 
 # -- operators: Triton on CUDA, plain torch on the CPU; each pair is the other's gradient
 
-_down = torch.library.custom_op("hflow_rt::blur_down", _down_triton, mutates_args=(), device_types="cuda")
-_down.register_kernel("cpu")(device_kernel(_down_triton, _down_aten))
-_down_adjoint = torch.library.custom_op(
-    "hflow_rt::blur_down_adjoint", _down_adjoint_triton, mutates_args=(), device_types="cuda"
-)
-_down_adjoint.register_kernel("cpu")(device_kernel(_down_adjoint_triton, _down_adjoint_aten))
-_up = torch.library.custom_op("hflow_rt::blur_up", _up_triton, mutates_args=(), device_types="cuda")
-_up.register_kernel("cpu")(device_kernel(_up_triton, _up_aten))
-_up_adjoint = torch.library.custom_op(
-    "hflow_rt::blur_up_adjoint", _up_adjoint_triton, mutates_args=(), device_types="cuda"
-)
-_up_adjoint.register_kernel("cpu")(device_kernel(_up_adjoint_triton, _up_adjoint_aten))
+_down = operator("blur_down", _down_triton, _down_aten)
+_down_adjoint = operator("blur_down_adjoint", _down_adjoint_triton, _down_adjoint_aten, gradient_of="blur_down")
+_up = operator("blur_up", _up_triton, _up_aten)
+_up_adjoint = operator("blur_up_adjoint", _up_adjoint_triton, _up_adjoint_aten, gradient_of="blur_up")
 
 
 @_down.register_fake
@@ -389,7 +381,15 @@ def _remember_size(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-_down.register_autograd(lambda ctx, g, _: (_down_adjoint(g, *ctx.size), None), setup_context=_remember_size)
-_up.register_autograd(lambda ctx, g, _: (_up_adjoint(g), None), setup_context=_remember_size)
+def _differentiate_down(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    return _down_adjoint(g, *ctx.size), None
+
+
+def _differentiate_up(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    return _up_adjoint(g), None
+
+
+_down.register_autograd(_differentiate_down, setup_context=_remember_size)
+_up.register_autograd(_differentiate_up, setup_context=_remember_size)
 _down_adjoint.register_autograd(lambda ctx, x: (_down(x, False)[0], None, None))
 _up_adjoint.register_autograd(lambda ctx, x: _up(x, False)[0])

@@ -24,7 +24,7 @@ from hflow_rt.kernels.coupling_forms import (
     gradients_from_result,
 )
 from hflow_rt.kernels.coupling_kernels import couple, couple_backward
-from hflow_rt.kernels.dispatch import device_kernel, takes
+from hflow_rt.kernels.dispatch import operator, takes
 
 __all__ = [
     "LOG_SCALE_BOUND",
@@ -117,12 +117,8 @@ def _coupling_backward_aten(
     )  # fmt: skip
 
 
-_coupling = torch.library.custom_op("hflow_rt::coupling", couple, mutates_args=(), device_types="cuda")
-_coupling.register_kernel("cpu")(device_kernel(couple, _coupling_aten))
-_coupling_backward = torch.library.custom_op(
-    "hflow_rt::coupling_backward", couple_backward, mutates_args=(), device_types="cuda"
-)
-_coupling_backward.register_kernel("cpu")(device_kernel(couple_backward, _coupling_backward_aten))
+_coupling = operator("coupling", couple, _coupling_aten)
+_coupling_backward = operator("coupling_backward", couple_backward, _coupling_backward_aten, gradient_of="coupling")
 
 
 @_coupling.register_fake

@@ -8,8 +8,12 @@ triton      Triton for CUDA tensors, and `BackendUnavailable` on a machine that 
 
 Under `TRITON_INTERPRET=1`, `triton` also takes CPU tensors, through Triton's interpreter: slow, for tests.
 `using` chooses for a stretch of a program instead, which is how the two are compared in one process.
+`HFLOW_RT_KERNELS_OFF=coupling,mixing` runs plain torch in place of these operators of `OPERATORS` alone.
+
+An operator that meets a GPU for the first time is proved there before it runs: see `proof`.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +31,16 @@ __all__ = [
     "CHOICES",
     "INSTALLED",
     "INTERPRETED",
+    "OFF_SWITCH",
+    "OPERATORS",
     "SWITCH",
     "Launch",
-    "device_kernel",
     "jit",
     "launch",
     "live",
+    "missing",
+    "off",
+    "operator",
     "recorded",
     "round_up",
     "takes",
@@ -44,6 +52,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     import triton
+    from torch._library.custom_ops import CustomOpDef
     from triton import language as tl
 else:
     try:
@@ -53,13 +62,16 @@ else:
         triton = None
         tl = SimpleNamespace(constexpr=int)  # what the signatures of kernels name; nothing runs their bodies
 
-SWITCH = "HFLOW_RT_KERNELS"
+SWITCH, OFF_SWITCH = "HFLOW_RT_KERNELS", "HFLOW_RT_KERNELS_OFF"
 CHOICES = ("reference", "auto", "triton")
+OPERATORS = ("blur_down", "blur_up", "coupling", "instance_norm_act", "mixing")  # each with its gradient
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)
 
 _asked = os.environ.get(SWITCH) or "auto"
+_off = frozenset(name.strip() for name in os.environ.get(OFF_SWITCH, "").split(",") if name.strip())
+_unknown = sorted(_off.difference(OPERATORS))
 
 
 def jit(function: Callable[..., None]) -> Any:
@@ -86,27 +98,30 @@ def takes(x: Tensor) -> bool:
         return False
     if forward_ad._current_level >= 0:  # which the operators have no rule for
         return False
-    missing = _missing()
-    if missing and _asked == "triton":
-        raise BackendUnavailable(f"{SWITCH}=triton {missing}; set {SWITCH}=auto, or unset it")
-    return not missing and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.numel() > 0
+    lacking = missing()
+    if lacking and _asked == "triton":
+        raise BackendUnavailable(f"{SWITCH}=triton {lacking}; set {SWITCH}=auto, or unset it")
+    return not lacking and (x.is_cuda or INTERPRETED) and x.dtype in DTYPES and x.numel() > 0
 
 
 def live() -> str:
     """What runs, in words, for `hflow-rt doctor`."""
-    missing = _missing()
-    if missing is None:
+    lacking = missing()
+    if lacking is None:
         where = "the interpreter" if INTERPRETED else torch.cuda.get_device_name()
-        return f"live: triton {triton.__version__} on {where}"
+        but = f"; plain torch by {OFF_SWITCH}: {', '.join(sorted(_off))}" if _off else ""
+        return f"live: triton {triton.__version__} on {where}{but}"
     if _asked == "triton":
-        return f"BROKEN: {SWITCH}=triton {missing}"
-    return f"off, plain torch runs: {missing}"
+        return f"BROKEN: {SWITCH}=triton {lacking}"
+    return f"off, plain torch runs: {lacking}"
 
 
-def _missing() -> str | None:
-    """What keeps the kernels from running here, if anything."""
+def missing() -> str | None:
+    """What keeps the kernels from running here, if anything. Raises `ConfigError` for settings that are none."""
     if _asked not in CHOICES:
         raise ConfigError(f"{SWITCH} must be one of {', '.join(CHOICES)}; found {_asked!r}; unset it for auto")
+    if _unknown:
+        raise ConfigError(f"{OFF_SWITCH} must list some of {', '.join(OPERATORS)}; found {_unknown[0]!r}; unset it")
     if _asked == "reference":
         return f"{SWITCH} is 'reference'"
     if not torch.cuda.is_available() and not (INTERPRETED and _asked == "triton"):
@@ -135,11 +150,44 @@ def _launch_failure() -> str | None:
     return _failure
 
 
-def device_kernel(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """What an operator runs on CPU tensors: the reference, or the kernel where Triton interprets it."""
-    if not INTERPRETED:
-        return reference
-    return lambda *inputs: (kernel if _asked == "triton" else reference)(*inputs)
+def off(operator: str) -> bool:
+    """Whether `HFLOW_RT_KERNELS_OFF` names this one of `OPERATORS`."""
+    return operator in _off
+
+
+def operator(
+    name: str, kernel: Callable[..., Any], reference: Callable[..., Any], *, gradient_of: str | None = None
+) -> "CustomOpDef":
+    """The operator `hflow_rt::name`: `kernel` on CUDA tensors, `reference`, of the same signature, on CPU tensors.
+
+    Where Triton interprets kernels, `kernel` runs on CPU tensors too, if it is asked for. `gradient_of`: the operator
+    of `OPERATORS` that this is the gradient of, with which it is proved and switched off; by default it is one itself.
+    """
+    member = gradient_of or name
+    fused = reference if off(member) else _proved_first(member, kernel)
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    made = torch.library.custom_op(f"hflow_rt::{name}", fused, mutates_args=(), device_types="cuda", schema=schema)
+    on_cpu = (lambda *inputs: (fused if _asked == "triton" else reference)(*inputs)) if INTERPRETED else reference
+    made.register_kernel("cpu")(on_cpu)
+    return made
+
+
+_proves = not INTERPRETED  # what the interpreter runs is tested, and takes seconds
+_proved: set[tuple[str, int]] = set()  # which operator may run on which device, by number; `proof` adds to it
+
+
+def _proved_first(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, which raises `BackendUnavailable` on a device where the proof of `operator` fails."""
+
+    @functools.wraps(kernel)
+    def run(*inputs: Any) -> Any:
+        if _proves and (operator, inputs[0].get_device()) not in _proved:
+            from hflow_rt.kernels.proof import prove
+
+            prove(operator, inputs[0].device)
+        return kernel(*inputs)
+
+    return run
 
 
 def round_up(n: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hflow_rt.kernels.dispatch import device_kernel, jit, launch, round_up, takes, tl
+from hflow_rt.kernels.dispatch import jit, launch, operator, round_up, takes, tl
 from hflow_rt.kernels.moments import EPSILON, gather_moments, moments_reference, new_parts, statistics_dtype
 
 __all__ = ["EPSILON", "SLOPE", "instance_norm", "instance_norm_act", "instance_norm_act_reference"]
@@ -358,12 +358,10 @@ def _norm_backward_triton(
 
 # -- operators: Triton on CUDA, plain torch on the CPU
 
-_norm = torch.library.custom_op("hflow_rt::instance_norm_act", _norm_triton, mutates_args=(), device_types="cuda")
-_norm.register_kernel("cpu")(device_kernel(_norm_triton, _norm_aten))
-_norm_backward = torch.library.custom_op(
-    "hflow_rt::instance_norm_act_backward", _norm_backward_triton, mutates_args=(), device_types="cuda"
+_norm = operator("instance_norm_act", _norm_triton, _norm_aten)
+_norm_backward = operator(
+    "instance_norm_act_backward", _norm_backward_triton, _norm_backward_aten, gradient_of="instance_norm_act"
 )
-_norm_backward.register_kernel("cpu")(device_kernel(_norm_backward_triton, _norm_backward_aten))
 
 
 @_norm.register_fake

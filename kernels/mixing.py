@@ -27,7 +27,7 @@ from hflow_rt.kernels.channels import (
     room,
     steps,
 )
-from hflow_rt.kernels.dispatch import device_kernel, jit, launch, takes, tl
+from hflow_rt.kernels.dispatch import jit, launch, operator, takes, tl
 
 __all__ = ["mixing", "mixing_reference"]
 
@@ -258,12 +258,8 @@ def _mixing_backward_triton(
 
 # -- operators: Triton on CUDA, plain torch on the CPU
 
-_mixing = torch.library.custom_op("hflow_rt::mixing", _mixing_triton, mutates_args=(), device_types="cuda")
-_mixing.register_kernel("cpu")(device_kernel(_mixing_triton, _mixing_aten))
-_mixing_backward = torch.library.custom_op(
-    "hflow_rt::mixing_backward", _mixing_backward_triton, mutates_args=(), device_types="cuda"
-)
-_mixing_backward.register_kernel("cpu")(device_kernel(_mixing_backward_triton, _mixing_backward_aten))
+_mixing = operator("mixing", _mixing_triton, _mixing_aten)
+_mixing_backward = operator("mixing_backward", _mixing_backward_triton, _mixing_backward_aten, gradient_of="mixing")
 
 
 @_mixing.register_fake

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from hflow_rt.kernels.dispatch import OPERATORS
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
 
@@ -62,6 +64,12 @@ def test_a_dry_run_under_the_interpreter_has_kernels_that_agree() -> None:
     kernels = [row for row in found if row[1] == "kernels"]
     assert len(kernels) == 8  # two operators, two directions, two types
     assert all(re.search(r"GB/s \d+, share \d+%, target 8[05]%", row[-1]) for row in kernels)
+
+
+def test_proofs_are_timed() -> None:
+    found = rows(run("--dry-run", "--part", "proof"))
+    assert [row[0] for row in found] == [f"proof of {operator}" for operator in OPERATORS]
+    assert all(re.fullmatch(r"first s [\d.]+, again s [\d.]+, of tolerance \d+%", row[-1]) for row in found)
 
 
 def test_what_has_no_time_left_is_a_row() -> None:

@@ -87,7 +87,7 @@ def test_a_triton_that_cannot_launch_is_left_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_forward_mode_takes_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "missing", lambda: None)
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     with dispatch.using("triton"):
         assert dispatch.takes(X)

@@ -4,17 +4,21 @@ The tests of `interpreted/` run there too, on CUDA tensors.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 import torch
 from torch import Tensor
 
-from hflow_rt.kernels import dispatch
+from hflow_rt.errors import BackendUnavailable
+from hflow_rt.kernels import dispatch, proof
 from hflow_rt.kernels.blur import blur_down, blur_up
 from hflow_rt.kernels.coupling import Region, coupling
 from hflow_rt.kernels.instance_norm import instance_norm_act
 from hflow_rt.kernels.mixing import mixing
+from hflow_rt.kernels.proof_cases import PROOFS, largest_difference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +76,59 @@ def coupled(x: Tensor) -> Tensor:
 
 def mixed(x: Tensor) -> Tensor:
     return mixing(x, WEIGHT.to(x.device), WEIGHT[0].to(x.device))
+
+
+@pytest.mark.parametrize("operator", dispatch.OPERATORS)
+def test_kernels_prove_themselves(operator: str) -> None:
+    worst = largest_difference(PROOFS[operator], torch.device("cuda", 0))
+    assert worst.share <= 1, worst
+
+
+@pytest.fixture
+def never_met(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if no kernel had ever run on this GPU."""
+    monkeypatch.setattr(dispatch, "_proved", set())
+    monkeypatch.setattr(proof, "_records", {})
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *name, **options: str(tmp_path))
+
+
+@pytest.mark.usefixtures("never_met")
+def test_a_graph_is_captured_only_of_what_was_proved() -> None:
+    x = torch.randn(1, 2, 4, 4, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), dispatch.using("triton"), torch.cuda.stream(stream):
+        with (
+            pytest.raises(BackendUnavailable, match="kernel 'blur_up' is not yet proved on this GPU"),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+        ):
+            blur_up(x + 1)
+        expected = blur_up(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = blur_up(x)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+class FirstInGradient(torch.autograd.Function):
+    """Meets its first kernel on the thread that runs the device's gradients, which a proof must not wait for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> Tensor:
+        return blur_up(blur_down(above[0]))
+
+
+@pytest.mark.usefixtures("never_met")
+def test_a_first_kernel_in_a_gradient() -> None:
+    x = torch.ones(1, 2, 4, 4, device="cuda", requires_grad=True)
+    with dispatch.using("triton"):
+        (gradient,) = torch.autograd.grad(FirstInGradient.apply(x).sum(), x)
+    assert torch.allclose(gradient, torch.ones_like(x))
 
 
 @pytest.mark.parametrize("f", [coupled, mixed])

@@ -4,15 +4,20 @@ The interpreter must be chosen before triton is imported, so `tests/kernels/test
 in processes of its own; anywhere else it is skipped over unless there is a GPU.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import platformdirs
 import pytest
 import torch
 from torch import Tensor
 
-from hflow_rt.kernels import dispatch
+from hflow_rt.kernels import dispatch, proof
+from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference
+from hflow_rt.kernels.proof_records import Environment
 
 ON_GPU = dispatch.INSTALLED and not dispatch.INTERPRETED and torch.cuda.is_available()
 collect_ignore_glob = [] if ON_GPU or dispatch.INTERPRETED else ["test_*.py"]
@@ -31,7 +36,8 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Convolutions around them are float32 in earnest."""
+    """Convolutions around them are float32 in earnest. No proof comes first: its launches would count as a test's."""
+    monkeypatch.setattr(dispatch, "_proves", False)
     if ON_GPU:
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with dispatch.using("triton"):
@@ -85,3 +91,81 @@ def as_good() -> Callable[..., None]:
         assert (found - truth).abs().max() <= allowed
 
     return check
+
+
+class NewGpu:
+    """What the tests change of a GPU, and the proofs that ran on it."""
+
+    known = Environment("A GPU", "9.0", "580.1", "2.13.0", "13.0", "3.9.0", "0123456789abcdef")
+
+    def __init__(self, cache: Path) -> None:
+        self.environment, self.cache = self.known, cache
+        self.proofs: list[str] = []
+        self.quick = False  # whether proofs pass without being made
+
+    def restarted(self) -> "NewGpu":
+        """As the next process finds it."""
+        dispatch._proved.clear()
+        proof._records.clear()
+        self.proofs.clear()
+        return self
+
+    def files(self) -> list[Path]:
+        return sorted(self.cache.rglob("*.json"))
+
+    def kept(self) -> list[Any]:
+        return [json.loads(path.read_text()) for path in self.files()]
+
+    @staticmethod
+    def harms(module: ModuleType, harm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Launches of `module` do harm to what they have written.
+
+        harm: called with a kernel's name and arguments; or a kernel, an argument and for the blurs whether in the
+        gradient, whose values are then off by one in ten thousand.
+        """
+
+        def off(launched: str, arguments: dict[str, Any]) -> None:
+            kernel, argument, adjoint = (*harm, False)[:3]
+            if (launched, arguments.get("ADJOINT", False)) == (kernel, adjoint) and arguments[argument] is not None:
+                arguments[argument].mul_(1.0001)
+
+        def launch(kernel: Any, *rest: Any, **arguments: Any) -> None:
+            dispatch.launch(kernel, *rest, **arguments)
+            (harm if callable(harm) else off)(kernel.fn.__name__, arguments)
+
+        monkeypatch.setattr(module, "launch", launch)
+
+
+@pytest.fixture
+def on_new_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> NewGpu:
+    """A GPU that no kernel has met, played by the interpreter, which proves nothing by itself."""
+    gpu = NewGpu(tmp_path / "cache")
+    monkeypatch.setattr(dispatch, "_proves", True)
+    monkeypatch.setattr(dispatch, "_proved", set())
+    monkeypatch.setattr(proof, "_records", {})
+    monkeypatch.setattr(proof, "environment", lambda device: gpu.environment)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *name, **options: str(gpu.cache))
+
+    def counted(which: Any, device: torch.device) -> Any:
+        gpu.proofs.append(next(name for name in PROOFS if PROOFS[name] is which))
+        return Difference("", 0.0, 1.0) if gpu.quick else largest_difference(which, device)
+
+    monkeypatch.setattr(proof, "largest_difference", counted)
+    return gpu
+
+
+@pytest.fixture
+def remembering(on_new_gpu: NewGpu) -> NewGpu:
+    """Where what is remembered is tested, not what is proved."""
+    on_new_gpu.quick = True
+    return on_new_gpu
+
+
+@pytest.fixture
+def x(device: str) -> Tensor:
+    return torch.randn(1, 2, 4, 5, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.fixture
+def weight(device: str) -> Tensor:
+    return torch.tensor([[0.8, 0.6], [-0.6, 0.8]], device=device)

@@ -67,7 +67,7 @@ def bench(
     try:
         write_report(report, target)
     except BackendUnavailable as error:
-        note(error)
+        note(str(error))
         written.pop()
     if json:
         print_json(report | {"output": written})

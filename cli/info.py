@@ -130,7 +130,7 @@ def _list_presets(model: Path | None, json: bool) -> None:
     from hflow_rt.models.checkpoint import skeleton
     from hflow_rt.training.config import load_config, preset_names
 
-    found = []
+    found: list[dict[str, Any]] = []
     with status(json or not sys.stderr.isatty()) as progress:
         for name in preset_names():
             progress(f"counting {name}")

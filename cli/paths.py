@@ -24,7 +24,8 @@ def check_paths(context: Any) -> None:
     from hflow_rt.manifest import MANIFEST, MODEL
     from hflow_rt.runs import RUN
 
-    outputs, inputs = [], []
+    outputs: list[tuple[Any, list[Path]]] = []
+    inputs: list[tuple[Any, list[Path]]] = []
     for parameter in context.command.params:
         found = list(_paths(context.params.get(parameter.name)))
         (outputs if OUTPUTS.intersection(parameter.opts) else inputs).append((parameter, found))

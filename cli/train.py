@@ -93,6 +93,7 @@ def train(
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
     before: dict[str, Any] | None = None
     checkpoint: bool | Path = False
+    folder = out
     if resume:
         if preset is not None or config is not None or start is not None:
             raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")
@@ -110,7 +111,6 @@ def train(
             chosen = load_config(file=read_run(start), overrides=settings or ())
         else:
             chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
-        folder = out
     weights = None if start is None else _model_file(start)
     opened = _open(about["source"], chosen)
     about["split"] = opened.split_by

@@ -31,7 +31,7 @@ def available() -> int:
     """Bytes that this process can still take: of the machine, of its control group, and of its own limit."""
     import psutil
 
-    found = [int(psutil.virtual_memory().available)]
+    found = [int(psutil.virtual_memory().available)]  # type: ignore[no-untyped-call]
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
@@ -40,7 +40,7 @@ def available() -> int:
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit != resource.RLIM_INFINITY:
-            found.append(limit - int(psutil.Process().memory_info().vms))
+            found.append(limit - int(psutil.Process().memory_info().vms))  # type: ignore[no-untyped-call]
     return max(0, min(found))
 
 

@@ -18,7 +18,7 @@ from hflow_rt.errors import CheckpointError, ConfigError, DataError
 from hflow_rt.files import atomic_directory, sha256
 from hflow_rt.foreign.parts import WHOLE
 from hflow_rt.manifest import MODEL
-from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model
+from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model, skeleton
 from hflow_rt.models.family import FAMILIES, LatentModel, family
 
 __all__ = ["Imported", "import_published"]
@@ -82,11 +82,10 @@ def import_published(
         raise ConfigError(f"{run} exists already; choose another --output")
     progress(f"reading {path}")
     published = reader(path, settings, part)
-    with torch.device("meta"):
-        skeleton = build_model(family_name, published.config)
+    bare = skeleton(family_name, published.config)
     # before memory is taken for what settings ask
-    check_state(skeleton, published.state, str(path))
-    _check_masks(skeleton, published.state, str(path))
+    check_state(bare, published.state, str(path))
+    _check_masks(bare, published.state, str(path))
     model = build_model(family_name, published.config).eval()
     load_state(model, published.state, str(path))
     parameters = sum(1 for _ in model.parameters())
@@ -110,7 +109,7 @@ def import_published(
         "spreads": spreads,
     }
     progress(f"writing {run}")
-    with atomic_directory(run) as folder:
+    with atomic_directory(run, replace=False) as folder:
         save_model(folder / MODEL, family_name, model, model.state_dict(), about)
     return Imported(
         run=str(run),

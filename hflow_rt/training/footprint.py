@@ -18,7 +18,7 @@ __all__ = ["check_batch", "check_model", "saved_bytes"]
 
 # float32 copies of every weight: itself, its gradient, the average, two moments
 _COPIES = 5
-_PROBED = 2  # images; a single one has no spread
+_FEW, _MORE = 2, 3  # images that are tried; a single one has no spread
 
 
 def check_model(config: RunConfig, device: torch.device) -> None:
@@ -33,15 +33,17 @@ def check_model(config: RunConfig, device: torch.device) -> None:
 def check_batch(model: LatentModel, data: Images, indices: NDArray[np.int64], training: TrainingConfig) -> None:
     """Raise `OutOfMemory` unless the gradient of a micro-batch fits beside what is in memory by now.
 
-    Measured with two images, as what an image keeps for the gradient: a step takes that and more.
+    Measured with two images and with three, as what the loss keeps for the gradient: a step takes that and more.
     """
-    if training.batch_size <= _PROBED:
+    if training.batch_size <= _MORE:
         return
     device = next(model.parameters()).device
-    chosen = indices[:_PROBED]
-    size = saved_bytes(model, torch.from_numpy(data.pixels(chosen)), [data.names[index] for index in chosen])
+    few, more = (
+        saved_bytes(model, torch.from_numpy(data.pixels(chosen)), [data.names[index] for index in chosen])
+        for chosen in (np.resize(indices, _FEW), np.resize(indices, _MORE))
+    )
     need(
-        size / len(chosen) * training.batch_size,
+        few + (more - few) * (training.batch_size - _FEW),
         f"training.batch_size={training.batch_size}",
         "lower it, and raise training.accumulate to see as many images a step",
         _room(device),

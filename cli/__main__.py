@@ -67,6 +67,12 @@ def main() -> None:
             sys.exit(1)
 
 
+def __getattr__(name: str) -> Any:
+    if name == "app":  # for who drives the commands from Python
+        return _commands()
+    raise AttributeError(name)
+
+
 def _commands() -> Any:
     import importlib
 

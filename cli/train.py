@@ -89,7 +89,7 @@ def train(
 
     for value, name in ((minutes, "--minutes"), (images, "--images")):
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a finite number > 0; found {value}")
+            raise ConfigError(f"{name} must be > 0 and finite; found {value}")
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
     before: dict[str, Any] | None = None
     checkpoint: bool | Path = False

@@ -88,7 +88,9 @@ def product(flavor: Flavor | None = None, gpu: Gpu | None = None) -> Product:
             )
         flavor = "rtx" if "rtx" in found and (gpu is None or "tensorrt" not in found) else found[0]
     kind = FLAVORS[flavor]
-    with needed(kind.module, f"{kind.title} is missing; pip install 'hflow-rt[{kind.extra}]'"):
+    with needed(
+        kind.module, f"{kind.title} is missing or incomplete (no {kind.module}); pip install 'hflow-rt[{kind.extra}]'"
+    ):
         api = importlib.import_module(kind.module)
     return Product(flavor, api, str(api.__version__))
 

@@ -55,5 +55,5 @@ def test_of_option() -> None:
     assert np.array_equal(of_option(CHOICES, "coat", 2)["labels"], [[0, 1, 0], [0, 1, 0]])
     with pytest.raises(DataError, match="unknown option 'hat' of labels; known: boot, coat, train"):
         of_option(CHOICES, "hat", 1)
-    with pytest.raises(DataError, match="knows no classes; leave 'coat' out"):
+    with pytest.raises(DataError, match="knows no classes; omit 'coat'"):
         of_option({}, "coat", 1)

@@ -25,8 +25,8 @@ from hflow_rt.models.family import FAMILIES, ModelConfig, family
 __all__ = ["RunConfig", "TrainingConfig", "load_config", "preset_names"]
 
 # what people can wait for, and every counter holds
-_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-_Images = Annotated[int, Field(ge=1, le=2**53)]
+_Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+_Images = Annotated[int, Field(gt=0, le=2**53)]
 _FromImage = Annotated[int, Field(ge=0, le=2**53)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Rate = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]

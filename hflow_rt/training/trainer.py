@@ -95,7 +95,7 @@ def train(
     Raises `ConfigError`, `DataError`, `CheckpointError`, `BackendUnavailable` and `TrainingError`.
     """
     if minutes is not None and not 0 < minutes < math.inf:
-        raise ConfigError(f"minutes must be a finite number > 0; found {minutes}")
+        raise ConfigError(f"minutes must be > 0 and finite; found {minutes}")
     config = config if images is None else config.with_images(images)
     processes = Processes(device, config.training.precision)
     lower = "lower it, and raise training.accumulate to see as many images a step"

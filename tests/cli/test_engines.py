@@ -186,8 +186,8 @@ def test_graphs_of_rounded_weights(hflow: Command, run: Path, quick: list[Any]) 
         (("--engine", "trt", "--compute-capability", "ada"), ["must be numbers such as 8.6,8.9,12.0, not 'ada'"]),
         (("--engine", "trt", "--compute-capability", "9.0"), ["not for 9.0", "use TensorRT ('hflow-rt[trt]') there"]),
         (("--engine", "trt", "--flavor", "tensorrt"), ["TensorRT is missing", "pip install 'hflow-rt[trt]'"]),
-        (("--engine", "trt", "--refit"), ["on a machine with a GPU only", "leave --refit away"]),
-        (("--engine", "trt", "--update-weights"), ["needs an NVIDIA GPU", "or leave --update-weights away"]),
+        (("--engine", "trt", "--refit"), ["on a machine with a GPU only", "omit --refit"]),
+        (("--engine", "trt", "--update-weights"), ["needs an NVIDIA GPU", "or omit --update-weights"]),
         (("--engine", "trt", "--update-weights", "--batch", "4"), ["give it no other option but --out"]),
         (("--engine", "trt", "--update-weights", "-o", "new"), ["there is no bundle in new to update", "with --out"]),
         (("--batch", "4"), ["are for --engine trt; add it"]),
@@ -291,7 +291,7 @@ def test_other_weights_that_tensorrt_refuses(
     refused(
         hflow("export", finetuned, "--engine", "trt", "--update-weights", "-o", refitting, "--json"),
         f"cannot refit {refitting}/trt/rtx-",
-        "no; leave --update-weights away to build anew",
+        "no; omit --update-weights to build anew",
     )
     assert {path: sha256(path) for path in refitting.rglob("*") if path.is_file()} == before
     assert not list(refitting.parent.glob(".*"))

@@ -56,7 +56,7 @@ def test_a_container_becomes_a_run(hflow: Command, container: Path) -> None:
     assert following == "next: hflow-rt export runs/model_iter_9"
     assert {path.name for path in Path("runs").rglob("*")} == {"model_iter_9", "model.safetensors"}
 
-    assert "imported_from: {'file': 'model_iter_9.bin'" in hflow("info").out
+    assert "imported_from: file model_iter_9.bin, " in hflow("info").out
     before = Path("runs/model_iter_9/model.safetensors").read_bytes()
     again = hflow("import", container)
     assert again.code == 1

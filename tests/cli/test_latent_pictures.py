@@ -88,7 +88,7 @@ def test_heatmap_colours_what_each_latent_changes(hflow: Command, run: Path) -> 
 def test_no_base_of_a_heatmap_is_its_own_redraw(hflow: Command, run: Path) -> None:
     report = json.loads(ok(hflow("heatmap", "-n", 3, "--draws", 2, "--std", 1, "--json")).out)
     session = load(run)
-    drawn = next(session.draw(range(5)))
+    drawn = next(session.draw(range(5), 1.0))
     for base, entry in enumerate(report["maps"]):
         for name in NAMES:  # redrawn as in images 3 and 4, the first two after the bases
             redrawn = {n: values[[3, 4] if n == name else [base, base]] for n, values in drawn.items()}

@@ -67,7 +67,7 @@ print("imported:", sorted({"torch", "onnx", "triton", "av", "accelerate"} & sys.
     [
         ("walk -o walk.avi", "an animation must end in .gif, .webp, .mp4, .png; found 'walk.avi'"),
         ("walk --fps 0", ".webp needs 0.1 .. 240 frames per second; found 0.0"),
-        ("walk --rows 0", "at least 1 row and 1 column, not 0 and 3"),
+        ("walk --rows 0", "the number of rows must be at least 1, not 0"),
         ("walk --keyframes 1", "at least 2 keyframes and 1 frame per segment; found 1 and 24"),
         ("walk --fix u1", "unknown latent 'u1'; choose among end0, end1, z1, z0"),
         ("walk --space w", "unknown space 'w' for this hflow model; known: z, y0"),
@@ -85,7 +85,7 @@ print("imported:", sorted({"torch", "onnx", "triton", "av", "accelerate"} & sys.
         ("seeds 5-2", "a range of seeds goes up; found '5-2'; write 2-5"),
         ("seeds x", "numbers and ranges such as 7 or 0-15; found 'x'"),
         ("seeds 18446744073709551616", "seed must be in 0 .. 2^64 - 1"),
-        ("seeds --columns 0", "at least 1 column, not 0"),
+        ("seeds --columns 0", "the number of columns must be at least 1, not 0"),
         ("mix --rows x", "found 'x'"),
         ("mix --cut u1", "unknown latent 'u1'; choose among end0, end1, z1, z0"),
         ("mix --from-rows u1", "unknown latent 'u1'; choose among end0, end1, z1, z0"),

@@ -183,7 +183,7 @@ def test_refusals_of_tensorrt(
     with pytest.raises(BundleError) as caught:
         refit_engines(new, old, "KEY")
     failed = f"TensorRT {VERSION} cannot refit {old.path}/trt/KEY/forward.plan"
-    assert str(caught.value) == f"{failed}: {text}; leave --update-weights away to build anew"
+    assert str(caught.value) == f"{failed}: {text}; omit --update-weights to build anew"
     assert files(new) == before
     assert not (new.path / "trt").exists()
     if refused in ("refittable", "missing", "weights"):
@@ -254,7 +254,7 @@ def test_notes_are_no_difference(old: Bundle, new: Bundle) -> None:
 
 def test_graphs_that_are_missing(old: Bundle, new: Bundle, api: FakeTensorRT) -> None:
     fewer = {name: graph for name, graph in new.manifest.graphs.items() if name != "inverse"}
-    with pytest.raises(EngineMismatch, match="lack inverse; leave --update-weights away to build anew"):
+    with pytest.raises(EngineMismatch, match="lack inverse; omit --update-weights to build anew"):
         refit_engines(changed(new, graphs=fewer), old, "KEY")
 
 
@@ -264,7 +264,7 @@ def test_graphs_that_are_missing(old: Bundle, new: Bundle, api: FakeTensorRT) ->
 def test_without_a_gpu(old: Bundle, api: FakeTensorRT, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """No runtime is ever made: it would take the process down."""
     monkeypatch.setattr(module, "chosen_gpu", lambda: None)
-    with pytest.raises(BackendUnavailable, match=r"needs an NVIDIA GPU, and none .* or leave --update-weights away"):
+    with pytest.raises(BackendUnavailable, match=r"needs an NVIDIA GPU, and none .* or omit --update-weights"):
         refittable(old)
     monkeypatch.setattr(tensorrt_engine, "chosen_gpu", lambda: None)
     with (
@@ -309,7 +309,7 @@ def test_refittable_engines_are_built(old: Bundle, api: FakeTensorRT, monkeypatc
 def test_rtx_needs_a_gpu_to_build_them(old: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(module, "chosen_gpu", lambda: None)
-    with pytest.raises(BackendUnavailable, match=r"on a machine with a GPU only, .* or leave --refit away"):
+    with pytest.raises(BackendUnavailable, match=r"on a machine with a GPU only, .* or omit --refit"):
         add_engines(old, "rtx", ["8.9"], refit=True)
     monkeypatch.setattr(module, "chosen_gpu", lambda: ADA)
     with pytest.raises(ConfigError, match=r"--refit is for one compute capability, not for 8\.6, 8\.9: "):

@@ -135,10 +135,10 @@ def test_many_paths_and_few_come_frame_by_frame(toy: Session) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"paths": 0}, "at least 1 path, not 0"),
+        ({"paths": 0}, "the number of walks must be at least 1, not 0"),
         ({"keyframes": 1}, "at least 2 keyframes and 1 frame per segment; found 1 and 4"),
-        ({"keyframes": 0}, "found 0 and 4"),
-        ({"frames_per_segment": 0}, "found 2 and 0"),
+        ({"keyframes": 0}, "the number of keyframes must be at least 1, not 0"),
+        ({"frames_per_segment": 0}, "the number of frames must be at least 1, not 0"),
         ({"fixed": ["z9"]}, "unknown latent 'z9'; choose among end0, end1, z1, z0"),
         ({"fixed": ["end0"], "space": "y0"}, "unknown latent 'end0'; choose among u0, u1, z1, z0"),
         ({"space": "w"}, "unknown space 'w' for this hflow model; known: z, y0"),

@@ -116,9 +116,9 @@ def test_a_config_file_is_enough(folder: Path, tmp_path: Path) -> None:
     [
         (["--preset", "hflow-dmo"], ConfigError, "unknown preset 'hflow-dmo'; did you mean hflow-demo"),
         (["--preset", "toy", "--set", "training.sed=1"], ConfigError, "did you mean training.seed"),
-        (["--preset", "toy", "--minutes", "0"], ConfigError, "--minutes must be > 0; found 0"),
-        (["--preset", "toy", "--minutes", "nan"], ConfigError, "--minutes must be > 0; found nan"),
-        (["--preset", "toy", "--images", "-1"], ConfigError, "--images must be > 0; found -1"),
+        (["--preset", "toy", "--minutes", "0"], ConfigError, "--minutes must be > 0 and finite; found 0"),
+        (["--preset", "toy", "--minutes", "nan"], ConfigError, "--minutes must be > 0 and finite; found nan"),
+        (["--preset", "toy", "--images", "-1"], ConfigError, "--images must be > 0 and finite; found -1"),
         (
             ["--preset", "toy", "--device", "tpu"],
             ConfigError,

@@ -16,7 +16,7 @@ __all__ = ["CouplingNet", "EndConfig", "HFlowConfig", "LevelConfig", "unet_width
 CouplingNet = Literal["cnn", "unet", "unet-unless-channels"]
 # a list as long is made while settings are checked
 _StepCount = Annotated[int, Field(ge=1, le=4096)]
-_Size = Annotated[int, Field(ge=1, le=1 << 16)]
+_Size = Annotated[int, Field(gt=0, le=1 << 16)]
 
 
 class LevelConfig(ModelConfig):

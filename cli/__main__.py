@@ -80,7 +80,17 @@ def _commands() -> Any:
         importlib.import_module(f"hflow_rt.cli.{name}")
     from hflow_rt.cli.app import app
 
+    # whoever imported a command before all others did not mean another order of the help
+    for found in (app.registered_commands, app.registered_groups):
+        found.sort(key=_rank)
     return app
+
+
+def _rank(registered: Any) -> int:
+    """Where the module that registered a command or a group of them stands in `COMMANDS`."""
+    group = registered.typer_instance if hasattr(registered, "typer_instance") else None
+    callback = registered.callback if group is None else group.registered_commands[0].callback
+    return COMMANDS.index(callback.__module__.rpartition(".")[2])
 
 
 class _Interrupt:

@@ -1,6 +1,5 @@
 """Packages that come with extras: missing is one thing, broken another, and an import that Ctrl-C ends is neither."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,7 @@ def needed(package: str, message: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package or sys.modules.get(package) is not None:
+        if (error.name or "").partition(".")[0] != package:  # a part that an old version lacks is missing, too
             raise _broken(package, error) from error
         raise BackendUnavailable(message) from error
     except (ImportError, OSError) as error:  # OSError: a shared library that is not there

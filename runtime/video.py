@@ -156,8 +156,9 @@ def _save_mp4(path: Path, frames: NDArray[np.uint8], fps: float, order: Sequence
 
 def _encoder() -> str:
     with needed("av", "writing .mp4 needs PyAV, which is missing; pip install 'hflow-rt[video]' or name a .gif"):
+        import av  # noqa: F401 - whose parts may be loaded without it
         from av.codec import Codec
-    from av.codec.codec import UnknownCodecError
+        from av.codec.codec import UnknownCodecError
 
     for name in _ENCODERS:
         try:

@@ -141,7 +141,7 @@ def test_without_torchmetrics_one_line_says_what_to_install(monkeypatch: pytest.
 
     def without(name: str, *rest: Any) -> Any:
         if name.startswith("torchmetrics"):
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=name)
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)

@@ -384,31 +384,38 @@ def proof_pictures(paths: list[Path] | None, resolution: int) -> Any:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The parity report as a table."""
+    """The parity report as a table: by output, each statistic of its error and how much of the tolerance it takes."""
     mixed = report.get("mixed")
-    say("largest error against float64            engine    torch fp32    allowed")
-    for graph, cases in report["graphs"].items():
-        for name in cases[0]["outputs"]:
-            worst = max(
-                (case["outputs"][name] for case in cases), key=lambda entry: entry["max"] / max(entry["bound"], 1e-30)
-            )
-            columns = f"{worst['max']:10.2e} {worst['torch_float32_max']:13.2e} {worst['bound']:10.2e}"
-            say(
-                f"  {graph + ' ' + name:34s} {columns}"
-                + (f"   {worst['psnr_db']:.0f} dB" if "psnr_db" in worst else "")
-                + (f" of {mixed['image_psnr_db']:.0f}" if mixed and "psnr_db" in worst else "")
-            )
+    say("error against float64, % of tolerance   rms          p99.9            max  torch max")
+    for graph, outputs in report["pooled"].items():
+        trip = graph == "round_trip"
+        cases = [] if trip else report["graphs"][graph]
+        for name, entry in outputs.items():
+            judged = ((entry[one], entry["tolerance"].get(one)) for one in ("rms", "p99.9", "max"))
+            columns = "  ".join(_of_tolerance(*pair) for pair in judged)
+            title = "image round trip" if trip else f"{graph} {name}"
+            line = f"  {title:24s} {columns}  {entry['torch_float32_max']:9.1e}"
+            if "psnr_db" in entry:
+                trips = [one for one in report["round_trip"] if one["path"] == "image"] if trip else []
+                each = trips or [case["outputs"][name] for case in cases]
+                line += f"  {min(one['psnr_db'] for one in each):3.0f} dB"
+                line += f" of {mixed['round_trip_psnr_db' if trip else 'image_psnr_db']:.0f}" if mixed else ""
+            say(line)
         differences = [case["bits_per_dim_difference"] for case in cases if "bits_per_dim_difference" in case]
         if differences:
-            allowed = f" {'':13s} {mixed['bits_per_dim']:10.2e}" if mixed else ""
-            say(f"  {graph + ' bits/dim':34s} {max(differences):10.2e}{allowed}")
-    say(f"  ({report['images']} images)")
-    for trip in report.get("round_trip", [])[:2]:
-        if trip["path"] == "image":
-            differs = f"max {trip['max']:.2e}, {trip['uint8_differs']:.2%} of 8-bit values differ"
-            level = f", {trip['psnr_db']:.0f} dB of {mixed['round_trip_psnr_db']:.0f}" if mixed else ""
-            say(f"  image -> latents -> image, batch {trip['batch']}: {differs}{level}")
+            limit = mixed["bits_per_dim"] if mixed else None
+            say(f"  {graph + ' bits/dim':24s} {'':30s}{_of_tolerance(max(differences), limit).rstrip()}")
+    changed = report["pooled"].get("round_trip", {}).get("image")
+    again = f"; {changed['uint8_differs']:.2%} of 8-bit values differ after a round trip" if changed else ""
+    say(f"  ({report['images']} images{again})")
     say("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
+
+
+def _of_tolerance(error: float, tolerance: float | None) -> str:
+    """For example `1.2e-07   24%`, without a share where nothing is judged."""
+    share = 0.0 if tolerance is None else error / max(tolerance, 1e-30)
+    shown = "" if tolerance is None else f"{share:.0%}" if share < 10 else ">999%"
+    return f"{error:.1e} {shown:>5s}"
 
 
 def fail_on(report: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 @pytest.mark.slow
 def test_demo_writes_a_page_with_pictures(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hflow_rt.cli", "demo", "--minutes", "0.15"],
+        [sys.executable, "-m", "hflow_rt.cli", "demo", "--minutes", "0.05"],
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

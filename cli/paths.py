@@ -14,6 +14,8 @@ __all__ = ["OUTPUTS", "check_paths"]
 OUTPUTS = frozenset({"--output", "--out", "--picture", "--latents"})
 # parameters that name a model: what lies beside its parts in its folder is free to be written again
 _MODELS = ("model", "run", "start")
+# what commands write and folders of images hold; nothing else in such a folder is read
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 def check_paths(context: Any) -> None:
@@ -55,7 +57,8 @@ def _keep(path: Path, place: Path, inputs: Iterable[Path], images: bool) -> None
         whole = Path(os.path.realpath(given))
         if place == whole or (is_file(given) and place.samefile(given)):
             raise DataError(f"cannot write {path}: it is an input; choose another name")
-        if images and is_folder(given) and place.is_relative_to(whole) and not is_ours(place):
+        among = images and place.suffix.lower() in _PICTURES and is_folder(given) and place.is_relative_to(whole)
+        if among and not is_ours(place):
             raise DataError(f"cannot write {path}: it lies in {given}, which is read; choose another name")
 
 

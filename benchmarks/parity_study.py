@@ -32,7 +32,7 @@ import onnx
 import onnx_ir
 import torch
 from measuring import RESULTS
-from parity_faults import IN_GRAPH, IN_MODEL, faults, state
+from parity_faults import IN_GRAPH, IN_MODEL, MATTERS, faults, state
 
 from hflow_rt.assets import demo_images
 from hflow_rt.data.dataset import ImageSet, open_dataset
@@ -292,7 +292,11 @@ def report(work: Path) -> str:
         "",
         "Change: of the output that exact arithmetic changes most, relative, least and",
     ]
-    lines += ["median over the engines. Excess: of its worst output over the tolerance, likewise.", ""]
+    lines += ["median over the engines. Excess: of its worst output over the tolerance, likewise. Changes below"]
+    lines += [
+        f"{MATTERS:.0e} are no faults; of 33 engines with a constant that changed 1e-5 to that, 31 were caught.",
+        "",
+    ]
     lines += [
         "| fault | engines | caught | change, least | median | excess, least | median |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -1,5 +1,6 @@
 """Entry point: `hflow-rt` and `python -m hflow_rt.cli`."""
 
+import _thread
 import signal
 import sys
 import threading
@@ -54,7 +55,7 @@ def main() -> None:
                 note("interrupted; nothing half-written was kept")
                 sys.exit(130)
             if isinstance(error, HFlowError):
-                note(f"error: {' '.join(str(error).split())}")
+                note(f"error: {error}")
             elif is_out_of_memory(error):
                 note(
                     "error: out of memory; ask for fewer images together: a smaller --batch or -n, or"
@@ -111,7 +112,7 @@ class _Interrupt:
     def unraisable(self, lost: Any) -> None:
         """Where Python cannot raise it, as inside of callbacks, ask once more instead of a message of many lines."""
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            threading.Timer(0.01, _thread.interrupt_main).start()  # not from in here, where it would be lost again
         else:
             sys.__unraisablehook__(lost)
 

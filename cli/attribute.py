@@ -123,7 +123,8 @@ def apply(
     found = load_direction(direction)
     session = open_session(model, backend, device, quiet=json)
     check_direction(session, found, str(direction))
-    check_picture_size(output, *table_size(len(gains), number, session.resolution))
+    if not images:
+        check_picture_size(output, *table_size(len(gains), number, session.resolution))
     names, _, latents = starting_points(session, images, number, seed, std, label)
     columns = [
         to_uint8(session.forward(move(session, latents, found, value)))

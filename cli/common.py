@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.terminal import note, tracked
-from hflow_rt.files import is_file, is_ours
+from hflow_rt.errors import DataError
+from hflow_rt.files import is_folder, is_ours
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
 from hflow_rt.names import quoted, shown
@@ -34,6 +35,7 @@ __all__ = [
     "PlaceOption",
     "SeedOption",
     "StdOption",
+    "check_folder",
     "check_std",
     "encoded",
     "locate",
@@ -199,6 +201,8 @@ def read_pictures(
             if unused is not None:
                 above = f"{path}/" if len(paths) > 1 else folder
                 unused |= {above + name: reason for name, reason in found.unused.items()}
+            count = len(found) if limit is None else min(limit, len(found))
+            need(36 * count * resolution**2, f"{count:,} images", "take fewer together")  # thrice as float32
             names += [folder + name for name in found.names[:limit]]
             images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
         else:
@@ -286,21 +290,27 @@ def check_std(std: Sequence[str] | None, samples: bool, instead: str = "omit it"
         raise DataError(f"--std is for samples, and these are images; {instead}")
 
 
+def check_folder(output: Path, indices: range) -> None:
+    """Raise `DataError` where `write_pictures` would replace a file in the folder that hflow-rt did not write."""
+    if not is_folder(output):
+        return
+    for path in output.glob("*.png"):
+        among = path.stem.isdecimal() and int(path.stem) in indices and path.name == f"{int(path.stem):06d}.png"
+        if among and not is_ours(path):
+            raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
+
+
 def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) -> str:
     """Write uint8 `[N, R, R, 3]` as one grid if `output` names an image file, else one file each in that folder."""
     from PIL import Image
 
-    from hflow_rt.errors import DataError
     from hflow_rt.runtime.pictures import grid, save_image
 
     if output.suffix:
         save_image(output, grid(images))
         return str(output)
     for index, image in enumerate(images):
-        path = output / f"{start + index:06d}.png"
-        if is_file(path) and not is_ours(path):
-            raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
-        save_image(path, Image.fromarray(image))
+        save_image(output / f"{start + index:06d}.png", Image.fromarray(image))
     return f"{output}/"
 
 

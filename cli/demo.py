@@ -7,13 +7,16 @@ import typer
 
 from hflow_rt.cli.app import app
 from hflow_rt.cli.terminal import say, say_next
-from hflow_rt.files import removed_if_empty
+from hflow_rt.errors import DataError
+from hflow_rt.files import is_file, is_ours, removed_if_empty
 
 if TYPE_CHECKING:
     from hflow_rt.runtime.session import Session
 
 _STDS = (0.4, 0.7, 1.0)
 _COLUMNS = 10
+_PAGE = "demo"  # folder of the run
+_FILES = ("index.html", "samples.png", "reconstruction.png", "interpolation.png", "interpolation.gif")
 
 
 @app.command()
@@ -35,11 +38,14 @@ def demo(
     from hflow_rt.runtime import load
 
     run = out or new_run("hflow-demo")
+    for name in _FILES:
+        if is_file(run / _PAGE / name) and not is_ours(run / _PAGE / name):
+            raise DataError(f"{run / _PAGE / name} is there and not of hflow-rt; choose another --out")
     with removed_if_empty(run):
         train(preset="hflow-demo", data=data, out=run, minutes=minutes)
     export(run=run)
     session = load(run, "onnx", "cpu")
-    page = run / "demo"
+    page = run / _PAGE
     pictures = _draw(session, page, data)
     _write_page(page / "index.html", session, read_run(run), pictures)
     say(f"the page: {page / 'index.html'}; the pictures: {', '.join(pictures)} beside it")

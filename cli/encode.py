@@ -12,6 +12,7 @@ from hflow_rt.cli.common import (
     JsonOption,
     LabelOption,
     ModelOption,
+    check_folder,
     named,
     open_session,
     read_pictures,
@@ -114,6 +115,8 @@ def decode(
     if output.suffix:
         check_picture_name(output)
         check_picture_size(output, *grid_size(count, session.resolution))
+    else:
+        check_folder(output, range(count))
     batches = [{name: v[start : start + _BATCH] for name, v in values.items()} for start in range(0, count, _BATCH)]
     size = lambda part: len(next(iter(part.values())))  # noqa: E731
     images = [to_uint8(session.forward(part)) for part in tracked(batches, count, size, "decoding")]

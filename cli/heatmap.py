@@ -60,7 +60,8 @@ def heatmap(
 
     check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
-    check_picture_size(output, *table_size(len(session.latent_shapes) + 1, number, session.resolution))
+    if not images:
+        check_picture_size(output, *table_size(len(session.latent_shapes) + 1, number, session.resolution))
     bases, pixels, latents = starting_points(session, images, number, seed, std, label)
     names = list(session.latent_shapes)
     jobs = [(index, name) for index in range(len(bases)) for name in names]

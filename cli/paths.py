@@ -24,7 +24,7 @@ def check_paths(context: Any) -> None:
     context: of the command about to run, of click.
     """
     from hflow_rt.manifest import MANIFEST, MODEL
-    from hflow_rt.runs import RUN
+    from hflow_rt.runs import CHECKPOINTS, RUN
 
     outputs: list[tuple[Any, list[Path]]] = []
     inputs: list[tuple[Any, list[Path]]] = []
@@ -39,7 +39,7 @@ def check_paths(context: Any) -> None:
             place = destination(path)
             if not is_file(place):
                 continue
-            if place.name in (MANIFEST, MODEL, RUN):
+            if place.name in (MANIFEST, MODEL, RUN) or place.parent.parent.name == CHECKPOINTS:
                 raise DataError(f"cannot write {path}: that is a part of a model; choose another name")
             for source, read in inputs:
                 _keep(path, place, read, images=source.name not in _MODELS)
@@ -57,7 +57,10 @@ def _keep(path: Path, place: Path, inputs: Iterable[Path], images: bool) -> None
         whole = Path(os.path.realpath(given))
         if place == whole or (is_file(given) and place.samefile(given)):
             raise DataError(f"cannot write {path}: it is an input; choose another name")
-        among = images and place.suffix.lower() in _PICTURES and is_folder(given) and place.is_relative_to(whole)
+        if not (images and path.suffix.lower() in _PICTURES and is_folder(given)):
+            continue
+        linked = (one for one in given.rglob(f"*{place.suffix}") if one.is_symlink() and is_file(one))
+        among = place.is_relative_to(whole) or any(place.samefile(one) for one in linked)
         if among and not is_ours(place):
             raise DataError(f"cannot write {path}: it lies in {given}, which is read; choose another name")
 

@@ -1,6 +1,7 @@
 """`hflow-rt sample`."""
 
 import itertools
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
@@ -17,12 +18,14 @@ from hflow_rt.cli.common import (
     LabelOption,
     ModelArgument,
     StdOption,
+    check_folder,
     named,
     open_session,
     write_pictures,
 )
 from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 from hflow_rt.limits import check_count
+from hflow_rt.memory import need
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +70,11 @@ def sample(
     session = open_session(model, backend, device, json, cuda_graph)
     if output.suffix:
         check_picture_size(output, *grid_size(number, session.resolution))
+    if latents is not None:
+        numbers = number * sum(math.prod(shape) for shape in session.input_shapes.values())
+        need(12 * numbers, f"the latents of {number:,} images", "ask for fewer, or omit --latents")
+    if not output.suffix:
+        check_folder(output, range(first, first + number))
     stds = std or session.std
     parts = session.draw(range(first, first + number), stds, seed, batch, label)
     starts = itertools.count(first, batch)

@@ -69,7 +69,8 @@ def temperature(
     check_picture_name(output)
     factors = parse_gains(at or [_DEFAULT], "temperature")
     session = open_session(model, backend, device, quiet=json)
-    check_picture_size(output, *table_size(len(factors) + 1, number, session.resolution))
+    if not images:
+        check_picture_size(output, *table_size(len(factors) + 1, number, session.resolution))
     names, pixels, latents = starting_points(session, images, number, seed, std, label)
     steps = explore.temperatures(session, latents, factors)
     columns = [to_uint8(pixels)]

@@ -67,7 +67,8 @@ def zeroing(
         raise DataError("images and --samples both say what to start from; keep one of them")
     check_std(std, samples, "ask for samples with --samples or omit it")
     session = open_session(model, backend, device, quiet=json)
-    check_picture_size(output, *table_size(number, len(session.latent_shapes) + 1, session.resolution))
+    if samples:
+        check_picture_size(output, *table_size(number, len(session.latent_shapes) + 1, session.resolution))
     if images or samples:
         names, pixels, latents = starting_points(session, images, number, seed, std, label)
     else:

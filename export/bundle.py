@@ -15,7 +15,7 @@ from hflow_rt.errors import BundleError, CheckpointError, ConfigError
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
-from hflow_rt.files import atomic_directory, atomic_file, exists, is_file, is_folder, sha256
+from hflow_rt.files import atomic_directory, atomic_file, exists, is_file, is_folder, is_ours, sha256
 from hflow_rt.manifest import (
     HALF,
     MANIFEST,
@@ -30,7 +30,7 @@ from hflow_rt.manifest import (
 )
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
-from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.bundle import REPORT, Bundle
 from hflow_rt.runtime.cpu import threads
 from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.plans import PLANS, graph_sha256
@@ -65,8 +65,7 @@ def export_bundle(
     tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU. Raises
     `CheckpointError`, `BundleError`, `ConfigError`, `DataError`.
     """
-    if exists(output) and not is_file(output / MANIFEST):
-        raise BundleError(f"{output} exists and is not a bundle; choose another --out")
+    _check_replaceable(output)
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
     parse_std(std, model.latent_shapes())
     with atomic_directory(output) as folder:
@@ -123,6 +122,9 @@ def export_bundle(
         session = open_bundle(Bundle(folder, manifest), "onnx", "cpu")
         manifest = _reported(manifest, run_parity(model, session, images, progress=progress))
         manifest = _with_old_engines(manifest, output, folder)
+        for name in REPORT:
+            if is_file(output / name):
+                shutil.copyfile(output / name, folder / name)  # of the engines before; `bench` writes it anew
         (folder / MANIFEST).write_text(manifest.dump())
     return manifest
 
@@ -153,6 +155,22 @@ def check_bundle(
         with atomic_file(bundle.path / MANIFEST) as temporary:
             temporary.write_text(_reported(manifest, report, key).dump())
     return report
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise `BundleError` where something would be lost that is no part of a bundle: a web page has a manifest, too."""
+    if not exists(output):
+        return
+    if not is_file(output / MANIFEST):
+        raise BundleError(f"{output} exists and is not a bundle; choose another --out")
+    names = {path.name for path in output.iterdir()}
+    others = {name for name in names if not name.endswith(".onnx")} - {MANIFEST, MODEL, WEIGHTS, PLANS, *REPORT}
+    if others:
+        raise BundleError(
+            f"{output} holds {min(others)}, which is no part of a bundle; move it, or choose another --out"
+        )
+    if MODEL not in names and not is_ours(output / MANIFEST):
+        raise BundleError(f"{output} holds a {MANIFEST} that is not of a bundle; choose another --out")
 
 
 def _checked(manifest: Manifest, key: str | None) -> dict[str, BundledFile]:

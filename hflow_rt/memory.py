@@ -24,6 +24,7 @@ _WORDS = (
     "bad_alloc",
     "bfcarena",
     "outofmemory",
+    "alloc_failed",
 )
 
 
@@ -32,9 +33,11 @@ def available() -> int:
     import psutil
 
     found = [int(psutil.virtual_memory().available)]  # type: ignore[no-untyped-call]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(kept["active_file"]) + int(kept["inactive_file"])  # which are dropped when memory is needed
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + files)
     if sys.platform != "win32":
         import resource
 

@@ -9,6 +9,7 @@ runs/NAME/run.json                     what `RunConfig` holds, and under "run" t
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -43,6 +44,7 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 SAMPLES = "samples"
 _LOCK = ".training"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
 
 _HOW = "train one with 'hflow-rt train' or see it all with 'hflow-rt demo'"
 
@@ -85,7 +87,8 @@ def taken(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (place / _LOCK).unlink(missing_ok=True)  # before it is let go, so that nobody holds a file without a name
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                (place / _LOCK).unlink()  # before it is let go, so that nobody holds a file without a name
             os.close(handle)
 
 
@@ -100,11 +103,15 @@ def _lock(path: Path) -> int | None:
             if _is_at(handle, path):
                 return handle
             os.close(handle)  # whoever held it has just removed it
-        except ImportError:  # Windows, where a second training is noticed by its run.json alone
+        except ImportError:  # Windows
             return handle
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:  # there, too, two trainings are told apart by nothing
+                return handle
             os.close(handle)
-            return None
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise
 
 
 def _is_at(handle: int, path: Path) -> bool:

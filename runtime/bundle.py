@@ -8,9 +8,10 @@ from hflow_rt.files import exists, is_file, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from hflow_rt.names import quoted
 
-__all__ = ["BUNDLE", "Bundle", "find_bundle"]
+__all__ = ["BUNDLE", "REPORT", "Bundle", "find_bundle"]
 
 BUNDLE = "bundle"  # folder of a run that export writes
+REPORT = ("latency.json", "latency.md", "latency.png")  # what bench adds to a bundle
 
 
 @dataclass(frozen=True)

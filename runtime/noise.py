@@ -26,7 +26,8 @@ def draw(shapes: Mapping[str, tuple[int, ...]], seed: int, indices: Sequence[int
     if len(indices) == 0:
         raise DataError("at least one image must be drawn; found 0; ask for 1 or more")
     size = 4 * len(indices) * sum(math.prod(shape) for shape in shapes.values())
-    need(2 * size, f"the latents of {len(indices):,} images", "lower the batch (--batch)")  # they are stacked
+    # they are stacked
+    need(2 * size, f"the latents of {len(indices):,} images", "take fewer images together (--batch or -n)")
     streams = [_stream(seed, index) for index in indices]
     return {
         name: np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])

@@ -293,7 +293,7 @@ class Session:
         inputs = [values[tensor.name] for tensor in graph.inputs]
         largest = graph.batch[1]
         count = len(inputs[0])
-        with guarded(f"at {count:,} images a call", "lower the batch (--batch)"):
+        with guarded(f"at {count:,} images a call", "take fewer images together (--batch or -n)"):
             parts = [
                 self._engine.run(name, [array[start : start + largest] for array in inputs])
                 for start in range(0, count, largest)

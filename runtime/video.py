@@ -13,6 +13,7 @@ from PIL import Image
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, destination, is_folder, unusable
+from hflow_rt.memory import need
 from hflow_rt.runtime.pictures import check_picture_size, check_pixels, grid_size, save_image, strip, written_by
 
 __all__ = ["SUFFIXES", "check_animation", "check_frames", "kept", "save_animation"]
@@ -42,6 +43,8 @@ def check_animation(path: Path, fps: float) -> None:
 def check_frames(path: Path, count: int, side: int) -> None:
     """Raise what `save_animation` would for `count` square frames of `side`, before any is made."""
     suffix = path.suffix.lower()
+    if suffix == ".gif":  # whose writer holds all frames, a byte a pixel
+        need(count * side**2, f"a .gif of {count:,} frames", "ask for fewer, or name a .webp or .mp4")
     if suffix == ".png":
         check_picture_size(path, *grid_size(count, side, count))
     elif side > _SIDES[suffix]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -30,7 +35,13 @@ def check_model(config: RunConfig, device: torch.device) -> None:
     need(size, f"a model of {weights // 4:,} parameters", "lower its channels, steps or levels", _room(device))
 
 
-def check_batch(model: LatentModel, data: Images, indices: NDArray[np.int64], training: TrainingConfig) -> None:
+def check_batch(
+    model: LatentModel,
+    data: Images,
+    indices: NDArray[np.int64],
+    training: TrainingConfig,
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
     """Raise `OutOfMemory` unless the gradient of a micro-batch fits beside what is in memory by now.
 
     Measured with two images and with three, as what the loss keeps for the gradient: a step takes that and more.
@@ -39,7 +50,7 @@ def check_batch(model: LatentModel, data: Images, indices: NDArray[np.int64], tr
         return
     device = next(model.parameters()).device
     few, more = (
-        saved_bytes(model, torch.from_numpy(data.pixels(chosen)), [data.names[index] for index in chosen])
+        saved_bytes(model, torch.from_numpy(data.pixels(chosen)), [data.names[index] for index in chosen], autocast)
         for chosen in (np.resize(indices, _FEW), np.resize(indices, _MORE))
     )
     need(
@@ -50,7 +61,12 @@ def check_batch(model: LatentModel, data: Images, indices: NDArray[np.int64], tr
     )
 
 
-def saved_bytes(model: LatentModel, pixels: Tensor, names: list[str]) -> int:
+def saved_bytes(
+    model: LatentModel,
+    pixels: Tensor,
+    names: list[str],
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> int:
     """Bytes that the loss of uint8 images `[B, 3, R, R]` keeps for its gradient; the model stays as it is."""
     device = next(model.parameters()).device
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -60,17 +76,21 @@ def saved_bytes(model: LatentModel, pixels: Tensor, names: list[str]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself would hold its node, which holds it
 
     before = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         images, noise = loss_draws(model, pixels.to(device), generator(0))
         conditions = {name: rows.to(device) for name, rows in conditions_by_folder(model, names).items()}
-        model.loss(images, noise, conditions)
+        with autocast():
+            model.loss(images, noise, conditions)
     for buffer, value in zip(model.buffers(), before, strict=True):
         buffer.copy_(value)
     return sum(kept.values())
 
 
 def _room(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available()
+    if device.type != "cuda":
+        return available()
+    torch.cuda.empty_cache()  # what was tried before
+    return int(torch.cuda.mem_get_info(device)[0])

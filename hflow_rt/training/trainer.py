@@ -144,7 +144,7 @@ class _Trainer:
         if processes.device.type == "cpu":
             # oneDNN then skips reordering: 1.12 to 1.15 times the steps of hflow-demo; not measured on CUDA
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        check_batch(self.model, data, self.trained_on, self.training)
+        check_batch(self.model, data, self.trained_on, self.training, processes.accelerator.autocast)
         self.average = averaged_copy(self.model)
 
         groups = trained_groups(config, self.model)

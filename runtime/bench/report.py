@@ -1,5 +1,6 @@
 """A report as people read it: a table, a chart, and what changed between two of them."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 from hflow_rt.errors import DataError
 from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, destination, is_file, is_ours
+from hflow_rt.manifest import MANIFEST, MODEL
+from hflow_rt.runs import RUN
 from hflow_rt.runtime.bench.variants import BASELINE
 
 __all__ = ["chart", "compare", "markdown", "ratios", "read_report", "write_report"]
+
+_TITLE = "# Latency of "  # how a report in Markdown begins
 
 Row = dict[str, Any]
 _HEADINGS = (
@@ -29,7 +34,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: a table for every direction and batch size, then what could not run."""
     model = report["model"]
     lines = [
-        f"# Latency of {model['family']} {model['resolution']}x{model['resolution']}, {model['precision']}"
+        f"{_TITLE}{model['family']} {model['resolution']}x{model['resolution']}, {model['precision']}"
         + (f", graphs for a {model['tuning'].upper()}" if model.get("tuning", "any") != "any" else ""),
         "",
         ", ".join(f"{name} {value}" for name, value in report["machine"].items() if value is not None),
@@ -131,8 +136,18 @@ def check_report(target: Path) -> None:
     """Raise `DataError` where `write_report` would replace a file that hflow-rt did not write."""
     for kind in ("json", "md", "png"):
         path = destination(f"{target}.{kind}")
-        if is_file(path) and not is_ours(path):
-            raise DataError(f"{path} is there and not of hflow-rt; choose another name than {target}")
+        if path.name in (MANIFEST, MODEL, RUN):
+            raise DataError(f"{path} is a part of a model; choose another name than {target}")
+        if is_file(path) and not _is_report(path):
+            raise DataError(f"{path} is there and no report of hflow-rt; choose another name than {target}")
+
+
+def _is_report(path: Path) -> bool:
+    if path.suffix == ".json":
+        with contextlib.suppress(DataError):
+            return bool(read_report(path))
+        return False
+    return is_ours(path) if path.suffix == ".png" else path.read_bytes().startswith(_TITLE.encode())
 
 
 def write_report(report: dict[str, Any], target: Path) -> list[Path]:

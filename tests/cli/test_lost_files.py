@@ -181,9 +181,9 @@ def test_file_nobody_named_overwritten_in_a_folder(hflow: Command, run: Path, ph
 
 
 def test_file_nobody_named_overwritten_by_a_report(hflow: Command, run: Path) -> None:
-    Path("mine.md").write_text("my notes")
-    refused(hflow("bench", "-o", "mine", "--variant", "onnx"), "mine.md is there and not of hflow-rt")
-    assert Path("mine.md").read_text() == "my notes"
+    Path("mine.md").write_text("my notes on hflow-rt")
+    refused(hflow("bench", "-o", "mine", "--variant", "onnx"), "mine.md is there and no report of hflow-rt")
+    assert Path("mine.md").read_text() == "my notes on hflow-rt"
     assert not Path("mine.json").exists()
 
 
@@ -201,3 +201,50 @@ def test_a_folder_with_somebody_elses_run_json(hflow: Command, run: Path) -> Non
 def test_standard_input_is_not_read(hflow: Command, run: Path, arguments: tuple[str, ...]) -> None:
     more = ("--resolution", 16) if arguments[0] == "dataset" else ()
     refused(hflow(*arguments, *more), "standard input is not read; name a file")
+
+
+def test_a_folder_that_is_more_than_a_bundle_is_not_replaced(hflow: Command, run: Path, photo: Command) -> None:
+    """A web page has a manifest.json, too; and people put things beside an exported model."""
+    Path("public").mkdir()
+    Path("public/manifest.json").write_text('{"name": "app"}')
+    refused(hflow("export", "-o", "public"), "public holds a manifest.json that is not of a bundle")
+    Path("public/index.html").write_text("mine")
+    refused(hflow("export", "-o", "public"), "public holds index.html, which is no part of a bundle")
+    assert tree("public") == {"manifest.json", "index.html"}
+    photo(f"{run}/bundle/mine.png")
+    refused(hflow("export"), "bundle holds mine.png, which is no part of a bundle")
+    (run / "bundle" / "mine.png").unlink()
+    (run / "bundle" / "latency.md").write_text("# Latency of hflow 16x16")
+    ok(hflow("export", "--direction", "forward"))
+    assert (run / "bundle" / "latency.md").read_text() == "# Latency of hflow 16x16"
+
+
+def test_a_report_is_no_part_of_a_model(hflow: Command, run: Path) -> None:
+    for name in (run / "bundle" / "manifest", run / "run"):
+        refused(hflow("bench", run, "-o", name, "--variant", "onnx"), "is a part of a model")
+
+
+def test_a_checkpoint_is_no_output(hflow: Command, run: Path, photo: Command) -> None:
+    photo("a.png")
+    state = run / "checkpoints" / "000012800" / "state.safetensors"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"weights")
+    refused(hflow("encode", "a.png", "-o", state), "that is a part of a model")
+    assert state.read_bytes() == b"weights"
+
+
+def test_an_input_by_a_link_inside_a_folder(hflow: Command, run: Path, photo: Command) -> None:
+    real = photo("elsewhere/a.png")
+    before = real.read_bytes()
+    Path("photos").mkdir()
+    os.symlink(real.resolve(), "photos/a.png")
+    for name in ("photos/a.png", "elsewhere/a.png"):
+        refused(hflow("zeroing", "photos", "-o", name), "it lies in photos, which is read")
+    assert real.read_bytes() == before
+
+
+def test_a_demo_page_of_somebody_else(hflow: Command, run: Path) -> None:
+    Path("demo").mkdir()
+    Path("demo/index.html").write_text("my page")
+    refused(hflow("demo", "--out", "."), "demo/index.html is there and not of hflow-rt")
+    assert Path("demo/index.html").read_text() == "my page"

@@ -67,7 +67,7 @@ main()
 
 
 def test_not_enough_memory_to_sample(python: Command, run: Path) -> None:
-    refused(python(LIMITED, 4 * 10**9, "sample", "-n", 3 * 10**6, "--batch", 3 * 10**6, "-o", "many"), "(--batch)")
+    refused(python(LIMITED, 4 * 10**9, "sample", "-n", 3 * 10**6, "--batch", 3 * 10**6, "-o", "many"), "--batch or -n")
 
 
 def test_not_enough_memory_to_train(python: Command, run: Path) -> None:
@@ -100,7 +100,10 @@ def test_whatever_runs_out_of_memory_is_one_line(
         raise error
 
     monkeypatch.setattr("hflow_rt.runtime.onnx.OnnxEngine.run", fail)
-    refused(hflow("sample", "-n", 2, "--batch", 2), "out of memory at 2 images a call; lower the batch (--batch)")
+    refused(
+        hflow("sample", "-n", 2, "--batch", 2),
+        "out of memory at 2 images a call; take fewer images together (--batch or -n)",
+    )
     monkeypatch.setattr(sample_command, "open_session", fail)
     refused(hflow("sample"), "out of memory; ask for fewer images together")
 

@@ -72,3 +72,27 @@ def test_a_model_is_judged(tiny_settings: dict[str, Any], monkeypatch: pytest.Mo
     monkeypatch.setattr("hflow_rt.memory._SMALL", 0)
     with pytest.raises(OutOfMemory, match=r"a model of 1,\d+,\d+ parameters would take .* lower its channels"):
         footprint.check_model(config, torch.device("cpu"))
+
+
+def test_nothing_of_the_trial_stays(tiny_model: Any) -> None:
+    """What exp and its like save is their output: kept by a hook it would hold itself."""
+    import gc
+    import weakref
+
+    outputs: list[Any] = []
+    exp = torch.exp
+
+    def watched(*given: Any, **named: Any) -> Any:
+        result = exp(*given, **named)
+        outputs.append(weakref.ref(result))
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "exp", watched)
+        footprint.saved_bytes(tiny_model, torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), [])
+        result = watched(torch.ones(3, requires_grad=True))
+    assert result is not None
+    del result
+    gc.collect()
+    assert outputs
+    assert not any(reference() is not None for reference in outputs)

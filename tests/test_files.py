@@ -115,3 +115,19 @@ def test_an_oserror_inside_names_the_target(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("writer", [atomic_file, atomic_directory])
+def test_a_link_stays_and_what_is_behind_it_is_replaced(tmp_path: Path, writer: object) -> None:
+    assert callable(writer)
+    link = tmp_path / "link"
+    for goal in ("there", "not/yet"):
+        real = tmp_path / goal
+        if goal == "there":
+            real.mkdir() if writer is atomic_directory else real.write_text("old")
+        link.unlink(missing_ok=True)
+        link.symlink_to(real)
+        with writer(link) as temporary:
+            (temporary / "new.txt" if writer is atomic_directory else temporary).write_text("new")
+        assert os.readlink(link) == str(real)
+        assert (real / "new.txt" if writer is atomic_directory else real).read_text() == "new"

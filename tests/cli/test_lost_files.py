@@ -91,15 +91,6 @@ def test_links_stay_and_what_is_behind_them_is_written(hflow: Command, run: Path
     assert load_latents("real/latents.safetensors")[1]["images"] == ["a.png"]
 
 
-def test_a_link_to_a_bundle_stays(hflow: Command, run: Path) -> None:
-    (run / "bundle").rename("elsewhere")
-    os.symlink(Path("elsewhere").resolve(), run / "bundle")
-    ok(hflow("export", "--direction", "forward"))
-    assert (run / "bundle").is_symlink()
-    assert not Path("elsewhere/inverse.onnx").exists()
-    assert Path("elsewhere/forward.onnx").exists()
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -213,10 +204,6 @@ def test_a_folder_that_is_more_than_a_bundle_is_not_replaced(hflow: Command, run
     assert tree("public") == {"manifest.json", "index.html"}
     photo(f"{run}/bundle/mine.png")
     refused(hflow("export"), "bundle holds mine.png, which is no part of a bundle")
-    (run / "bundle" / "mine.png").unlink()
-    (run / "bundle" / "latency.md").write_text("# Latency of hflow 16x16")
-    ok(hflow("export", "--direction", "forward"))
-    assert (run / "bundle" / "latency.md").read_text() == "# Latency of hflow 16x16"
 
 
 def test_a_report_is_no_part_of_a_model(hflow: Command, run: Path) -> None:

@@ -50,10 +50,12 @@ def test_engines_stay_where_their_graphs_come_out_the_same(bundle: Path) -> None
     described = json.loads((bundle / "manifest.json").read_text())
     described["engines"]["rtx-old"]["plans"]["inverse"]["onnx"] = "0" * 64
     (bundle / "manifest.json").write_text(json.dumps(described))
+    (bundle / "latency.md").write_text("# Latency of hflow 16x16")
     manifest = export_bundle(bundle / "model.safetensors", bundle, IMAGES, std=["0.5"])
     assert manifest.std == ("0.5",)
     assert read_manifest(bundle) == manifest
     assert list(manifest.engines) == ["rtx-key"]
+    assert (bundle / "latency.md").read_text() == "# Latency of hflow 16x16"
     assert find_bundle(bundle).file("trt/rtx-key/forward.plan").read_bytes() == b"plan"
     assert [path.name for path in (bundle / "trt").iterdir()] == ["rtx-key"]
     assert not [name for name in manifest.files if "rtx-old" in name]

@@ -125,7 +125,7 @@ def test_export(hflow: Command, run: Path) -> None:
     before = read_manifest(run / "bundle")
     result = ok(hflow("export", "--engine", "onnx", "--direction", "inverse"))
     assert re.search(rf"{run}/bundle/inverse\.onnx: \d+ nodes, 0\.\d MB", result.out)
-    assert re.search(r"inverse log_prob +\S+e-\d\d +\S+e-\d\d +\S+e-\d\d", result.out)
+    assert re.search(r"inverse log_prob +\S+e-\d\d +\d+% .*\S+e-\d\d +\d+%  +\S+e-\d\d", result.out)
     assert "verified: the engines are the model\nnext: hflow-rt sample" in result.out
     assert "writing inverse.onnx" in result.err
     manifest = read_manifest(run / "bundle")
@@ -158,7 +158,7 @@ def test_export_a_model_file_as_json(hflow: Command, run: Path, photo: Command) 
 def test_check_passes(hflow: Command, run: Path, backend: str) -> None:
     result = ok(hflow("check", "--backend", backend, "--device", "cpu"))
     assert f"{run}/bundle on {'onnxruntime CPU' if backend == 'onnx' else 'torch cpu'}" in result.out
-    for line in ("forward image", "inverse log_prob", "inverse bits/dim", "image -> latents -> image, batch 3"):
+    for line in ("forward image", "inverse log_prob", "inverse bits/dim", "image round trip"):
         assert line in result.out
     assert "verified: the engines are the model\nnext: hflow-rt sample\n" in result.out
 
@@ -183,7 +183,7 @@ def test_check_says_no_after_tampering_and_yes_after_repair(hflow: Command, run:
     assert result.err.splitlines()[-1].startswith(
         "error: the engines differ from the reference, the bundle is marked unverified: "
     )
-    assert "forward.image at batch 1" in result.err
+    assert "forward.image: error rms" in result.err
     assert not read_manifest(run / "bundle").verified
     assert "UNVERIFIED" in hflow("info").out
     sampled = ok(hflow("sample", "-n", 1, "--json"))

@@ -43,8 +43,6 @@ def check_animation(path: Path, fps: float) -> None:
 def check_frames(path: Path, count: int, side: int) -> None:
     """Raise what `save_animation` would for `count` square frames of `side`, before any is made."""
     suffix = path.suffix.lower()
-    if suffix == ".gif":  # whose writer holds all frames, a byte a pixel
-        need(count * side**2, f"a .gif of {count:,} frames", "ask for fewer, or name a .webp or .mp4")
     if suffix == ".png":
         check_picture_size(path, *grid_size(count, side, count))
     elif side > _SIDES[suffix]:
@@ -52,6 +50,8 @@ def check_frames(path: Path, count: int, side: int) -> None:
             f"{path}: a {suffix} ends at {_SIDES[suffix]:,} pixels a side, and these frames have {side:,}; "
             "ask for fewer rows and columns"
         )
+    if suffix == ".gif":  # whose writer holds all frames, a byte a pixel
+        need(count * side**2, f"a .gif of {count:,} frames", "ask for fewer, or name a .webp or .mp4")
 
 
 def kept(frames: Iterable[NDArray[np.uint8]], beside: Path) -> NDArray[np.uint8]:

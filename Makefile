@@ -13,7 +13,7 @@ HFLOW = $(PY) -m hflow_rt.cli
 # A GPU machine brings its own torch and triton and may have no network: make gpu-test PY=python3, and the other gpu-
 # targets likewise, with WHEELS="a.whl b.whl" for what else it lacks. The project is then installed into build/gpu.
 WHEELS ?=
-# seconds for gpu-report; PART=kernels, decode, training or latency for a part of it, OPS=blur for some of the
+# seconds for gpu-report; PART=kernels, proof, decode, training or latency for a part of it, OPS=blur for some of the
 # operators, LATENCY='--presets hflow-128 --precision mixed' for some of benchmarks/latency.py
 BUDGET ?= 3600
 PART ?=

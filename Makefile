@@ -43,9 +43,9 @@ $(VENV)/.proofs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[kernels,rtx]"
 	touch $@
 
-# One worker a core, each with one thread; a file stays on one worker.
+# One worker a core, each with one thread; a file stays on one worker, and those with slow tests come first.
 test: proofs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

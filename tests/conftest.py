@@ -1,9 +1,13 @@
 """A tiny hflow model, its run folder and its exported bundle, made once for all tests."""
 
+import hashlib
+import io
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,11 +50,48 @@ def photographs(count: int, resolution: int, seed: int = 0) -> NDArray[np.uint8]
     return np.rint(mixed).astype(np.uint8)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the largest share of slow tests first, so that no worker ends long after the others."""
+    slow: dict[Path, list[bool]] = {}
+    for item in items:
+        slow.setdefault(item.path, []).append(item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -sum(slow[item.path]) / len(slow[item.path]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What `hflow-rt tune` kept on this machine is not tested, nor touched."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch's exporter makes of one module, which takes it seconds, it makes once for the tests of all workers."""
+    torch = pytest.importorskip("torch")
+    onnx = pytest.importorskip("onnx")
+    base = tmp_path_factory.getbasetemp()
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced"
+    kept.mkdir(exist_ok=True)
+    export = torch.onnx.export
+
+    def once(module: Any, examples: Any, **options: Any) -> Any:
+        whole = io.BytesIO()
+        try:
+            torch.save(module, whole)  # its code by name, its settings, all its numbers
+        except (AttributeError, pickle.PicklingError):  # a test's own
+            return export(module, examples, **options)
+        about = (options["input_names"], options["output_names"], [tuple(example.shape) for example in examples])
+        path = kept / hashlib.sha256(whole.getvalue() + repr(about).encode()).hexdigest()
+        if not path.exists():
+            made = path.with_suffix(f".{os.getpid()}")
+            onnx.save(export(module, examples, **options).model_proto, made)
+            made.rename(path)
+        return SimpleNamespace(model_proto=onnx.load(path))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.onnx, "export", once)
         yield
 
 

@@ -64,15 +64,20 @@ def test_a_container_becomes_a_run(hflow: Command, container: Path) -> None:
     assert Path("runs/model_iter_9/model.safetensors").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_an_imported_run_is_exported_and_sampled(hflow: Command, container: Path) -> None:
-    assert hflow("import", container).code == 0
-    exported = hflow("export", "--direction", "forward")
+def test_an_imported_run_is_exported_and_sampled(
+    hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = GOLDEN.parent / "glow" / "paper_shuffle.weights.safetensors"
+    Path("settings.json").write_text(json.dumps({"resolution": 16, "bits": 5}))
+    imported = hflow("import", weights, "--family", "glow", "--settings", "settings.json", "-o", "runs/glow")
+    assert imported.code == 0, imported.err
+    exported = hflow("export")
     assert exported.code == 0, exported.err
     assert "verified: the engines are the model" in exported.out
-    assert hflow("sample", "-n", 2, "-o", "two.png").code == 0
-    with Image.open("two.png") as picture:
-        assert picture.width >= 64
+    assert hflow("sample", "-n", 4, "-o", "four.png").code == 0
+    with Image.open("four.png") as picture:
+        assert picture.width >= 32
 
 
 def test_there_is_nothing_to_resume(hflow: Command, container: Path) -> None:

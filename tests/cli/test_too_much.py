@@ -24,7 +24,7 @@ Command = Callable[..., Any]
         (("train", "--set", "model.levels.0.encoder_channels=100000000"), "model.levels.0.encoder_channels"),
         (("train", "--set", "model.levels.0.decoder_channels=60000"), "parameters would take"),
         (
-            ("train", "--preset", "glow-demo", "--set", "model.hidden_channels=16384", "--set", "model.steps=4096"),
+            ("train", "--preset", "glow-demo", "--set", "model.hidden_channels=16384", "--set", "model.steps=64"),
             "take",
         ),
         (("train", "--minutes", "inf"), "--minutes must be > 0 and finite"),

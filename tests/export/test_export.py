@@ -151,7 +151,7 @@ def test_constants_are_told_apart_by_value(tmp_path: Path) -> None:
 
 def test_half_precision_weights(tiny_run: Path, tmp_path: Path) -> None:
     """The bundle holds the rounded model, in half the bytes, and its engines are that model."""
-    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, half=True)
+    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, "forward", half=True)
     assert manifest.verified
     assert manifest.checkpoint["weights"] == "float16"
     assert manifest.checkpoint["exported_from"] == sha256(tiny_run / "model.safetensors")

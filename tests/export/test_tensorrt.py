@@ -221,26 +221,21 @@ def test_which_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_preset(tmp_path: Path) -> None:
-    """Both precisions, ranges of batches and one, GPUs alone and together; a minute in all."""
-    from hflow_rt.export.onnx import SharedWeights, export_graph
+def test_a_model_of_a_real_size(tmp_path: Path) -> None:
+    """Both precisions, a range of batches and one, a GPU alone and several together."""
+    from hflow_rt.assets import pretrained
     from hflow_rt.export.precision import mix
-    from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.hflow.presets import PRESETS
+    from hflow_rt.models.checkpoint import load_model
 
-    specs = build_model("hflow", PRESETS["hflow-demo"]["model"]).eval().graphs()
-    shared = SharedWeights(tmp_path / "weights.bin")
-    for name in ("forward", "inverse"):
-        export_graph(specs[name], tmp_path / f"{name}.onnx", {}, shared)
-        proto = onnx.load(tmp_path / f"{name}.onnx")
-        assert mix(proto, specs[name].nets, specs[name].heads) > 100
-        onnx.save(proto, tmp_path / f"{name}.mixed.onnx")
+    spec = load_model(pretrained() / "model.safetensors").graphs()["forward"]
+    proto = prepared(pretrained() / "forward.onnx")
+    onnx.save(proto, tmp_path / "forward.onnx")
+    assert mix(proto, spec.nets, spec.heads) > 100
+    onnx.save(proto, tmp_path / "forward.mixed.onnx")
     sizes = {}
     for file, capabilities, batch in (
         ("forward.onnx", ("8.9",), (1, 16, 64)),
-        ("inverse.onnx", ("7.5",), (4, 4, 4)),
         ("forward.mixed.onnx", ("8.0", "8.6", "8.9", "12.0"), (4, 4, 4)),
-        ("inverse.mixed.onnx", ("12.1",), (1, 16, 64)),
     ):
         request = module.BuildRequest(
             module="tensorrt_rtx",

@@ -11,6 +11,7 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'hflow-rt[kernels]' on Linux")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -286,7 +286,7 @@ def test_a9_loss_at_initialization() -> None:
         torch.manual_seed(seed)
         model = build_model("hflow", PRESETS["hflow-128"]["model"]).train()
         assert isinstance(model, HFlow)
-        x = torch.rand(4, 3, model.resolution, model.resolution) - 0.5
+        x = torch.rand(2, 3, model.resolution, model.resolution) - 0.5
         with torch.no_grad():
             with data_init(model):
                 model.encode_targets(model.targets(x))

@@ -1,4 +1,4 @@
-"""`hflow-demo` on the kernels: a training step, decodes, compiled code, and graphs that stay free of kernels."""
+"""An hflow model on the kernels: a training step, decodes, compiled code, and graphs that stay free of kernels."""
 
 import sys
 from typing import Any
@@ -32,11 +32,11 @@ def names(launched: list[Any]) -> set[str]:
     return {kernel.fn.__name__ for kernel in launched}
 
 
-def test_a_training_step_equals_that_of_plain_torch(demo_model: nn.Module, launched: list[Any], device: str) -> None:
+def test_a_training_step_equals_that_of_plain_torch(tiny_model: Any, launched: list[Any], device: str) -> None:
     """A gradient is as near the one in float64 as plain torch's. What rounding puts on the other side of a leaky
     ReLU's kink moves either by a pixel's share, so the norm of what is off is looked at, and the typical error."""
-    model: Any = demo_model.to(device)
-    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device) - 0.5
+    model: Any = tiny_model.to(device)
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(device) - 0.5
     noise = {
         name: torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)).to(device)
         for name, shape in model.noise_shapes().items()
@@ -49,7 +49,7 @@ def test_a_training_step_equals_that_of_plain_torch(demo_model: nn.Module, launc
         return loss.detach(), [p.grad.double() for p in model.parameters() if p.grad is not None]
 
     found, mine = step(torch.float32)
-    assert len(launched) > 80
+    assert len(launched) > 50
     assert names(launched) >= {"_halve", "_double", "_normalise", "_gradient"}
     launched.clear()
     with dispatch.using("reference"):
@@ -58,7 +58,7 @@ def test_a_training_step_equals_that_of_plain_torch(demo_model: nn.Module, launc
         model.float().zero_grad()
     assert launched == []
     assert abs(found - truth) <= 2 * abs(plain - truth) + 1e-6 * truth
-    assert len(mine) == len(right) > 500
+    assert len(mine) == len(right) > 250
     size = torch.stack([g.norm() for g in right]).norm()
     errors = []
     for a, b, g in zip(mine, plains, right, strict=True):
@@ -66,24 +66,20 @@ def test_a_training_step_equals_that_of_plain_torch(demo_model: nn.Module, launc
         assert (a - g).norm() <= allowed
         if g.norm() > 1e-6 * size:
             errors.append([float((x - g).norm() / g.norm()) for x in (a, b)])
-    assert len(errors) > 200
+    assert len(errors) > 150
     typical = torch.tensor(errors).median(0).values
     assert typical[0] <= 2 * typical[1] + 1e-6
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_a_decode_equals_that_of_plain_torch(
-    demo_model: nn.Module, launched: list[Any], device: str, folded: bool
-) -> None:
-    model: Any = demo_model.to(device)
-    model = model.folded() if folded else model
+def test_a_decode_equals_that_of_plain_torch(tiny_model: Any, launched: list[Any], device: str) -> None:
+    model: Any = tiny_model.to(device).folded()
     latents = {
         name: 0.7 * torch.randn(1, *shape, generator=torch.Generator().manual_seed(2)).to(device)
         for name, shape in model.latent_shapes().items()
     }
     with torch.no_grad():
         found = model.decode(latents)
-        assert len(launched) > 30
+        assert len(launched) > 15
         assert names(launched) >= {"_halve", "_double", "_normalise"}
         launched.clear()
         with dispatch.using("reference"):

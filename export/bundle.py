@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt import __version__
-from hflow_rt.errors import BundleError, CheckpointError, ConfigError
+from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
@@ -77,10 +77,11 @@ def export_bundle(
             metadata |= _origin(checkpoint)
         weights = sha256(folder / MODEL)
         specs = model.graphs()
-        needed = ({"forward", "inverse"} if direction == "both" else {direction}) | ({"bound"} if bound else set())
+        routes = _routes(model, direction)
+        needed = {*routes.values(), *(["bound"] if bound else [])}
         if missing := sorted(needed - specs.keys()):
             raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
-        if direction != "inverse":  # the graphs of other spaces serve interpolation
+        if "forward" in routes:  # the graphs of other spaces serve interpolation
             needed |= {name for pair in model.spaces().values() for name in pair}
         specs = {name: spec for name, spec in specs.items() if name in needed}
         if precision == "mixed" and tuning == "cpu":
@@ -104,6 +105,8 @@ def export_bundle(
             ),
             std=tuple(std),
             choices=dict(model.choices()),
+            routes=routes,
+            absent=model.absent(),
             spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
             graphs=graphs,
             precision=precision,
@@ -155,6 +158,16 @@ def check_bundle(
         with atomic_file(bundle.path / MANIFEST) as temporary:
             temporary.write_text(_reported(manifest, report, key).dump())
     return report
+
+
+def _routes(model: LatentModel, direction: Direction) -> dict[str, str]:
+    """The graphs of the routes that were asked for; of both, those there are. Raises `NoInverse` for an absent one."""
+    routes = model.routes()
+    if direction == "both":
+        return routes
+    if direction not in routes:
+        raise NoInverse(model.absent()[direction])
+    return {direction: routes[direction]}
 
 
 def _check_replaceable(output: Path) -> None:

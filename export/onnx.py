@@ -147,7 +147,7 @@ def _example(tensor: TensorSpec) -> torch.Tensor:
 
 
 def _described(tensor: TensorSpec) -> Tensor:
-    return Tensor(name=tensor.name, shape=tensor.shape, range=tensor.range)
+    return Tensor(name=tensor.name, shape=tensor.shape, role=tensor.role, range=tensor.range, default=tensor.default)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

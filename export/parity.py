@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import DataError
-from hflow_rt.models.family import GraphSpec, LatentModel
+from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Role, TensorSpec
 from hflow_rt.runtime.noise import draw_latents
 from hflow_rt.runtime.session import Session
 
@@ -73,6 +74,36 @@ class _Case:
     outputs: dict[str, tuple[Array, Array, Array]]
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A graph and its reference in float64 and in float32."""
+
+    spec: GraphSpec
+    exact: nn.Module
+    plain: nn.Module
+
+    def takes(self, role: Role) -> bool:
+        return any(tensor.role == role for tensor in self.spec.inputs)
+
+    def yields(self, role: Role) -> bool:
+        return any(tensor.role == role for tensor in self.spec.outputs)
+
+    def compared(self, about: dict[str, Any], session: Session, values: Mapping[str, Array]) -> _Case:
+        """Run it on float32 `values` by name, of which it takes its inputs."""
+        found = session.run_graph(self.spec.name, values)
+        exact, plain = self._run(self.exact, torch.float64, values), self.plain_outputs(values)
+        return _Case(about, {name: (found[name], exact[name], plain[name]) for name in exact})
+
+    def plain_outputs(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """What torch finds in float32."""
+        return self._run(self.plain, torch.float32, values)
+
+    @torch.no_grad()
+    def _run(self, module: nn.Module, dtype: torch.dtype, values: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = module(*[torch.from_numpy(values[tensor.name]).to(dtype) for tensor in self.spec.inputs])
+        return {tensor.name: value.numpy() for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
+
+
 def run_parity(
     model: LatentModel,
     session: Session,
@@ -81,7 +112,7 @@ def run_parity(
     seed: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Compare every direction the bundle has; returns a JSON-ready report with `passed`.
+    """Compare every graph the bundle has; returns a JSON-ready report with `passed`.
 
     `graphs` has the errors of every case of a graph by output, `pooled` those over all its cases with the tolerance of
     each statistic, the round trip of images among them. images: float32 `[N, 3, R, R]` in [0, 1], N at least 1.
@@ -89,22 +120,18 @@ def run_parity(
     """
     if len(images) < 1:
         raise DataError("parity needs at least one image")
-    reference, single = _double(model), model.float().eval()
-    graphs = session.graphs
+    graphs = {name: spec for name, spec in model.float().eval().graphs().items() if name in session.graphs}
+    exact = copy.deepcopy({name: spec.reference for name, spec in graphs.items()})  # together: what they share, once
+    pairs = {name: _Pair(spec, exact[name].double().eval(), spec.reference.eval()) for name, spec in graphs.items()}
     cases: dict[str, list[_Case]] = {}
-    if "forward" in graphs:
-        progress("forward: latents to image")
-        cases["forward"] = list(_forward_cases(reference, single, session, seed))
-    if "inverse" in graphs:
-        progress("inverse: image to latents")
-        cases["inverse"] = list(_inverse_cases(reference, single, session, images, seed))
-    if "bound" in graphs:
-        progress("bound: image and noise to bits/dim")
-        cases["bound"] = list(_bound_cases(reference, single, session, images, seed))
-    inner = {name: spec for name, spec in model.graphs().items() if name in graphs and name not in cases}
-    if inner:
-        progress(f"inner graphs: {', '.join(inner)}")
-        cases |= _inner_cases(inner, session, seed)
+    for name, pair in pairs.items():
+        if pair.takes("image"):
+            progress(f"comparing {name}")
+            cases[name] = list(_image_cases(pair, session, images, seed))
+    others = [pair for name, pair in pairs.items() if name not in cases]
+    if others:
+        progress(f"comparing {', '.join(pair.spec.name for pair in others)}")
+        cases |= _latent_cases(others, session, seed)
     report: dict[str, Any] = {
         "backend": session.backend,
         "reference": "torch float64",
@@ -115,9 +142,10 @@ def run_parity(
         "graphs": {graph: [_told(case) for case in found] for graph, found in cases.items()},
         "pooled": {graph: _pooled(found) for graph, found in cases.items()},
     }
-    if "forward" in graphs and "inverse" in graphs:
-        progress("round trips")
-        trips = list(_round_trips(single, session, images, cases["inverse"]))
+    forward, inverse = (pairs.get(model.routes().get(route, "")) for route in ("forward", "inverse"))
+    if forward is not None and inverse is not None:
+        progress("comparing round trips")
+        trips = list(_round_trips(forward, session, images, cases[inverse.spec.name]))
         report[ROUND_TRIP] = [{"path": "image", **case.about, **_told(case)["outputs"]["image"]} for case in trips]
         report[ROUND_TRIP].append(_latent_trip(session, seed))
         report["pooled"][ROUND_TRIP] = _pooled(trips)
@@ -231,82 +259,64 @@ def _pooled(cases: Sequence[_Case]) -> dict[str, Any]:
     return entries
 
 
-def _forward_cases(reference: LatentModel, single: LatentModel, session: Session, seed: int) -> Iterator[_Case]:
-    for batch in BATCHES:
-        for std in STDS:
-            latents = _latents(session, seed, batch, std)
-            found, exact, plain = session.forward(latents), _decode(reference, latents), _decode(single, latents)
-            yield _Case({"batch": batch, "std": std}, {"image": (found, exact, plain)})
-
-
-def _inverse_cases(
-    reference: LatentModel, single: LatentModel, session: Session, images: Array, seed: int
-) -> Iterator[_Case]:
+def _image_cases(pair: _Pair, session: Session, images: Array, seed: int) -> Iterator[_Case]:
+    """A graph that takes images; whatever is random beside them differs in all values, which tells them apart."""
+    rng = np.random.default_rng(seed)
     for chosen in _batches(images, seed):
         batch = len(chosen)
-        told = in_turn(session.choices, range(batch))
-        exact, plain = _encode(reference, chosen, told), _encode(single, chosen, told)
-        if not all(np.isfinite(values).all() for values in plain.values()):
+        values = {"image": chosen, **in_turn(session.choices, range(batch))}
+        values |= _drawn(pair.spec.inputs, batch, rng)
+        case = pair.compared({"batch": batch}, session, values)
+        if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
             raise DataError(
                 "the model itself overflows on these images, in torch as in any engine: they are too far from what"
                 " it was trained on; name images like those with --images"
             )
-        encoded = session.inverse(chosen, told)
-        found = {**{name: encoded.latents[name] for name in session.latent_shapes}, "log_prob": encoded.log_prob}
-        dimensions = chosen[0].size * math.log(2)
-        bits = float(_finite(np.abs(found["log_prob"] - exact["log_prob"])).max()) / dimensions
-        about = {"batch": batch, "bits_per_dim_difference": bits}
-        yield _Case(about, {name: (found[name], exact[name], plain[name]) for name in found})
+        if LOG_PROB in case.outputs:
+            found, exact, _ = case.outputs[LOG_PROB]
+            dimensions = chosen[0].size * math.log(2)
+            case.about["bits_per_dim_difference"] = float(_finite(np.abs(found - exact)).max()) / dimensions
+        yield case
 
 
-def _bound_cases(
-    reference: LatentModel, single: LatentModel, session: Session, images: Array, seed: int
-) -> Iterator[_Case]:
-    """The graph `bound` at noise that differs in all inputs, which tells them apart as neither bound would."""
+def _latent_cases(pairs: Sequence[_Pair], session: Session, seed: int) -> dict[str, list[_Case]]:
+    """Graphs that take latents, or what the graphs before them yield: other values would be far from any they know."""
+    cases: dict[str, list[_Case]] = {pair.spec.name: [] for pair in pairs}
     rng = np.random.default_rng(seed)
-    for chosen in _batches(images, seed):
-        values = {
-            tensor.name: rng.normal(size=shape) if tensor.range is None else rng.uniform(*tensor.range, size=shape)
-            for tensor in session.manifest.graphs["bound"].inputs
-            for shape in [(len(chosen), *tensor.shape)]
-        }
-        inputs = {name: value.astype(np.float32) for name, value in values.items()} | {"image": chosen}
-        found, exact, plain = session.run_graph("bound", inputs), _terms(reference, inputs), _terms(single, inputs)
-        yield _Case({"batch": len(chosen)}, {name: (found[name], exact[name], plain[name]) for name in exact})
-
-
-def _inner_cases(specs: Mapping[str, GraphSpec], session: Session, seed: int) -> dict[str, list[_Case]]:
-    """Graphs between latents and other spaces, against their own folded modules in float64.
-
-    That folding itself is right shows in `forward` and `inverse`, which contain them. Into a space go prior latents;
-    back come the values that float64 found there, for others would be far from any the model knows.
-    """
-    cases: dict[str, list[_Case]] = {name: [] for pair in session.manifest.spaces.values() for name in pair}
-    for batch in (*BATCHES, DRAWS - sum(BATCHES)):
-        values = _latents(session, seed, batch, 1.0)
-        for name in cases:
-            spec = specs[name]
-            tensors = [torch.from_numpy(values[tensor.name]) for tensor in spec.inputs]
-            with torch.no_grad():
-                exact = copy.deepcopy(spec.module).double().eval()(*[tensor.double() for tensor in tensors])
-                plain = spec.module.eval()(*tensors)
-            found = session.run_graph(name, values)
-            outputs = {
-                tensor.name: (found[tensor.name], one.numpy(), other.numpy())
-                for tensor, one, other in zip(spec.outputs, exact, plain, strict=True)
-            }
-            cases[name].append(_Case({"batch": batch}, outputs))
-            values = values | {output: value.astype(np.float32) for output, (_, value, _) in outputs.items()}
+    few = [(batch, std) for batch in BATCHES for std in STDS]
+    for batch, std in (*few, (DRAWS - sum(BATCHES), 1.0)):
+        values = _latents(session, seed, batch, std)
+        for pair in pairs:
+            if pair.yields("image") and (batch, std) not in few:
+                continue
+            values |= _drawn(pair.spec.inputs, batch, rng)
+            case = pair.compared({"batch": batch, "std": std}, session, values)
+            cases[pair.spec.name].append(case)
+            values |= {name: exact.astype(np.float32) for name, (_, exact, _) in case.outputs.items()}
     return cases
 
 
-def _round_trips(single: LatentModel, session: Session, images: Array, inverse: Sequence[_Case]) -> Iterator[_Case]:
+def _drawn(tensors: Sequence[TensorSpec], batch: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Values of what is random or set beside images and latents."""
+    values: dict[str, Array] = {}
+    for tensor in tensors:
+        shape = (batch, *tensor.shape)
+        if tensor.role == "noise":
+            values[tensor.name] = rng.normal(size=shape).astype(np.float32)
+        elif tensor.role == "uniform":
+            values[tensor.name] = rng.uniform(size=shape).astype(np.float32)
+        elif tensor.role == "control":
+            values[tensor.name] = np.full(shape, tensor.default, np.float32)
+    return values
+
+
+def _round_trips(forward: _Pair, session: Session, images: Array, inverse: Sequence[_Case]) -> Iterator[_Case]:
     """Images to latents, as `inverse` has found them already, and back."""
     for chosen, case in zip(_batches(images), inverse, strict=False):  # those with noise follow
         told = in_turn(session.choices, range(len(chosen)))
         latents = {name: case.outputs[name] for name in session.latent_shapes}
         back = session.forward({name: found for name, (found, _, _) in latents.items()} | told)
-        own = _decode(single, {name: plain for name, (_, _, plain) in latents.items()} | told)
+        own = forward.plain_outputs({name: plain for name, (_, _, plain) in latents.items()} | told)["image"]
         yield _Case({"batch": len(chosen)}, {"image": (back, chosen.astype(np.float64), own)})
 
 
@@ -351,30 +361,3 @@ def _psnr(error: Array) -> float:
     """Peak signal-to-noise ratio in dB for a peak of 1; 999 stands for equal."""
     square = float(np.square(error).mean())
     return 999.0 if square == 0 else -10 * math.log10(square)
-
-
-def _double(model: LatentModel) -> LatentModel:
-    return copy.deepcopy(model).double().eval()
-
-
-def _dtype(model: LatentModel) -> torch.dtype:
-    return next(model.parameters()).dtype
-
-
-@torch.no_grad()
-def _decode(model: LatentModel, latents: Mapping[str, Array]) -> Array:
-    found: Array = model.decode({n: torch.from_numpy(v).to(_dtype(model)) for n, v in latents.items()}).numpy()
-    return found
-
-
-@torch.no_grad()
-def _encode(model: LatentModel, images: Array, told: Mapping[str, Array]) -> dict[str, Array]:
-    given = {name: torch.from_numpy(value).to(_dtype(model)) for name, value in told.items()}
-    encoding = model.encode(torch.from_numpy(images).to(_dtype(model)), given)
-    return {**{n: v.numpy() for n, v in encoding.latents.items()}, "log_prob": encoding.log_prob.numpy()}
-
-
-@torch.no_grad()
-def _terms(model: LatentModel, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    found = model.bound_terms({name: torch.from_numpy(value) for name, value in inputs.items()})
-    return {name: value.numpy() for name, value in found.items()}

@@ -21,6 +21,7 @@ __all__ = [
     "Manifest",
     "Plan",
     "Precision",
+    "Role",
     "Tensor",
     "Tuning",
     "read_manifest",
@@ -30,10 +31,17 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 HALF = "float16"  # what a model file says of its weights if they were rounded
 MODULE = "module"  # key under which a node of a graph names the module it came from
-SCHEMA = 1
+SCHEMA = 2
 STD = ("0.7",)
 Precision = Literal["fp32", "mixed"]
 Tuning = Literal["any", "cpu"]
+# what a tensor of a graph is, which says where its values come from:
+#   image      in [0, 1]                            latent     of the prior, times its std
+#   noise      standard normal, beside either       uniform    in [0, 1), beside either
+#   condition  a one-hot choice among options       control    a number, its default unless the caller gives another
+#   value      what another graph yields: another space, or what a loop carries
+#   score      one number an image, such as its log-probability
+Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "score"]
 
 
 class _Entry(BaseModel):
@@ -45,8 +53,10 @@ class Tensor(_Entry):
 
     name: str
     shape: tuple[int, ...]
+    role: Role
     dtype: Literal["float32"] = "float32"
     range: tuple[float, float] | None = None
+    default: float | None = Field(default=None, description="of a control")
 
 
 class Graph(_Entry):
@@ -109,7 +119,7 @@ class Engines(_Entry):
 class Manifest(_Entry):
     """Everything the runtime needs to know."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     family: str
     config: dict[str, Any]
     resolution: int
@@ -118,6 +128,8 @@ class Manifest(_Entry):
     choices: dict[str, tuple[str, ...]] = Field(
         default={}, description="what graphs are told beside image or latents: options by name, as one-hot vectors"
     )
+    routes: dict[str, str] = Field(description="forward, latents to image, and inverse, image to latents: their graphs")
+    absent: dict[str, str] = Field(default={}, description="route that the family lacks: why, in one sentence")
     spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
     graphs: dict[str, Graph]
     precision: Precision = "fp32"
@@ -130,6 +142,13 @@ class Manifest(_Entry):
     verified: bool = False
     engines: dict[str, Engines] = Field(default={}, description="TensorRT engines by key, newest last")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("schema_version") == 1:
+            return _from_schema_1(values)
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
         for name in self.files:
@@ -139,6 +158,9 @@ class Manifest(_Entry):
             for file in (graph.file, graph.weights):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
+        for route, name in self.routes.items():
+            if name not in self.graphs:
+                raise ValueError(f"route '{route}' is graph '{name}', which is not there")
         for key, engines in self.engines.items():
             for plan in engines.plans.values():
                 for file in (plan.file, plan.layers):
@@ -159,6 +181,37 @@ class Manifest(_Entry):
     def dump(self) -> str:
         """The JSON text of the manifest file."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def _from_schema_1(values: dict[str, Any]) -> Any:
+    """Which knew exact flows only: their graphs had set names, and what a tensor was its name told.
+
+    What is not as it should be stays as it is, for validation to name.
+    """
+    try:
+        latents = {latent["name"] for latent in values["latents"]}
+        conditions = values.get("choices", {}).keys()
+
+        def role(graph: str, tensor: dict[str, Any]) -> Role:
+            name = tensor["name"]
+            if name in ("image", "uniform"):
+                return name  # type: ignore[no-any-return]
+            if name in latents or name in conditions:
+                return "latent" if name in latents else "condition"
+            return "score" if not tensor["shape"] else "noise" if graph == "bound" else "value"
+
+        graphs = {
+            name: graph
+            | {
+                side: [tensor | {"role": role(name, tensor)} for tensor in graph[side]]
+                for side in ("inputs", "outputs")
+            }
+            for name, graph in values["graphs"].items()
+        }
+        routes = {name: name for name in ("forward", "inverse") if name in graphs}
+    except (KeyError, TypeError, AttributeError):
+        return values
+    return values | {"schema_version": SCHEMA, "graphs": graphs, "routes": routes}
 
 
 def read_manifest(bundle: Path) -> Manifest:

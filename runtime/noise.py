@@ -1,11 +1,14 @@
 """Noise and stds of latents: image `i` of seed `s` is the same in any batch, on any backend, on any machine.
 
 Every image has a counter-based stream of its own (Philox, keyed by seed and image index), from which its
-latents are drawn in the order of `shapes`, coarse to fine.
+latents are drawn in the order of `shapes`, coarse to fine. Whatever else is random for an image comes from streams of
+the same two keys that are told apart by name and step.
 """
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.memory import need
 
-__all__ = ["draw", "draw_latents", "parse_std"]
+__all__ = ["draw", "draw_latents", "draw_noise", "parse_std"]
 
 _KEYS = 2**64  # Philox takes two 64-bit words as its key
 
@@ -45,6 +48,23 @@ def draw_latents(
     """Latents of the images `indices` of `seed`: `draw` times prior std times std; raises as `draw` does."""
     noise = draw(shapes, seed, indices)
     return {name: values * np.float32(prior_std[name] * std[name]) for name, values in noise.items()}
+
+
+def draw_noise(
+    kind: Literal["noise", "uniform"],
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    indices: Sequence[int],
+    step: int = 0,
+) -> NDArray[np.float32]:
+    """Values `[len(indices), *shape]` of the stream `name` at `step`: standard normal `noise`, or `uniform` in [0, 1)."""
+    rows = []
+    for index in indices:
+        stream = _stream(seed, index, (0, 0, step, 1 + zlib.crc32(name.encode())))
+        draw = stream.standard_normal if kind == "noise" else stream.random
+        rows.append(draw(shape, dtype=np.float32))
+    return np.stack(rows)
 
 
 def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
@@ -91,8 +111,9 @@ def _positive(name: str | None, number: float | str, names: Sequence[str]) -> fl
     return value
 
 
-def _stream(seed: int, index: int) -> np.random.Generator:
+def _stream(seed: int, index: int, counter: Sequence[int] = (0, 0, 0, 0)) -> np.random.Generator:
     for what, value in (("seed", seed), ("image index", index)):
         if not 0 <= value < _KEYS:
             raise DataError(f"{what} must be in 0 .. 2^64 - 1; found {value}; choose another")
-    return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+    key = np.array([seed, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array(counter, dtype=np.uint64)))

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.conditions import Choices, check_told, in_turn, of_option
-from hflow_rt.errors import BackendUnavailable, BundleError, DataError
+from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import Graph, Manifest, Precision
+from hflow_rt.manifest import Graph, Manifest, Precision, Role, Tensor
 from hflow_rt.memory import guarded, need
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.latents import check_latents
-from hflow_rt.runtime.noise import draw_latents, parse_std
+from hflow_rt.runtime.noise import draw_latents, draw_noise, parse_std
 from hflow_rt.runtime.pictures import check_pixels, from_uint8
 
 __all__ = [
@@ -154,8 +154,14 @@ class Session:
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `forward` takes: the latents, and a one-hot vector for every choice."""
-        return self.latent_shapes | {name: (len(options),) for name, options in self.choices.items()}
+        """What `forward` takes: the latents, what is random beside them, and a one-hot vector for every choice."""
+        noise = {tensor.name: tensor.shape for tensor in self._forward_inputs("noise", "uniform")}
+        return self.latent_shapes | noise | {name: (len(options),) for name, options in self.choices.items()}
+
+    @property
+    def controls(self) -> dict[str, float]:
+        """Numbers that `forward` can be given, by name, and their defaults."""
+        return {tensor.name: float(tensor.default or 0) for tensor in self._forward_inputs("control")}
 
     @property
     def std(self) -> list[str]:
@@ -198,12 +204,17 @@ class Session:
         graphs = [self.manifest.graphs.get(into) for into, _ in self.manifest.spaces.values()]
         return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
 
-    def forward(self, latents: Mapping[str, Any]) -> Any:
-        """Latents to images float32 `[B, 3, R, R]` in [0, 1]. Raises `DataError` for latents that do not fit."""
+    def forward(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Any:
+        """Latents to images float32 `[B, 3, R, R]` in [0, 1].
+
+        controls: those of `Session.controls` that shall not have their default. Raises `DataError` for what does not
+        fit.
+        """
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
         check_told(self.choices, arrays)
-        return restore(self.run_graph("forward", arrays)["image"])
+        arrays |= self._set(controls or {}, next(iter(arrays.values())))
+        return restore(self.run_graph(self._route("forward"), arrays)["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
         """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability.
@@ -222,7 +233,7 @@ class Session:
             )
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_told(self.choices, arrays)
-        outputs = self.run_graph("inverse", {"image": pixels, **arrays}) | arrays
+        outputs = self.run_graph(self._route("inverse"), {"image": pixels, **arrays}) | arrays
         return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
 
     def sample(self, n: int, std: Stds | None = None, seed: int = 0) -> Array:
@@ -243,7 +254,7 @@ class Session:
         batch: int = 16,
         option: str | None = None,
     ) -> Iterator[dict[str, Array]]:
-        """Prior latents of the images `indices` of `seed`, at most `batch` at a time.
+        """What `forward` takes for the images `indices` of `seed`, at most `batch` at a time: latents of the prior first.
 
         std: by default what the bundle says, `Session.std`.
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
@@ -253,6 +264,8 @@ class Session:
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
             drawn = draw_latents(self.latent_shapes, self.manifest.prior_std, seed, part, stds)
+            for tensor in self._forward_inputs("noise", "uniform"):
+                drawn[tensor.name] = draw_noise(tensor.role, tensor.name, tensor.shape, seed, part)
             told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
             yield drawn | told
 
@@ -281,6 +294,31 @@ class Session:
             self._graph(graph)
         return pair
 
+    def _forward_inputs(self, *roles: Role) -> list[Tensor]:
+        """The inputs of these roles of the graph that leads to the image."""
+        graph = self.manifest.graphs.get(self.manifest.routes.get("forward", ""))
+        return [] if graph is None else [tensor for tensor in graph.inputs if tensor.role in roles]
+
+    def _set(self, controls: Mapping[str, float], like: Any) -> dict[str, Any]:
+        """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
+        known = {tensor.name: tensor for tensor in self._forward_inputs("control")}
+        values = {}
+        for name, value in controls.items():
+            if name not in known:
+                have = ", ".join(known) or "none"
+                raise DataError(f"unknown control '{name}' of this {self.manifest.family} model; it has {have}")
+            low, high = known[name].range or (-math.inf, math.inf)
+            if not (low <= value <= high and math.isfinite(value)):
+                raise DataError(f"control {name} must be a number in {low:g} .. {high:g}; found {value}")
+            values[name] = _filled(like, (len(like), *known[name].shape), value)
+        return values
+
+    def _route(self, route: str) -> str:
+        """The graph of `forward` or `inverse`. Raises `NoInverse` where the family has none."""
+        if route in self.manifest.absent:
+            raise NoInverse(self.manifest.absent[route])
+        return self.manifest.routes.get(route, route)
+
     def _graph(self, name: str) -> Graph:
         if name not in self.manifest.graphs:
             have = ", ".join(self.manifest.graphs)
@@ -290,9 +328,11 @@ class Session:
     def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run one graph by name, unchecked, on any batch size: batches beyond its largest are split."""
         graph = self._graph(name)
-        inputs = [values[tensor.name] for tensor in graph.inputs]
+        count = len(next(values[tensor.name] for tensor in graph.inputs if tensor.name in values))
+        inputs = [
+            values[tensor.name] if tensor.name in values else _unset(tensor, count, values) for tensor in graph.inputs
+        ]
         largest = graph.batch[1]
-        count = len(inputs[0])
         with guarded(f"at {count:,} images a call", "take fewer images together (--batch or -n)"):
             parts = [
                 self._engine.run(name, [array[start : start + largest] for array in inputs])
@@ -362,6 +402,19 @@ def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool |
     module = importlib.import_module(BACKENDS[backend][0])
     settings = {} if cuda_graph is None else {"cuda_graph": cuda_graph}
     return Session(bundle, module.open_engine(bundle, device, **settings))
+
+
+def _unset(tensor: Tensor, count: int, values: Mapping[str, Any]) -> Any:
+    """What an input has that nobody gave: a control its default, noise its mean. Raises `DataError` for others."""
+    means = {"control": tensor.default, "noise": 0.0, "uniform": 0.5}
+    if means.get(tensor.role) is None:
+        raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
+    return _filled(next(iter(values.values())), (count, *tensor.shape), means[tensor.role])
+
+
+def _filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
+    """A float32 array, or a tensor where `like` is."""
+    return like.new_full(shape, value) if _library(like) == "torch" else np.full(shape, value, np.float32)
 
 
 def _library(array: Any) -> str:

@@ -13,8 +13,7 @@ from hflow_rt.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
     import torch
-
-    from hflow_rt.models.family import GraphSpec
+    from torch import nn
 
 __all__ = ["TorchEngine", "open_engine"]
 
@@ -24,10 +23,10 @@ class TorchEngine:
 
     precision: Precision = "fp32"
 
-    def __init__(self, bundle: Bundle, graphs: "dict[str, GraphSpec]", device: "torch.device") -> None:
-        self._bundle, self._graphs, self._device = bundle, graphs, device
-        for graph in graphs.values():
-            graph.module.eval().to(device)
+    def __init__(self, bundle: Bundle, modules: "dict[str, nn.Module]", device: "torch.device") -> None:
+        self._bundle, self._modules, self._device = bundle, modules, device
+        for module in modules.values():
+            module.eval().to(device)
 
     @property
     def backend(self) -> str:
@@ -46,7 +45,7 @@ class TorchEngine:
         return None
 
     def close(self) -> None:
-        self._graphs.clear()
+        self._modules.clear()
 
     def run(self, graph: str, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         import torch
@@ -55,7 +54,7 @@ class TorchEngine:
             # torch shares the memory and so wants it writable, which a memory-mapped array need not be
             whole = [np.require(array, requirements=("C", "W")) for array in inputs]
             tensors = [torch.from_numpy(array).to(self._device) for array in whole]
-            return [output.cpu().numpy() for output in self._graphs[graph].module(*tensors)]
+            return [output.cpu().numpy() for output in self._modules[graph](*tensors)]
 
 
 def open_engine(bundle: Bundle, device: str) -> TorchEngine:
@@ -73,4 +72,5 @@ def open_engine(bundle: Bundle, device: str) -> TorchEngine:
     if device == "cuda":
         # TF32 keeps 10 bits of the flow's state, which then cannot be inverted
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return TorchEngine(bundle, load_model(bundle.model).graphs(), torch.device(device))
+    modules = {name: spec.module for name, spec in load_model(bundle.model).graphs().items()}
+    return TorchEngine(bundle, modules, torch.device(device))

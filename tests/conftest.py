@@ -5,7 +5,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,27 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hflow_rt.models.family import Family
+
 # Tiny tensors gain nothing from threads, and spinning ones make the suite crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-TINY: dict[str, Any] = {
-    "levels": [
-        {
-            "resolution": 16, "channels": 3, "steps": 2, "split": "blocks-channels", "coupling_channels": 8,
-            "encoder_channels": 6, "decoder_channels": 6, "condition_channels": 4,
-        },
-        {
-            "resolution": 8, "channels": 4, "steps": 2, "split": "channels", "coupling_channels": 8, "noise": 0.2,
-            "encoder_channels": 6, "decoder_channels": 8, "condition_channels": 4, "skip_channels": 3,
-            "style": True, "norm": True,
-        },
-    ],
-    "end": {
-        "channels": [2, 6], "condition_channels": [4], "steps": [2, 2], "coupling_channels": [8, 8],
-        "hidden_from_style": [0, 2], "hidden_from_base": [0, 8],
-    },
-    "style_channels": 8,
-}  # fmt: skip
 
 
 def photographs(count: int, resolution: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -97,16 +80,18 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, Any]:
-    return json.loads(json.dumps(TINY))  # type: ignore[no-any-return]
+    from hflow_rt.models.hflow.presets import TINY
+
+    return json.loads(json.dumps(TINY["model"]))  # type: ignore[no-any-return]
 
 
-def initialised(settings: dict[str, Any], heads: float) -> Any:
+def initialised(family: str, settings: Any, heads: float) -> Any:
     """A seeded model in eval mode, initialised on images, with nothing left at zero: what starts there gets `heads`."""
     torch = pytest.importorskip("torch")
     from hflow_rt.models.checkpoint import build_model
 
     torch.manual_seed(0)
-    model = build_model("hflow", settings)
+    model = build_model(family, settings)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = heads * torch.randn(parameter.shape)
@@ -115,8 +100,14 @@ def initialised(settings: dict[str, Any], heads: float) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Any:
-    return initialised(TINY, 0.05)
+def tiny() -> Callable[[Family], Any]:
+    """The tiny model of a family. That of hflow is `tiny_model`, so that both are exported once."""
+    return lambda family: initialised(family.name, family.tiny["model"], 0.05)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_settings: dict[str, Any]) -> Any:
+    return initialised("hflow", tiny_settings, 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +115,7 @@ def demo_model() -> Any:
     """`hflow-demo` with small heads, as a trained one has: with large ones rounding decides the image."""
     from hflow_rt.models.hflow.presets import PRESETS
 
-    return initialised(PRESETS["hflow-demo"]["model"], 1e-3)
+    return initialised("hflow", PRESETS["hflow-demo"]["model"], 1e-3)
 
 
 @pytest.fixture(scope="session")

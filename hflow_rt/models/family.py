@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hflow_rt.conditions import Choices, by_folder
 from hflow_rt.errors import ConfigError
+from hflow_rt.manifest import Role
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,7 @@ else:
 
 __all__ = [
     "FAMILIES",
+    "LOG_PROB",
     "BoundKind",
     "Conditions",
     "Encoding",
@@ -43,6 +45,7 @@ __all__ = [
     "ModelConfig",
     "NoiseScale",
     "Published",
+    "Role",
     "Scale",
     "TensorSpec",
     "conditions_by_folder",
@@ -52,6 +55,7 @@ __all__ = [
 
 # of bits per dimension: the true upper bound, and what the family's authors published
 BoundKind = Literal["strict", "paper"]
+LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
 Conditions = Mapping[str, "Tensor"]
 
@@ -98,17 +102,26 @@ class NoiseScale(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named float32 tensor of a graph: `shape` without the batch axis, and the range of its values if bounded."""
+    """A named float32 tensor of a graph: `shape` without the batch axis, `role` (see the manifest's `Role`), and its
+    values' range if bounded.
+
+    std: of a latent's prior at temperature 1. default: of a control.
+    """
 
     name: str
     shape: tuple[int, ...]
+    role: Role
     range: tuple[float, float] | None = None
+    std: float = 1.0
+    default: float | None = None
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph to export: a module that takes the inputs in order and returns the outputs in order as a tuple.
+    """One graph to export.
 
+    module: what is written, with every constant folded; reference: the same function as the model computes it, which
+    parity runs in float64 and float32. Both take the inputs in order and return the outputs in order as a tuple.
     nets: modules that mixed precision computes in float16, as patterns of paths within `module` that end in a dot,
     such as `*.decoder.*`. heads: those of them that stay in float32, because what they yield bounds the flow.
     scales: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
@@ -116,6 +129,7 @@ class GraphSpec:
 
     name: str
     module: nn.Module
+    reference: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     nets: tuple[str, ...] = ()
@@ -266,11 +280,18 @@ class LatentModel(_Module, ABC):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by optimizer group; the training settings give each group its learning rate."""
 
+    def routes(self) -> dict[str, str]:
+        """The graph that leads from latents to image, `forward`, and that from image to latents, `inverse`."""
+        return {"forward": "forward", "inverse": "inverse"}
+
+    def absent(self) -> dict[str, str]:
+        """Why there is no such route, in one sentence, for those of `forward` and `inverse` that are not there."""
+        return {}
+
     @abstractmethod
     def graphs(self) -> dict[str, GraphSpec]:
-        """What export can write, by name: always `forward`, and `inverse` where the family has one.
+        """What export can write, by name: those of `routes`, of `spaces`, and on request `bound`, see `bound_inputs`.
 
-        `bound`, see `bound_inputs`, is written on request only; the others are those of `spaces`.
         Everything that does not depend on the input is folded in float64; nothing random is inside.
         """
 
@@ -305,7 +326,8 @@ class Published:
 class Family:
     """How the rest of the project finds a family: its settings class, presets, model class.
 
-    read_published: reads a published checkpoint and, where that does not hold them, its settings from another
+    tiny: settings like a preset's, of a model with every part that others have and as small as can be, on which the
+    contract is tested. read_published: reads a published checkpoint and, where that does not hold them, its settings from another
     file; of a checkpoint that holds several networks the part that the third argument names. Executes nothing.
     Raises `CheckpointError` and `ConfigError`.
     """
@@ -314,6 +336,7 @@ class Family:
     title: str
     config: type[ModelConfig]
     presets: Mapping[str, Mapping[str, Any]]
+    tiny: Mapping[str, Any]
     build: Callable[[Any], LatentModel]
     read_published: Callable[[Path, Path | None, str | None], Published] | None = None
 

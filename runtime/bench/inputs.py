@@ -5,18 +5,29 @@ from numpy.typing import NDArray
 
 from hflow_rt.conditions import in_turn
 from hflow_rt.manifest import Manifest
-from hflow_rt.runtime.noise import draw_latents, parse_std
+from hflow_rt.runtime.noise import draw_latents, draw_noise, parse_std
 
 __all__ = ["inputs_of"]
 
 
 def inputs_of(manifest: Manifest, graph: str, batch: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Inputs of `forward` or `inverse` by name: latents at the std of the bundle, or 8-bit pictures in [0, 1]."""
-    told = in_turn(manifest.choices, range(batch))
-    if graph == "forward":
-        stds = parse_std(list(manifest.std), manifest.latent_shapes)
-        return draw_latents(manifest.latent_shapes, manifest.prior_std, seed, range(batch), stds) | told
-    return {"image": _pictures(manifest.resolution, batch, seed)} | told
+    """Inputs of `graph` by name: latents at the std of the bundle, 8-bit pictures in [0, 1], drawn noise and values."""
+    indices = range(batch)
+    stds = parse_std(list(manifest.std), manifest.latent_shapes)
+    known = draw_latents(manifest.latent_shapes, manifest.prior_std, seed, indices, stds)
+    known |= in_turn(manifest.choices, indices)
+    found: dict[str, NDArray[np.float32]] = {}
+    for tensor in manifest.graphs[graph].inputs:
+        if tensor.role == "image":
+            found[tensor.name] = _pictures(manifest.resolution, batch, seed)
+        elif tensor.role == "control":
+            found[tensor.name] = np.full((batch, *tensor.shape), tensor.default, np.float32)
+        elif tensor.name in known:
+            found[tensor.name] = known[tensor.name]
+        else:
+            kind = "uniform" if tensor.role == "uniform" else "noise"
+            found[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, indices)
+    return found
 
 
 def _pictures(side: int, number: int, seed: int) -> NDArray[np.float32]:

@@ -104,25 +104,18 @@ class _Torch:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._dtype = torch.float64 if double else torch.float32
         self.manifest = bundle.manifest
-        model = load_model(bundle.model).eval().to(self._dtype)
-        if folded:
-            model = model.folded()
-        self.model = model.to(device=self._device)
-        if channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        modules: dict[str, Any] = {}
+        for name, spec in load_model(bundle.model).eval().graphs().items():
+            module = (spec.module if folded else spec.reference).eval().to(self._device, self._dtype)
+            if channels_last:
+                module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            modules[name] = torch.compile(module, dynamic=False) if compiled else module
+        self._modules = modules
         self.backend = f"torch {torch.__version__} {device}"
-        self._graphs: dict[str, Callable[..., Any]] = {"forward": self._forward, "inverse": self._inverse}
-        if compiled:
-            self._graphs = {name: torch.compile(run, dynamic=False) for name, run in self._graphs.items()}
         self._recorded: dict[Any, Any] = {}
 
-    def _forward(self, inputs: Mapping[str, Any]) -> list[Any]:
-        return [self.model.decode(inputs)]
-
-    def _inverse(self, inputs: Mapping[str, Any]) -> list[Any]:
-        told = {name: array for name, array in inputs.items() if name != "image"}
-        encoding = self.model.encode(inputs["image"], told or None)
-        return [*encoding.latents.values(), encoding.log_prob]
+    def _run(self, graph: str, inputs: Mapping[str, Any]) -> Any:
+        return self._modules[graph](*[inputs[tensor.name] for tensor in self.manifest.graphs[graph].inputs])
 
     def place(self, arrays: Mapping[str, Array]) -> Any:
         def placed(array: Array) -> Any:
@@ -133,7 +126,7 @@ class _Torch:
 
     def launch(self, graph: str, inputs: Any) -> Any:
         with self._torch.inference_mode():
-            return self._replay(graph, inputs) if self._replayed else self._graphs[graph](inputs)
+            return self._replay(graph, inputs) if self._replayed else self._run(graph, inputs)
 
     def call(self, graph: str, inputs: Any) -> Any:
         outputs = self.launch(graph, inputs)
@@ -154,11 +147,11 @@ class _Torch:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    self._graphs[graph](held)
+                    self._run(graph, held)
             torch.cuda.current_stream().wait_stream(stream)
             recording = torch.cuda.CUDAGraph()
             with torch.cuda.graph(recording):
-                outputs = self._graphs[graph](held)
+                outputs = self._run(graph, held)
             self._recorded[key] = recording, held, outputs
         recording, held, outputs = self._recorded[key]
         for name, tensor in inputs.items():

@@ -279,7 +279,9 @@ def test_export_refuses_unfolded_operators(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.linalg.det(x),)
 
-    spec = GraphSpec("forward", Determinant(), (TensorSpec("x", (3, 3)),), (TensorSpec("y", ()),))
+    spec = GraphSpec(
+        "forward", Determinant(), Determinant(), (TensorSpec("x", (3, 3), "latent"),), (TensorSpec("y", (), "score"),)
+    )
     with pytest.raises(HFlowError, match="still holds Det"):
         export_graph(spec, tmp_path / "x.onnx", {}, SharedWeights(tmp_path / "weights.bin"))
 

@@ -14,12 +14,12 @@ from hflow_rt.runtime import load
 def test_a_model_that_overflows_on_the_images_asks_for_others(
     tiny_run: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = parity._encode
+    plain_outputs = parity._Pair.plain_outputs
 
-    def overflowing(model: Any, *inputs: Any) -> dict[str, Any]:
-        return {name: values * np.float32(np.inf) for name, values in encode(model, *inputs).items()}
+    def overflowing(pair: parity._Pair, values: Any) -> dict[str, Any]:
+        return {name: value * np.float32(np.inf) for name, value in plain_outputs(pair, values).items()}
 
-    monkeypatch.setattr(parity, "_encode", overflowing)
+    monkeypatch.setattr(parity._Pair, "plain_outputs", overflowing)
     images = np.full((1, 3, 16, 16), 0.5, np.float32)
     with load(tiny_run) as session, pytest.raises(DataError, match=r"overflows on these images.*--images"):
         parity.run_parity(tiny_model, session, images)

@@ -216,6 +216,8 @@ def test_a_family_without_nets(tmp_path: Path) -> None:
         def forward(self, x: Any) -> tuple[Any]:
             return (x * 2,)
 
-    spec = GraphSpec("forward", Plain(), (TensorSpec("x", (4,)),), (TensorSpec("image", (4,)),))
+    spec = GraphSpec(
+        "forward", Plain(), Plain(), (TensorSpec("x", (4,), "latent"),), (TensorSpec("image", (4,), "image"),)
+    )
     with pytest.raises(HFlowError, match="has no nets to compute in half precision; export with --precision fp32"):
         export_graph(spec, tmp_path / "g.onnx", {}, SharedWeights(tmp_path / "weights.bin"), precision="mixed")

@@ -128,4 +128,4 @@ PRESETS = {
     "toy-loose": {"model": {"strict": False}, "training": TRAINING},
 }
 
-FAMILY = Family("toy", "a toy", ToyConfig, PRESETS, ToyFlow)
+FAMILY = Family("toy", "a toy", ToyConfig, PRESETS, PRESETS["toy"], ToyFlow)

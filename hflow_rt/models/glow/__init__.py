@@ -5,7 +5,7 @@ from typing import Any
 
 from hflow_rt.models.family import Family, LatentModel, Published
 from hflow_rt.models.glow.config import GlowConfig
-from hflow_rt.models.glow.presets import PRESETS
+from hflow_rt.models.glow.presets import PRESETS, TINY
 
 __all__ = ["FAMILY"]
 
@@ -22,4 +22,4 @@ def _read_published(path: Path, settings: Path | None, part: str | None) -> Publ
     return read_published(path, settings, part)
 
 
-FAMILY = Family("glow", "Glow, multi-scale flow", GlowConfig, PRESETS, _build, _read_published)
+FAMILY = Family("glow", "Glow, multi-scale flow", GlowConfig, PRESETS, TINY, _build, _read_published)

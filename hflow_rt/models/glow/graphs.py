@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from hflow_rt.models.glow.network import Glow
 
 __all__ = ["graphs"]
+
+Specs = tuple[TensorSpec, ...]
 
 # In float16 where precision is mixed: the subnets of couplings, but not what yields shifts and scales
 _NETS = ("*.couplings.*.net.*",)
@@ -51,26 +54,23 @@ class _Bound(nn.Module):
 def graphs(model: "Glow") -> dict[str, GraphSpec]:
     """Folded graphs by name."""
     folded = model.folded()
-    latents = tuple(TensorSpec(name, shape) for name, shape in model.latent_shapes().items())
-    conditions = tuple(TensorSpec(name, (len(options),), (0.0, 1.0)) for name, options in model.choices().items())
-    image = TensorSpec("image", (3, model.resolution, model.resolution), (0.0, 1.0))
-    drawn = (image, TensorSpec("uniform", image.shape, (0.0, 1.0)), *conditions)
+    latents = tuple(TensorSpec(name, shape, "latent") for name, shape in model.latent_shapes().items())
+    conditions = tuple(
+        TensorSpec(name, (len(options),), "condition", (0.0, 1.0)) for name, options in model.choices().items()
+    )
+    image = TensorSpec("image", (3, model.resolution, model.resolution), "image", (0.0, 1.0))
+    drawn = (image, TensorSpec("uniform", image.shape, "uniform", (0.0, 1.0)), *conditions)
     terms = [f"{name}.{part}" for name in model.latent_shapes() for part in ("prior", "log_det")]
-    given = (*latents, *conditions)
+    scores = tuple(TensorSpec(name, (), "score") for name in (*terms, "z0.bins"))
+
+    def graph(name: str, of: Callable[..., nn.Module], inputs: Specs, outputs: Specs) -> GraphSpec:
+        named = [spec.name for spec in inputs if spec.role != "image" or of is _Bound]
+        return GraphSpec(name, of(folded, named), of(model, named), inputs, outputs)
+
     specs = (
-        GraphSpec("forward", _Forward(folded, [spec.name for spec in given]), given, (image,)),
-        GraphSpec(
-            "inverse",
-            _Inverse(folded, [spec.name for spec in conditions]),
-            (image, *conditions),
-            (*latents, TensorSpec("log_prob", ())),
-        ),
-        GraphSpec(
-            "bound",
-            _Bound(folded, [spec.name for spec in drawn]),
-            drawn,
-            tuple(TensorSpec(name, ()) for name in (*terms, "z0.bins")),
-        ),
+        graph("forward", _Forward, (*latents, *conditions), (image,)),
+        graph("inverse", _Inverse, (image, *conditions), (*latents, TensorSpec("log_prob", (), "score"))),
+        graph("bound", _Bound, drawn, scores),
     )
     layers = [copy.deepcopy(m).double() for m in model.modules() if isinstance(m, (HiddenConv2d, ZeroConv2d))]
     scales = tuple(layer.gain().detach().cpu().numpy() for layer in layers)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["PRESETS"]
+__all__ = ["PRESETS", "TINY"]
 
 
 def _training(batch: int, epoch: int, **changes: Any) -> dict[str, Any]:
@@ -88,4 +88,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             ema_weight=0.01,
         ),
     },
+}
+
+# of a few kilobytes, with every part that others have
+TINY: dict[str, Any] = {
+    "model": {"resolution": 16, "levels": 2, "steps": 1, "hidden_channels": 8, "lu": True, "classes": ("a", "b")},
+    "training": _training(4, 40, init_images=8),
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 from hflow_rt.models.family import Family, LatentModel, Published
 from hflow_rt.models.hflow.config import HFlowConfig
-from hflow_rt.models.hflow.presets import PRESETS
+from hflow_rt.models.hflow.presets import PRESETS, TINY
 
 __all__ = ["FAMILY"]
 
@@ -22,4 +22,4 @@ def _read_published(path: Path, settings: Path | None, part: str | None) -> Publ
     return read_published(path, settings, part)
 
 
-FAMILY = Family("hflow", "hflow, invertible hierarchical flow", HFlowConfig, PRESETS, _build, _read_published)
+FAMILY = Family("hflow", "hflow, invertible hierarchical flow", HFlowConfig, PRESETS, TINY, _build, _read_published)

@@ -70,24 +70,26 @@ class _EndInverse(nn.Module):
 def graphs(model: "HFlow") -> dict[str, GraphSpec]:
     """Folded graphs by name."""
     folded = model.folded()
-    latents = tuple(TensorSpec(name, shape) for name, shape in model.latent_shapes().items())
+    stds = model.prior_std()
+    latents = tuple(TensorSpec(name, shape, "latent", std=stds[name]) for name, shape in model.latent_shapes().items())
     ends = tuple(spec for spec in latents if spec.name.startswith("end"))
-    image = TensorSpec("image", (3, model.resolution, model.resolution), (0.0, 1.0))
-    parts = tuple(TensorSpec(f"u{i}", (channels,)) for i, channels in enumerate(model.config.end.channels))
-    log_prob = TensorSpec("log_prob", ())
-    noises = (TensorSpec(name, shape) for name, shape in bound_shapes(model).items())
-    drawn = (image, TensorSpec("uniform", image.shape, (0.0, 1.0)), *noises)
+    image = TensorSpec("image", (3, model.resolution, model.resolution), "image", (0.0, 1.0))
+    parts = tuple(TensorSpec(f"u{i}", (channels,), "value") for i, channels in enumerate(model.config.end.channels))
+    log_prob = TensorSpec("log_prob", (), "score")
+    noises = (TensorSpec(name, shape, "noise") for name, shape in bound_shapes(model).items())
+    drawn = (image, TensorSpec("uniform", image.shape, "uniform", (0.0, 1.0)), *noises)
+    names = [spec.name for spec in drawn]
     terms = tuple(
-        TensorSpec(f"{name}.{part}", ())
+        TensorSpec(f"{name}.{part}", (), "score")
         for name in model.latent_shapes()
         for part in ("prior", "log_det", "bins" if name == "z0" else "entropy")
     )
     specs = (
-        GraphSpec("forward", _Forward(folded), latents, (image,)),
-        GraphSpec("inverse", _Inverse(folded), (image,), (*latents, log_prob)),
-        GraphSpec("bound", _Bound(folded, [spec.name for spec in drawn]), drawn, terms),
-        GraphSpec("end_forward", _EndForward(folded), ends, parts),
-        GraphSpec("end_inverse", _EndInverse(folded), parts, ends),
+        GraphSpec("forward", _Forward(folded), _Forward(model), latents, (image,)),
+        GraphSpec("inverse", _Inverse(folded), _Inverse(model), (image,), (*latents, log_prob)),
+        GraphSpec("bound", _Bound(folded, names), _Bound(model, names), drawn, terms),
+        GraphSpec("end_forward", _EndForward(folded), _EndForward(model), ends, parts),
+        GraphSpec("end_inverse", _EndInverse(folded), _EndInverse(model), parts, ends),
     )
     layers = (module for module in model.modules() if isinstance(module, (EqualizedConv2d, EqualizedLinear)))
     scales = tuple({layer.weight_scale for layer in layers})

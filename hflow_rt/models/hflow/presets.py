@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["PRESETS"]
+__all__ = ["PRESETS", "TINY"]
 
 _END = {
     "channels": [4, 508],
@@ -197,3 +197,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         | {"images": 100_000, "batch_size": 16, "accumulate": 1, "ema_weight": 0.02, "ema_warmup_images": 1000},
     },
 }
+
+# of a few kilobytes, with every part that others have
+TINY: dict[str, Any] = {
+    "model": {
+        "levels": [
+            {
+                "resolution": 16, "channels": 3, "steps": 2, "split": "blocks-channels", "coupling_channels": 8,
+                "encoder_channels": 6, "decoder_channels": 6, "condition_channels": 4,
+            },
+            {
+                "resolution": 8, "channels": 4, "steps": 2, "split": "channels", "coupling_channels": 8, "noise": 0.2,
+                "encoder_channels": 6, "decoder_channels": 8, "condition_channels": 4, "skip_channels": 3,
+                "style": True, "norm": True,
+            },
+        ],
+        "end": {
+            "channels": [2, 6], "condition_channels": [4], "steps": [2, 2], "coupling_channels": [8, 8],
+            "hidden_from_style": [0, 2], "hidden_from_base": [0, 8],
+        },
+        "style_channels": 8,
+    },
+    "training": _PUBLISHED_TRAINING | {"batch_size": 4, "accumulate": 1, "init_images": 8},
+}  # fmt: skip

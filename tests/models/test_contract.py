@@ -1,0 +1,223 @@
+"""Every family keeps the contract: built, saved, exported, proved, sampled, encoded or refused, trained, resumed.
+
+A new family is tested by registering it. The toys stand for what no registered family has yet.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from hflow_rt.conditions import in_turn
+from hflow_rt.errors import DataError, NoInverse
+from hflow_rt.evaluation.bits import measure
+from hflow_rt.export.bundle import export_bundle
+from hflow_rt.manifest import Manifest, read_manifest
+from hflow_rt.models.checkpoint import load_model, save_model
+from hflow_rt.models.family import FAMILIES, LOG_PROB, Family, LatentModel, family
+from hflow_rt.runs import checkpoints
+from hflow_rt.runtime import load
+from hflow_rt.runtime.session import Session
+from hflow_rt.training.config import RunConfig, load_config
+from hflow_rt.training.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parent))  # the toys are found by name
+TOYS = {"toy-generator": "toy_generator"}
+NAMES = [*FAMILIES, *TOYS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _toys() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        for name, module in TOYS.items():
+            patched.setitem(FAMILIES, name, module)
+        yield
+
+
+class Pictures:
+    """24 smooth colour images in folders named after the classes of a model, the last fourth held out."""
+
+    def __init__(self, model: LatentModel, count: int = 24) -> None:
+        corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        smooth = torch.nn.functional.interpolate(corners, model.resolution, mode="bilinear", align_corners=True)
+        self.array = (255 * smooth).round().to(torch.uint8).numpy()
+        classes = next(iter(model.choices().values()), ("all",))
+        self.names = [f"{classes[index % len(classes)]}/{index:02d}.png" for index in range(count)]
+        self.hash = hashlib.sha256(self.array.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pixels(self, indices: NDArray[np.integer]) -> NDArray[np.uint8]:
+        return self.array[indices]
+
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        held_out = np.arange(len(self)) >= len(self) * 3 // 4
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tiny model of a family, its pictures and its bundle."""
+
+    family: Family
+    config: RunConfig
+    model: LatentModel
+    pictures: Pictures
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def images(self) -> NDArray[np.float32]:
+        return self.pictures.array[:3].astype(np.float32) / 255
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(
+    request: pytest.FixtureRequest, tiny: Callable[[Family], LatentModel], tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    found = family(request.param)
+    config = load_config(file={"family": found.name, **found.tiny})
+    model = tiny(found)
+    pictures = Pictures(model)
+    folder = tmp_path_factory.mktemp(found.name)
+    save_model(folder / "model.safetensors", found.name, model, model.state_dict(), {"images": 0})
+    images = pictures.array[:3].astype(np.float32) / 255
+    manifest = export_bundle(folder / "model.safetensors", folder / "bundle", images)
+    return Made(found, config, model, pictures, folder, manifest)
+
+
+@pytest.fixture(scope="module")
+def session(made: Made) -> Session:
+    return load(made.folder)
+
+
+def test_weights_come_back(made: Made) -> None:
+    again = load_model(made.folder / "model.safetensors")
+    state = made.model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    assert again.config == made.model.config
+
+
+def test_graphs_are_described(made: Made) -> None:
+    model, graphs = made.model, made.model.graphs()
+    routes = model.routes()
+    assert routes.keys() | model.absent().keys() == {"forward", "inverse"}
+    assert not routes.keys() & model.absent().keys()
+    assert {*routes.values(), *(name for pair in model.spaces().values() for name in pair)} <= graphs.keys()
+    latents, conditions = model.latent_shapes(), model.choices()
+    for name, spec in graphs.items():
+        assert spec.name == name
+        for tensors in (spec.inputs, spec.outputs):
+            assert len({tensor.name for tensor in tensors}) == len(tensors)
+        for tensor in (*spec.inputs, *spec.outputs):
+            assert (tensor.role == "latent") == (tensor.name in latents)
+            assert (tensor.role == "condition") == (tensor.name in conditions)
+            assert (tensor.role == "image") == (tensor.name == "image")
+            assert (tensor.role == "score") <= (tensor.shape == ())
+            assert (tensor.role == "control") == (tensor.default is not None)
+    forward = graphs[routes["forward"]]
+    roles = {tensor.role for tensor in forward.inputs}
+    assert {"latent"} <= roles <= {"latent", "noise", "uniform", "condition", "control"}
+    assert [tensor.name for tensor in forward.outputs] == ["image"]
+    assert forward.outputs[0].range == (0, 1)
+    if "inverse" in routes:
+        inverse = graphs[routes["inverse"]]
+        assert inverse.inputs[0].name == "image"
+        assert [tensor.name for tensor in inverse.outputs] == [*latents, LOG_PROB]
+
+
+def test_every_graph_is_proved(made: Made) -> None:
+    manifest = made.manifest
+    assert manifest.parity is not None
+    assert manifest.verified, manifest.parity["failures"]
+    for name, graph in manifest.graphs.items():
+        assert manifest.parity["pooled"][name].keys() == {tensor.name for tensor in graph.outputs}
+        assert all(entry["scale"] > 0 for entry in manifest.parity["pooled"][name].values())
+    assert ("round_trip" in manifest.parity["pooled"]) == ("inverse" in made.model.routes())
+    assert read_manifest(made.folder / "bundle") == manifest
+    assert manifest.routes == made.model.routes()
+    specs = made.model.graphs()
+    for name, graph in manifest.graphs.items():
+        spec = specs[name]
+        assert [tensor.role for tensor in graph.inputs] == [tensor.role for tensor in spec.inputs]
+
+
+def test_an_image_of_a_seed_is_the_same_in_any_batch(made: Made, session: Session) -> None:
+    whole = session.sample(5, std=1, seed=3)
+    side = made.model.resolution
+    assert whole.shape == (5, 3, side, side)
+    assert whole.dtype == np.float32
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    assert np.std(whole, axis=0).max() > 1e-3  # images differ
+    parts = np.concatenate([session.forward(part) for part in session.draw([4, 1], 1, 3, batch=1)])
+    np.testing.assert_allclose(parts, whole[[4, 1]], atol=2e-4)
+    with load(made.folder, backend="torch") as reference:
+        np.testing.assert_allclose(reference.sample(5, std=1, seed=3), whole, atol=2e-3)
+
+
+def test_controls(session: Session) -> None:
+    (latents,) = session.draw([0, 1])
+    plain = session.forward(latents)
+    assert np.array_equal(session.forward(latents, session.controls), plain)
+    for name in session.controls:
+        assert np.abs(session.forward(latents, {name: 0.0}) - plain).max() > 1e-2
+        for impossible in (-1e9, float("nan")):
+            with pytest.raises(DataError, match=f"control {name} must be a number in"):
+                session.forward(latents, {name: impossible})
+    with pytest.raises(DataError, match="unknown control 'nothing'"):
+        session.forward(latents, {"nothing": 1.0})
+
+
+def test_images_come_back_or_are_refused(made: Made, session: Session, tmp_path: Path) -> None:
+    told = in_turn(session.choices, range(3))
+    if "inverse" in made.model.routes():
+        found = session.inverse(made.images, told)
+        assert found.latents.keys() == session.input_shapes.keys()
+        np.testing.assert_allclose(session.forward(found.latents), made.images, atol=1e-3)
+        return
+    sentence = made.model.absent()["inverse"]
+    with pytest.raises(NoInverse) as refused:
+        session.inverse(made.images)
+    assert str(refused.value) == sentence
+    with pytest.raises(NoInverse) as refused:
+        made.model.encode(torch.from_numpy(made.images))
+    assert str(refused.value) == sentence
+    with pytest.raises(NoInverse) as refused:
+        export_bundle(made.folder / "model.safetensors", tmp_path / "b", made.images, "inverse")
+    assert str(refused.value) == sentence
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(made: Made, tmp_path: Path) -> None:
+    def run(name: str, images: int, resume: bool = False) -> dict[str, Any]:
+        train(made.config, made.pictures, tmp_path / name, images=images, resume=resume)
+        state: dict[str, Any] = load_file(checkpoints(tmp_path / name)[-1] / "state.safetensors")
+        return state
+
+    whole = run("whole", 8)
+    first = run("parts", 4)
+    parts = run("parts", 8, resume=True)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, first[name]) for name, value in whole.items() if name.startswith("model/"))
+
+
+def test_it_is_measured_or_says_why_not(made: Made) -> None:
+    found = measure(made.model, made.pictures.array[:4], names=made.pictures.names[:4])
+    for name in ("strict", "paper"):
+        bound = getattr(found, name)
+        if bound is None:
+            assert found.reasons[name]
+        else:
+            assert 0 < bound.total.mean < 64

@@ -200,12 +200,11 @@ def _from_schema_1(values: dict[str, Any]) -> Any:
                 return "latent" if name in latents else "condition"
             return "score" if not tensor["shape"] else "noise" if graph == "bound" else "value"
 
+        def told(graph: str, tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [tensor | {"role": role(graph, tensor)} for tensor in tensors]
+
         graphs = {
-            name: graph
-            | {
-                side: [tensor | {"role": role(name, tensor)} for tensor in graph[side]]
-                for side in ("inputs", "outputs")
-            }
+            name: graph | {side: told(name, graph[side]) for side in ("inputs", "outputs")}
             for name, graph in values["graphs"].items()
         }
         routes = {name: name for name in ("forward", "inverse") if name in graphs}

@@ -58,7 +58,7 @@ def draw_noise(
     indices: Sequence[int],
     step: int = 0,
 ) -> NDArray[np.float32]:
-    """Values `[len(indices), *shape]` of the stream `name` at `step`: standard normal `noise`, or `uniform` in [0, 1)."""
+    """The stream `name` at `step`, `[len(indices), *shape]`: standard normal `noise`, or `uniform` in [0, 1)."""
     rows = []
     for index in indices:
         stream = _stream(seed, index, (0, 0, step, 1 + zlib.crc32(name.encode())))

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -254,7 +254,7 @@ class Session:
         batch: int = 16,
         option: str | None = None,
     ) -> Iterator[dict[str, Array]]:
-        """What `forward` takes for the images `indices` of `seed`, at most `batch` at a time: latents of the prior first.
+        """What `forward` takes for the images `indices` of `seed`, at most `batch` at a time; latents are the prior's.
 
         std: by default what the bundle says, `Session.std`.
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
@@ -265,7 +265,8 @@ class Session:
             part = indices[start : start + batch]
             drawn = draw_latents(self.latent_shapes, self.manifest.prior_std, seed, part, stds)
             for tensor in self._forward_inputs("noise", "uniform"):
-                drawn[tensor.name] = draw_noise(tensor.role, tensor.name, tensor.shape, seed, part)
+                kind: Literal["noise", "uniform"] = "uniform" if tensor.role == "uniform" else "noise"
+                drawn[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, part)
             told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
             yield drawn | told
 

@@ -327,9 +327,9 @@ class Family:
     """How the rest of the project finds a family: its settings class, presets, model class.
 
     tiny: settings like a preset's, of a model with every part that others have and as small as can be, on which the
-    contract is tested. read_published: reads a published checkpoint and, where that does not hold them, its settings from another
-    file; of a checkpoint that holds several networks the part that the third argument names. Executes nothing.
-    Raises `CheckpointError` and `ConfigError`.
+    contract is tested. read_published: reads a published checkpoint and, where that does not hold them, its settings
+    from another file; of a checkpoint that holds several networks the part that the third argument names. Executes
+    nothing. Raises `CheckpointError` and `ConfigError`.
     """
 
     name: str

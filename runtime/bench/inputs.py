@@ -1,5 +1,7 @@
 """What is fed to a model that is measured: other numbers in every round, the same in every process."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +27,7 @@ def inputs_of(manifest: Manifest, graph: str, batch: int, seed: int) -> dict[str
         elif tensor.name in known:
             found[tensor.name] = known[tensor.name]
         else:
-            kind = "uniform" if tensor.role == "uniform" else "noise"
+            kind: Literal["noise", "uniform"] = "uniform" if tensor.role == "uniform" else "noise"
             found[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, indices)
     return found
 

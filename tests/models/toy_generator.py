@@ -1,4 +1,4 @@
-"""A family that breaks what flows take for granted: no inverse, no likelihood, noise and a control beside the latent."""
+"""A family without what flows take for granted: no inverse, no likelihood, noise and a control beside the latent."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -19,7 +19,7 @@ from hflow_rt.models.checkpoint import load_model
 
 
 def main() -> None:
-    from hflow_rt.cli.export import proof_pictures
+    from hflow_rt.export.making import proof_pictures
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="glow-64")

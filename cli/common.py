@@ -9,10 +9,9 @@ import typer
 
 from hflow_rt.cli.terminal import note, tracked
 from hflow_rt.errors import DataError
-from hflow_rt.files import is_folder, is_ours
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
-from hflow_rt.names import quoted, shown
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,20 +34,17 @@ __all__ = [
     "PlaceOption",
     "SeedOption",
     "StdOption",
-    "check_folder",
     "check_std",
     "encoded",
     "locate",
     "locate_bundle",
     "named",
-    "need_extra",
     "open_session",
     "read_pictures",
     "shipped_pictures",
     "starting_points",
     "told",
     "warn_if_busy",
-    "write_pictures",
 ]
 
 _MODEL_HELP = "A run or a bundle; by default the latest run under ./runs, else the bundled model."
@@ -106,8 +102,6 @@ ImagesArgument = Annotated[
 
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
 
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy", ".npz")
-
 
 def locate(model: Path | None, quiet: bool = False) -> Path:
     """`model`, or the latest run under ./runs, or the bundled model, which is then named on stderr."""
@@ -139,7 +133,8 @@ def open_session(
     model: Path | None, backend: str, device: str, quiet: bool = False, cuda_graph: bool | None = None
 ) -> "Session":
     """Open the model and say on stderr what was opened, and once if nobody has proved it yet."""
-    from hflow_rt.runtime.session import check_backend, open_bundle
+    from hflow_rt.runtime.backends import check_backend
+    from hflow_rt.runtime.session import open_bundle
 
     check_backend(backend, device)
     bundle = locate_bundle(model, quiet)
@@ -156,17 +151,6 @@ def open_session(
     return session
 
 
-def need_extra(extra: str, *packages: str) -> None:
-    """Raise `BackendUnavailable` unless all `packages` of an extra, such as `train`, are installed."""
-    from importlib.util import find_spec
-
-    from hflow_rt.errors import BackendUnavailable
-
-    for package in packages:
-        if find_spec(package) is None:
-            raise BackendUnavailable(f"this command needs {package}: pip install 'hflow-rt[{extra}]'")
-
-
 def read_pictures(
     paths: Sequence[Path],
     resolution: int,
@@ -174,43 +158,10 @@ def read_pictures(
     choices: "Choices | None" = None,
     unused: dict[str, str] | None = None,
 ) -> tuple[list[str], "NDArray[np.float32]"]:
-    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders, archives and arrays, the first `limit`.
+    """As of `hflow_rt.runtime.reading`; how many images cannot be used is told on stderr."""
+    from hflow_rt.runtime.reading import read_pictures
 
-    choices: of the model; a file's or folder's name then tells its class, see `class_folder`.
-    unused: takes the names of images in folders and archives that cannot be used, and why; if there are several
-    sources, with the source before the name. Their number is told on stderr. Raises `DataError`.
-    """
-    import os
-
-    import numpy as np
-
-    from hflow_rt.conditions import class_folder
-    from hflow_rt.errors import DataError
-    from hflow_rt.runtime.pictures import read_image
-
-    names: list[str] = []
-    images: list[NDArray[np.float32]] = []
-    for path in paths:
-        folder = class_folder(choices or {}, path)
-        if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
-            from hflow_rt.data.dataset import open_dataset
-
-            found = open_dataset(path, resolution)
-            if found.unused:
-                note(f"{len(found)} images in {path}; not used: {found.left_out}")
-            if unused is not None:
-                above = f"{path}/" if len(paths) > 1 else folder
-                unused |= {above + name: reason for name, reason in found.unused.items()}
-            count = len(found) if limit is None else min(limit, len(found))
-            need(36 * count * resolution**2, f"{count:,} images", "take fewer together")  # thrice as float32
-            names += [folder + name for name in found.names[:limit]]
-            images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
-        else:
-            names.append(folder + shown(path.name))
-            images.append(read_image(path, resolution))
-    if not images:
-        raise DataError("no images given; name at least one file, folder or archive")
-    return names[:limit], np.stack(images[:limit])
+    return read_pictures(paths, resolution, limit, choices, unused, note)
 
 
 def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[np.float32]"]:
@@ -244,7 +195,6 @@ def encoded(
 def told(session: "Session", names: Sequence[str], label: str | None = None) -> "dict[str, NDArray[np.float32]]":
     """What the model is told of the images called `names`: `label`, or what their folders say. Raises `DataError`."""
     from hflow_rt.conditions import by_folder, of_option
-    from hflow_rt.errors import DataError
 
     if label is not None:
         return of_option(session.choices, label, len(names))
@@ -284,34 +234,9 @@ def starting_points(
 
 def check_std(std: Sequence[str] | None, samples: bool, instead: str = "omit it") -> None:
     """Raise `DataError`, which says what to do `instead`, for an std where nothing is sampled."""
-    from hflow_rt.errors import DataError
 
     if std and not samples:
         raise DataError(f"--std is for samples, and these are images; {instead}")
-
-
-def check_folder(output: Path, indices: range) -> None:
-    """Raise `DataError` where `write_pictures` would replace a file in the folder that hflow-rt did not write."""
-    if not is_folder(output):
-        return
-    for path in output.glob("*.png"):
-        among = path.stem.isdecimal() and int(path.stem) in indices and path.name == f"{int(path.stem):06d}.png"
-        if among and not is_ours(path):
-            raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
-
-
-def write_pictures(output: Path, images: "NDArray[np.uint8]", start: int = 0) -> str:
-    """Write uint8 `[N, R, R, 3]` as one grid if `output` names an image file, else one file each in that folder."""
-    from PIL import Image
-
-    from hflow_rt.runtime.pictures import grid, save_image
-
-    if output.suffix:
-        save_image(output, grid(images))
-        return str(output)
-    for index, image in enumerate(images):
-        save_image(output / f"{start + index:06d}.png", Image.fromarray(image))
-    return f"{output}/"
 
 
 def named(model: Path | None, option: str = "") -> str:

@@ -12,12 +12,10 @@ from hflow_rt.cli.common import (
     JsonOption,
     LabelOption,
     ModelOption,
-    check_folder,
     named,
     open_session,
     read_pictures,
     told,
-    write_pictures,
 )
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.names import quoted
@@ -104,7 +102,14 @@ def decode(
     import numpy as np
 
     from hflow_rt.runtime.latents import check_latents, load_latents
-    from hflow_rt.runtime.pictures import check_picture_name, check_picture_size, grid_size, to_uint8
+    from hflow_rt.runtime.pictures import (
+        check_folder,
+        check_picture_name,
+        check_picture_size,
+        grid_size,
+        to_uint8,
+        write_pictures,
+    )
 
     session = open_session(model, backend, device, quiet=json)
     values, about = load_latents(latents)

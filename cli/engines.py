@@ -1,25 +1,21 @@
 """`hflow-rt export --engine trt`: TensorRT engines beside the graphs of a bundle, exported first if need be."""
 
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hflow_rt.cli.common import named, need_extra
-from hflow_rt.cli.export import (
-    GraphOptions,
-    export_graphs,
-    fail_on,
-    model_and_bundle,
-    print_report,
-    proof_pictures,
-)
+from hflow_rt.cli.common import named
+from hflow_rt.cli.export import export_graphs, print_report
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
-from hflow_rt.files import exists, is_file
+from hflow_rt.extras import need_extra
+from hflow_rt.files import is_file
 from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hflow_rt.export.making import GraphOptions
     from hflow_rt.manifest import Manifest, Plan
     from hflow_rt.runtime.bundle import Bundle
 
@@ -38,19 +34,24 @@ class EngineOptions:
 
 
 def build_engines(
-    run: Path | None, output: Path | None, graphs: GraphOptions, options: EngineOptions, quiet: bool
+    run: Path | None, output: Path | None, graphs: "GraphOptions", options: EngineOptions, quiet: bool
 ) -> None:
     """Add engines to the bundle of `run`, made or brought up to date first, and check them where there is a GPU."""
     need_extra("rtx", "onnx")
-    from hflow_rt.export.tensorrt import GRAPHS, add_engines, parse_batch, parse_capabilities, target
+    from hflow_rt.export.making import fail_on
+    from hflow_rt.export.tensorrt import add_engines, parse_batch, parse_capabilities, target
+    from hflow_rt.export.tensorrt_bundle import bundle_with, plans_of
     from hflow_rt.runtime.bundle import find_bundle
 
     # everything that can be refused is refused before the graphs are exported, which takes a while
     batch = None if options.batch is None else parse_batch(options.batch)
     capabilities = None if options.capabilities is None else parse_capabilities(options.capabilities)
     target(options.flavor, capabilities, options.refit)
-    folder = _bundle_folder(run, output, graphs, quiet)
-    wanted = GRAPHS if graphs.direction in (None, "both") else (graphs.direction,)
+
+    def make(source: Path, folder: Path, options: "GraphOptions") -> None:
+        fail_on(export_graphs(source, folder, options, quiet).parity or {})
+
+    folder = bundle_with(run, output, graphs, make, (lambda line: None) if quiet else note)
     with status(quiet=quiet) as progress:
         bundle, key = add_engines(
             find_bundle(folder),
@@ -58,7 +59,7 @@ def build_engines(
             capabilities,
             batch,
             options.workspace,
-            wanted,
+            plans_of(graphs),
             options.refit,
             progress,
             progress if sys.stderr.isatty() else lambda text: None,
@@ -67,7 +68,7 @@ def build_engines(
 
 
 def update_engines(
-    run: Path | None, output: Path | None, graphs: GraphOptions, options: EngineOptions, quiet: bool
+    run: Path | None, output: Path | None, graphs: "GraphOptions", options: EngineOptions, quiet: bool
 ) -> None:
     """Export the weights of `run` to the bundle there is, and give them to its engines without building those again.
 
@@ -75,7 +76,9 @@ def update_engines(
     """
     need_extra("train", "torch", "onnx", "onnxscript")
     from hflow_rt.errors import BundleError, ConfigError
+    from hflow_rt.export.making import GraphOptions, fail_on, model_and_bundle
     from hflow_rt.export.tensorrt import refit_engines, refittable
+    from hflow_rt.export.tensorrt_bundle import is_of
     from hflow_rt.files import atomic_directory
     from hflow_rt.manifest import MANIFEST
     from hflow_rt.runtime.bundle import BUNDLE, find_bundle
@@ -92,7 +95,7 @@ def update_engines(
         raise BundleError(f"there is no bundle in {folder} to update; name the one with the engines with --out")
     old = find_bundle(folder)
     key = refittable(old, options.flavor)
-    if _is_of(folder, source):
+    if is_of(folder, source):
         raise BundleError(f"{folder} has the weights of {source} already; there is nothing to update")
     with status(quiet=quiet) as progress, atomic_directory(folder) as temporary:
         progress("exporting the new graphs")
@@ -108,19 +111,18 @@ def update_engines(
     _prove(find_bundle(folder), key, f" {quoted(folder)}", graphs.images, quiet)
 
 
-def _prove(bundle: "Bundle", key: str, where: str, images: list[Path] | None, quiet: bool) -> None:
+def _prove(bundle: "Bundle", key: str, where: str, images: "Sequence[Path] | None", quiet: bool) -> None:
     """Check new engines where there is a GPU, and tell of them; `where` is how commands name their bundle."""
     from hflow_rt.runtime.bundle import find_bundle
     from hflow_rt.runtime.cuda import chosen_gpu
 
     folder, report = bundle.path, None
     if chosen_gpu() is not None:
-        from hflow_rt.export.bundle import check_bundle
-
         need_extra("train", "torch")
-        pictures = proof_pictures(images, bundle.manifest.resolution)
+        from hflow_rt.export.making import checked
+
         with status(quiet=quiet) as progress:
-            report = check_bundle(bundle, pictures, "trt", "cuda", progress)
+            report = checked(bundle, images, "trt", "cuda", None, progress, note)
         bundle = find_bundle(folder)
     engines = bundle.manifest.engines[key]
     if quiet:
@@ -135,6 +137,8 @@ def _prove(bundle: "Bundle", key: str, where: str, images: list[Path] | None, qu
             say(f"unverified: no GPU here can run them; there, run 'hflow-rt check{where} --backend trt'")
         say_next(f"hflow-rt sample{where} --backend trt", f"hflow-rt info{where}")
     if report is not None:
+        from hflow_rt.export.making import fail_on
+
         fail_on(report)
 
 
@@ -187,85 +191,3 @@ def _tensor(described: list[Any]) -> str:
     """For example `half Bx8x16x16`."""
     kind, sides = described
     return f"{kind} {'x'.join('B' if side == -1 else str(side) for side in sides) or 'scalar'}"
-
-
-def _bundle_folder(run: Path | None, output: Path | None, graphs: GraphOptions, quiet: bool) -> Path:
-    """The folder of a bundle with the graphs that are wanted: the one that is there if it holds them, else exported."""
-    from hflow_rt.assets import PRETRAINED, pretrained
-    from hflow_rt.errors import BundleError, CheckpointError
-    from hflow_rt.files import atomic_directory
-    from hflow_rt.manifest import MANIFEST
-    from hflow_rt.runs import ROOT, latest_run
-
-    if run is None:
-        try:
-            run = latest_run()
-        except CheckpointError:
-            output = output or ROOT / PRETRAINED
-            run = output if is_file(output / MANIFEST) else pretrained()
-            if not quiet:
-                note(f"no run under ./{ROOT}: this is {PRETRAINED}, the bundled model, in {output}")
-    source, folder = model_and_bundle(run, output)
-    bundle = source.parent
-    if is_file(bundle / MANIFEST) and folder.resolve() != bundle.resolve():
-        if not exists(folder):
-            with atomic_directory(folder) as copy:
-                shutil.copytree(bundle, copy, dirs_exist_ok=True)
-        elif not _is_of(folder, source):
-            raise BundleError(f"{folder} exists already, and a copy of {bundle} would replace it; choose another --out")
-    return _satisfying(folder, source, graphs, quiet)
-
-
-def _is_of(folder: Path, source: Path) -> bool:
-    """Whether `folder` is a bundle of the weights in the file `source`."""
-    from hflow_rt.manifest import MANIFEST, read_manifest
-    from hflow_rt.runtime.bundle import Bundle
-
-    if not is_file(folder / MANIFEST):
-        return False
-    return Bundle(folder, read_manifest(folder)).made_of(source)
-
-
-def _satisfying(folder: Path, source: Path, graphs: GraphOptions, quiet: bool) -> Path:
-    """`folder`, exported from the model file `source` unless it is a bundle of just that already."""
-    from hflow_rt.manifest import MANIFEST
-
-    if is_file(folder / MANIFEST):
-        if _is_of(folder, source):
-            lacking, graphs = _lacking(folder, graphs)
-            if not lacking:
-                return folder
-            reason = f"{folder} lacks {lacking}"
-        else:
-            reason = f"{folder} is of other weights than {source}"
-        if not quiet:
-            note(f"{reason}: exporting its graphs again")
-    fail_on(export_graphs(source, folder, graphs, quiet).parity or {})
-    return folder
-
-
-def _lacking(folder: Path, graphs: GraphOptions) -> tuple[str, GraphOptions]:
-    """What the graphs of a bundle lack of what was asked for, in words, and what to export then.
-
-    Nothing if they will do. A direction names the engines to build, so that the other's graph stays.
-    """
-    from hflow_rt.manifest import read_manifest
-
-    manifest = read_manifest(folder)
-    known = GraphOptions().filled(manifest)
-    wanted = graphs.filled(manifest)
-    one_more = known.direction not in ("both", wanted.direction)
-    wanted = replace(wanted, direction="both" if one_more else known.direction)
-    if one_more:
-        return f"the graph {'inverse' if known.direction == 'forward' else 'forward'}", wanted
-    if wanted.bound and not known.bound:
-        return "the graph bound", wanted
-    if wanted.precision != known.precision:
-        return f"{wanted.precision} arithmetic", wanted
-    if wanted.tune != known.tune:
-        return f"--tune {wanted.tune}", wanted
-    if wanted.half != known.half:
-        return f"weights in {'half' if wanted.half else 'full'} precision", wanted
-    if wanted.std != known.std:
-        return f"std {' '.join(wanted.std or ())}", wanted
-    return "", graphs

@@ -15,10 +15,10 @@ from hflow_rt.cli.common import (
     StdOption,
     locate,
     named,
-    need_extra,
     open_session,
 )
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
+from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def bpd(
     from hflow_rt.data.selection import select
     from hflow_rt.evaluation.bits import measure, open_reference
     from hflow_rt.models.checkpoint import read_metadata
-    from hflow_rt.runtime.session import check_backend
+    from hflow_rt.runtime.backends import check_backend
     from hflow_rt.training.processes import Processes
 
     check_backend(backend, device)
@@ -152,7 +152,7 @@ def distance(
     from hflow_rt.evaluation.cache import FeatureCache, cache_folder
     from hflow_rt.evaluation.distance import measure
     from hflow_rt.evaluation.features import open_features
-    from hflow_rt.runtime.session import check_backend
+    from hflow_rt.runtime.backends import check_backend
     from hflow_rt.training.processes import Processes
 
     check_backend(backend, device)

@@ -1,9 +1,8 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,23 +15,19 @@ from hflow_rt.cli.common import (
     ModelArgument,
     locate_bundle,
     named,
-    need_extra,
-    read_pictures,
     warn_if_busy,
 )
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
-from hflow_rt.files import is_file
+from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
+    from hflow_rt.export.making import GraphOptions
     from hflow_rt.manifest import Manifest
 
-__all__ = ["GraphOptions", "export_graphs", "fail_on", "model_and_bundle", "print_report", "proof_pictures"]
+__all__ = ["export_graphs", "print_report"]
 
-_ENGINES = ("onnx", "trt")
 _TRT = "TensorRT"  # heading in the help
-# Images for the proof: in float64, 256x256 takes seconds each.
-_IMAGES, _LARGE_IMAGES = 8, 3
 
 
 class _Direction(StrEnum):
@@ -64,37 +59,6 @@ _ImagesOption = Annotated[
         show_default=False,
     ),
 ]
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """What `export` was asked for of the graphs; None where nothing was asked."""
-
-    images: list[Path] | None = None
-    direction: Literal["forward", "inverse", "both"] | None = None
-    bound: bool | None = None
-    std: list[str] | None = None
-    half: bool | None = None
-    precision: Literal["fp32", "mixed"] | None = None
-    tune: Literal["any", "cpu"] | None = None
-
-    def filled(self, there: "Manifest | None") -> "GraphOptions":
-        """With all that was not told as it is in the bundle that is there, else by default."""
-        from hflow_rt.manifest import HALF, STD
-
-        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
-        if there is not None:
-            both = {"forward", "inverse"} <= there.graphs.keys()
-            known = GraphOptions(
-                direction="both" if both else "forward" if "forward" in there.graphs else "inverse",
-                bound="bound" in there.graphs,
-                std=list(there.std),
-                half=there.checkpoint.get("weights") == HALF,
-                precision=there.precision,
-                tune=there.tuning,
-            )
-        told = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(known, **told)
 
 
 @app.command()
@@ -207,10 +171,10 @@ def export(
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
-    from hflow_rt.errors import BackendUnavailable, ConfigError
+    from hflow_rt.errors import ConfigError
+    from hflow_rt.export.making import GraphOptions, check_engine, fail_on, model_and_bundle
 
-    if engine not in _ENGINES:
-        raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(_ENGINES)}")
+    check_engine(engine)
     graphs = GraphOptions(
         images,
         None if direction is None else direction.value,
@@ -263,18 +227,15 @@ def check(
 
     Example: hflow-rt check --images photos/
     """
-    from hflow_rt.runtime.session import check_backend
+    from hflow_rt.runtime.backends import check_backend
 
     check_backend(backend, device)
     need_extra("train", "torch", "onnx", "onnxscript")
-    from hflow_rt.assets import pretrained
-    from hflow_rt.export.bundle import check_bundle
+    from hflow_rt.export.making import checked, fail_on
 
     bundle = locate_bundle(model, quiet=json)
-    pictures = proof_pictures(images, bundle.manifest.resolution)
-    keep = bundle.path != pretrained()  # what was installed is not ours to write to
     with status(quiet=json) as progress:
-        report = check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=cuda_graph)
+        report = checked(bundle, images, backend, device, cuda_graph, progress, note)
     if json:
         print_json(report)
     else:
@@ -284,68 +245,20 @@ def check(
     fail_on(report)
 
 
-def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
-    """The model file of a run, a bundle or a path to one, the latest run's if none, and the folder of its bundle.
-
-    Raises `CheckpointError` where there is none, and `BundleError` for the bundled model's bundle.
-    """
-    from hflow_rt.assets import pretrained
-    from hflow_rt.errors import BundleError
-    from hflow_rt.manifest import MANIFEST, MODEL
-    from hflow_rt.runs import resolve_run
-    from hflow_rt.runtime.bundle import BUNDLE
-
-    source = run if run is not None and is_file(run) else resolve_run(run) / MODEL
-    inside = source.name == MODEL and is_file(source.parent / MANIFEST)
-    folder = output or (source.parent if inside else source.parent / BUNDLE)
-    if folder.resolve() == pretrained().resolve():
-        raise BundleError(f"{folder} was installed and must stay as it is; say where the engines go with --out")
-    return source, folder
-
-
-def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool) -> "Manifest":
-    """Write the graphs of the model file `source`, prove them, and say so unless quiet.
-
-    What `options` leave open is as in the bundle that is replaced, if that is of the same kind of model.
-    """
+def export_graphs(source: Path, folder: Path, options: "GraphOptions", quiet: bool) -> "Manifest":
+    """Write the graphs of the model file `source`, prove them, and say so unless quiet; see `wanted_graphs`."""
     need_extra("train", "torch", "onnx", "onnxscript")
-    from hflow_rt.errors import BundleError, ConfigError
-    from hflow_rt.export.bundle import export_bundle
-    from hflow_rt.manifest import HALF, read_manifest
-    from hflow_rt.models.checkpoint import parse_config, read_metadata
-    from hflow_rt.models.family import family
+    from hflow_rt.export import making
 
-    metadata = read_metadata(source)
-    config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
-    try:
-        there = read_manifest(folder)
-    except BundleError:
-        there = None  # nothing, or too broken to be asked
-    alike = there is not None and (there.family, there.config) == (metadata["family"], metadata["config"])
-    wanted = options.filled(there if alike else None)
-    if options.half is False and metadata.get("weights") == HALF:
-        raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
+    wanted, _, _ = making.wanted_graphs(source, folder, options)
     if not quiet and wanted != options.filled(None):
-        note(f"{folder} is exported again as it was:{_as_options(wanted)}")
-    pictures = proof_pictures(options.images, config.resolution)
-    assert wanted.direction is not None
+        note(f"{folder} is exported again as it was:{wanted.words()}")
     if wanted.tune == "cpu":
         warn_if_busy(quiet)
     with status(quiet=quiet) as progress:
-        manifest = export_bundle(
-            source,
-            folder,
-            pictures,
-            wanted.direction,
-            progress,
-            bound=bool(wanted.bound),
-            half=bool(wanted.half),
-            std=wanted.std or (),
-            precision=wanted.precision or "fp32",
-            tuning=wanted.tune or "any",
-        )
-    if there is not None and (gone := [key for key in there.engines if key not in manifest.engines]):
-        note(f"gone with the graphs they were built from: TensorRT engines {', '.join(gone)}")
+        manifest, gone = making.export_graphs(source, folder, options, progress, note)
+    if gone:
+        note(making.went(gone))
     assert manifest.parity is not None
     if not quiet:
         for graph in manifest.graphs.values():
@@ -355,32 +268,6 @@ def export_graphs(source: Path, folder: Path, options: GraphOptions, quiet: bool
             say(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
         print_report(manifest.parity)
     return manifest
-
-
-def _as_options(wanted: GraphOptions) -> str:
-    """What differs from the defaults, as it would be typed."""
-    words = ""
-    for name, default in vars(GraphOptions().filled(None)).items():
-        value = getattr(wanted, name)
-        if name != "images" and value != default:
-            for one in value if isinstance(value, list) else [value]:
-                words += f" --{name}" if one is True else f" --{name} {one}"
-    return words
-
-
-def proof_pictures(paths: list[Path] | None, resolution: int) -> Any:
-    """Images to prove engines on: the given ones, or bundled ones enlarged where the model is larger than they are."""
-    import numpy as np
-
-    from hflow_rt.assets import demo_images
-
-    count = _IMAGES if resolution <= 64 else _LARGE_IMAGES
-    if paths:
-        return read_pictures(paths, resolution, count)[1]
-    native = min(resolution, 64)
-    pixels = read_pictures([demo_images()], native)[1]
-    chosen = pixels[:: max(1, len(pixels) // count)][:count]
-    return np.ascontiguousarray(chosen.repeat(resolution // native, 2).repeat(resolution // native, 3))
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -416,12 +303,3 @@ def _of_tolerance(error: float, tolerance: float | None) -> str:
     share = 0.0 if tolerance is None else error / max(tolerance, 1e-30)
     shown = "" if tolerance is None else f"{share:.0%}" if share < 10 else ">999%"
     return f"{error:.1e} {shown:>5s}"
-
-
-def fail_on(report: dict[str, Any]) -> None:
-    """Raise `ParityError` for a report that did not pass."""
-    from hflow_rt.errors import ParityError
-
-    if not report["passed"]:
-        shown = "; ".join(report["failures"][:3])
-        raise ParityError(f"the engines differ from the reference, the bundle is marked unverified: {shown}")

@@ -18,10 +18,8 @@ from hflow_rt.cli.common import (
     LabelOption,
     ModelArgument,
     StdOption,
-    check_folder,
     named,
     open_session,
-    write_pictures,
 )
 from hflow_rt.cli.terminal import print_json, say, say_next, tracked
 from hflow_rt.limits import check_count
@@ -59,7 +57,14 @@ def sample(
 
     from hflow_rt.runtime.latents import check_latents_name, concatenate, save_latents
     from hflow_rt.runtime.overlap import in_flight
-    from hflow_rt.runtime.pictures import check_picture_name, check_picture_size, grid_size, to_uint8
+    from hflow_rt.runtime.pictures import (
+        check_folder,
+        check_picture_name,
+        check_picture_size,
+        grid_size,
+        to_uint8,
+        write_pictures,
+    )
 
     check_count("the number of images", number)
     check_count("the batch", batch)

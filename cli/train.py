@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, need_extra
+from hflow_rt.cli.common import JsonOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next
-from hflow_rt.files import is_file, is_folder, removed_if_empty
+from hflow_rt.extras import need_extra
+from hflow_rt.files import removed_if_empty
 from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from hflow_rt.data.dataset import ImageSet
     from hflow_rt.evaluation.bits import Evaluation
-    from hflow_rt.models.family import LatentModel
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import TrainResult
-
-# The std of each row of the sample grid: the whole prior, then the range where samples look best.
-_STDS = (1.0, 0.8, 0.64, 0.4, 0.24)
-_SAMPLES_A_ROW = 8
 
 
 @app.command()
@@ -84,132 +75,32 @@ def train(
     """
     need_extra("train", "torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
-    from hflow_rt.runs import ROOT, RUN, new_run, read_run
-    from hflow_rt.training.config import load_config
+    from hflow_rt.runtime.training import is_main, prepare
 
     for value, name in ((minutes, "--minutes"), (images, "--images")):
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} must be > 0 and finite; found {value}")
-    about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
-    before: dict[str, Any] | None = None
-    checkpoint: bool | Path = False
-    folder = out
-    if resume:
-        if preset is not None or config is not None or start is not None:
-            raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")
-        folder, checkpoint, values = _resumed(run, out)
-        chosen = load_config(file=values, overrides=settings or ())
-        before = values.get("run", {}).get("data", {})
-        if data is None:
-            about = {"source": before.get("source")}
-    else:
-        if run is not None:
-            raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
-        if start is not None and preset is None and config is None:
-            if not is_file(start / RUN):
-                raise ConfigError(f"{start} holds no settings of a training run; name some with --preset or --config")
-            chosen = load_config(file=read_run(start), overrides=settings or ())
-        else:
-            chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings or ())
-    weights = None if start is None else _model_file(start)
-    opened = _open(about["source"], chosen)
-    about["split"] = opened.split_by
-    if before is not None and _is_main():
-        _warn_of_split(before.get("split"), opened)
-
-    from hflow_rt.training.trainer import train as run_training
-
-    if folder is None:
-        name = chosen.preset or chosen.family
-        folder = new_run(name) if _is_main() else ROOT / name  # the main process writes
-    with removed_if_empty(folder), _live(chosen, folder) as on_progress:
-        result = run_training(
-            chosen,
-            opened,
-            folder,
-            resume=checkpoint,
-            weights=weights,
-            minutes=minutes,
-            images=images,
-            device=device,
-            about_data=about,
-            on_samples=lambda model, seen: _draw(model, folder, seen),
-            on_progress=on_progress,
-        )
+    if run is not None and not resume:
+        raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
+    going_on = (run or True) if resume else False
+    training = prepare(preset, data, out, config=config, settings=settings or (), start=start, resume=going_on)
+    if is_main():
+        for line in (training.unused, training.images.split_by):
+            if line is not None:
+                note(line)
+        if training.other_split is not None:
+            note(f"warning: {training.other_split}")
+    with removed_if_empty(training.folder), _live(training.config, training.folder) as on_progress:
+        result = training.train(minutes=minutes, images=images, device=device, on_progress=on_progress)
     _finish(result, json)
-
-
-def _resumed(run: Path | None, out: Path | None) -> tuple[Path, bool | Path, dict[str, Any]]:
-    """Folder, checkpoint and settings of what `--resume [RUN] [--out RUN]` names."""
-    from hflow_rt.errors import ConfigError
-    from hflow_rt.runs import CHECKPOINTS, latest_run, read_run
-
-    named = run or out or latest_run()
-    is_checkpoint = named.resolve().parent.name == CHECKPOINTS
-    folder = named.parent.parent if is_checkpoint else named
-    if out is not None and out.resolve() != folder.resolve():
-        raise ConfigError(f"a run goes on in its own folder {folder}, not in --out {out}; omit --out")
-    return folder, named if is_checkpoint else True, read_run(folder)
-
-
-def _model_file(path: Path) -> Path:
-    from hflow_rt.manifest import MODEL
-
-    return path / MODEL if is_folder(path) else path
-
-
-def _open(source: str | None, config: RunConfig) -> ImageSet:
-    from hflow_rt.assets import demo_images
-    from hflow_rt.data.dataset import open_dataset
-
-    opened = open_dataset(demo_images() if source is None else Path(source), config.resolution)
-    if opened.skipped and source is not None and _is_main():
-        counts = ", ".join(f"{count} {reason}" for reason, count in opened.skipped.items())
-        note(f"{len(opened)} images; not used: {counts}")
-    if _is_main():
-        note(opened.split_by)
-    return opened
-
-
-def _warn_of_split(before: str | None, images: ImageSet) -> None:
-    """Say so if a run that goes on began with other images held out. Versions that recorded nothing split otherwise."""
-    known = all(name.partition("/")[0] in ("train", "test", "val") for name in images.names)
-    if before is None and not known and "by the folders" in images.split_by:
-        before = "a hash of the names"
-    if before not in (None, images.split_by):
-        note(
-            f"warning: the run began with images split by {before}, so it has seen some that are now held out; "
-            "their bits/dim mean less than those of a new run"
-        )
-
-
-def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:
-    """Write `samples/IMAGES.png`, a row for each std, the same noise in every picture of a run."""
-    import numpy as np
-    import torch
-
-    from hflow_rt.conditions import in_turn
-    from hflow_rt.runs import SAMPLES
-    from hflow_rt.runtime.noise import draw_latents
-    from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
-
-    device = next(model.parameters()).device
-    rows = []
-    for std in _STDS:
-        stds = dict.fromkeys(model.latent_shapes(), std)
-        latents = draw_latents(model.latent_shapes(), model.prior_std(), 0, range(_SAMPLES_A_ROW), stds)
-        latents |= in_turn(model.choices(), range(_SAMPLES_A_ROW))
-        decoded = model.decode({name: torch.from_numpy(value).to(device) for name, value in latents.items()})
-        rows.append((f"{std:g}", to_uint8(decoded.nan_to_num(0.0).float().cpu().numpy())))
-    picture = labelled_rows(rows)
-    save_image(folder / SAMPLES / f"{images:09d}.png", picture)
-    return np.asarray(picture)
 
 
 @contextmanager
 def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None]]:
     """A line that keeps up with the training on a terminal; when piped, a line at each evaluation."""
-    if not _is_main():
+    from hflow_rt.runtime.training import is_main
+
+    if not is_main():
         yield lambda progress: None
         return
     note(f"training {config.preset or config.family} at {config.resolution}x{config.resolution} into {folder}")
@@ -260,8 +151,10 @@ def _bits(found: Evaluation) -> str:
 
 def _finish(result: TrainResult, json: bool) -> None:
     """Say what came out and what is useful now; exits 130 after Ctrl-C."""
+    from hflow_rt.runtime.training import is_main
+
     interrupted = result.stopped_by == "interrupt"
-    if _is_main() and json:
+    if is_main() and json:
         print_json(
             {
                 "run": str(result.run),
@@ -274,7 +167,7 @@ def _finish(result: TrainResult, json: bool) -> None:
                 "final": None if result.final is None else result.final.dump(),
             }
         )
-    elif _is_main():
+    elif is_main():
         steps, rate = f"{result.images:,} images in {result.step:,} steps", result.images_per_second
         say(f"{result.run}: {steps}, {rate:.1f} images/s")
         count = 0 if result.final is None or result.final.strict is None else result.final.strict.n
@@ -288,11 +181,6 @@ def _finish(result: TrainResult, json: bool) -> None:
         else:
             say_next(f"hflow-rt export {quoted(result.run)}")
     if interrupted:
-        if _is_main():
+        if is_main():
             note(f"interrupted and saved; go on with: hflow-rt train --resume {quoted(result.run)}")
         raise typer.Exit(130)
-
-
-def _is_main() -> bool:
-    """Whether this is the process that reports, among those `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"

@@ -14,6 +14,13 @@ HFlowError
 
 A message is one line: what must hold, what was found, what to do. The command line prints it and exits 1;
 anything that is not an `HFlowError` is a bug and shows its traceback.
+
+>>> import hflow_rt
+>>> try:
+...     hflow_rt.load("nowhere")
+... except hflow_rt.errors.HFlowError as error:
+...     print(error)
+nowhere does not exist; name a run or a bundle
 """
 
 __all__ = [

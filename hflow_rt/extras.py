@@ -5,7 +5,16 @@ from contextlib import contextmanager
 
 from hflow_rt.errors import BackendUnavailable
 
-__all__ = ["needed"]
+__all__ = ["need_extra", "needed"]
+
+
+def need_extra(extra: str, *packages: str, what: str = "this command") -> None:
+    """Raise `BackendUnavailable` unless all `packages` of an extra, such as `train`, are installed, for `what`."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"{what} needs {package}: pip install 'hflow-rt[{extra}]'")
 
 
 @contextmanager

@@ -161,11 +161,14 @@ def exists(path: Path | str) -> bool:
 
 
 def is_ours(path: Path | str) -> bool:
-    """Whether hflow-rt wrote the file: each kind that it writes holds its name near an end."""
-    with open(path, "rb") as file:
-        start = file.read(_ENDS)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _ENDS))
-        return any(mark in part for part in (start, file.read(_ENDS)) for mark in _MARKS)
+    """Whether hflow-rt wrote the file: each kind that it writes holds its name near an end. Raises `DataError`."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_ENDS)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _ENDS))
+            return any(mark in part for part in (start, file.read(_ENDS)) for mark in _MARKS)
+    except OSError as error:
+        raise unusable(path, error) from error
 
 
 def unusable(path: Path | str, error: OSError, what: str = "read") -> DataError:

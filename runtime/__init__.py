@@ -4,6 +4,7 @@
 >>> images = load("runs/latest").sample(4, std=0.7)  # doctest: +SKIP
 """
 
-from hflow_rt.runtime.session import BACKENDS, Encoded, Session, load
+from hflow_rt.runtime.backends import BACKENDS
+from hflow_rt.runtime.session import Encoded, Session, load
 
 __all__ = ["BACKENDS", "Encoded", "Session", "load"]

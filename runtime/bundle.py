@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hflow_rt.errors import BundleError
-from hflow_rt.files import exists, is_file, sha256
+from hflow_rt.files import exists, is_file, is_ours, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from hflow_rt.names import quoted
 
@@ -73,6 +73,10 @@ def find_bundle(path: Path | str) -> Bundle:
         raise BundleError(f"{path} does not exist; name a run or a bundle")
     if is_file(path / MANIFEST):
         return Bundle(path, read_manifest(path))
+    if is_file(path) and not is_ours(path):
+        raise BundleError(
+            f"{path} is no run or bundle; if it is a published checkpoint, run 'hflow-rt import {quoted(path)}' first"
+        )
     again = f"hflow-rt export {quoted(path)}"
     if not is_file(path / BUNDLE / MANIFEST):
         raise BundleError(f"{path} has no exported bundle; run '{again}' first")

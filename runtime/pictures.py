@@ -19,12 +19,13 @@ from hflow_rt.data.pixels import to_levels
 from hflow_rt.data.resize import fit
 from hflow_rt.data.sources import Skipped, read_file
 from hflow_rt.errors import DataError
-from hflow_rt.files import atomic_file
+from hflow_rt.files import atomic_file, is_folder, is_ours
 from hflow_rt.memory import need
 
 __all__ = [
     "Row",
     "captioned",
+    "check_folder",
     "check_picture_name",
     "check_picture_size",
     "check_pixels",
@@ -39,6 +40,7 @@ __all__ = [
     "table",
     "table_size",
     "to_uint8",
+    "write_pictures",
     "written_by",
 ]
 
@@ -310,3 +312,23 @@ def written_by(name: str) -> dict[str, Any]:
         tags[_SOFTWARE] = _WRITER
         return {"exif": tags}
     return {"comment": _WRITER.encode()}
+
+
+def check_folder(output: Path, indices: range) -> None:
+    """Raise `DataError` where `write_pictures` would replace a file in the folder that hflow-rt did not write."""
+    if not is_folder(output):
+        return
+    for path in output.glob("*.png"):
+        among = path.stem.isdecimal() and int(path.stem) in indices and path.name == f"{int(path.stem):06d}.png"
+        if among and not is_ours(path):
+            raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
+
+
+def write_pictures(output: Path, images: NDArray[np.uint8], start: int = 0) -> str:
+    """Write uint8 `[N, R, R, 3]` as one grid if `output` names an image file, else one file each in that folder."""
+    if output.suffix:
+        save_image(output, grid(images))
+        return str(output)
+    for index, image in enumerate(images):
+        save_image(output / f"{start + index:06d}.png", Image.fromarray(image))
+    return f"{output}/"

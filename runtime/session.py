@@ -5,75 +5,31 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
+from hflow_rt.files import destination
 from hflow_rt.limits import check_count
 from hflow_rt.manifest import Graph, Manifest, Precision, Role, Tensor
 from hflow_rt.memory import guarded, need
+from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, library, to_numpy
+from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.latents import check_latents
 from hflow_rt.runtime.noise import draw_latents, draw_noise, parse_std
-from hflow_rt.runtime.pictures import check_pixels, from_uint8
+from hflow_rt.runtime.pictures import check_folder, save_image, to_uint8, write_pictures
 
-__all__ = [
-    "BACKENDS",
-    "DEVICES",
-    "LATENT_SPACE",
-    "ONNX_DEVICES",
-    "Array",
-    "Encoded",
-    "Engine",
-    "Session",
-    "Stds",
-    "check_backend",
-    "load",
-    "open_bundle",
-]
+__all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
-# name -> (module with `open_engine`, what it is); also what the command line offers
-BACKENDS = {
-    "onnx": ("hflow_rt.runtime.onnx", "ONNX Runtime on the exported graphs"),
-    "trt": ("hflow_rt.runtime.tensorrt", "TensorRT, or TensorRT for RTX, on the engines built for this GPU"),
-    "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
-}
-DEVICES = ("auto", "cpu", "cuda")
-# of the onnx backend only, for who asks for them: ONNX Runtime hands the graph to TensorRT, or to TensorRT for RTX
-ONNX_DEVICES = ("tensorrt", "rtx")
 LATENT_SPACE = "z"  # the space of the latents themselves
-
-
-class Engine(Protocol):
-    """What a backend implements: run one graph on float32 arrays in the graph's order."""
-
-    @property
-    def backend(self) -> str:
-        """What really runs, e.g. `onnxruntime CPUExecutionProvider`."""
-
-    @property
-    def graphs(self) -> Collection[str]:
-        """What it can run."""
-
-    @property
-    def verified(self) -> bool:
-        """Whether this very engine was proved to be the model, as far as the bundle knows."""
-
-    @property
-    def tensors(self) -> str | None:
-        """The device, such as `cuda:0`, whose torch tensors `run` takes and yields without a copy through the host."""
-
-    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
-        """Outputs of `graph`, of the kind of the inputs. Raises `BundleError` where the bundle lacks it."""
-
-    def close(self) -> None:
-        """Give back what it holds on a GPU. Once closed it does not run again."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +44,24 @@ class Encoded:
 
 
 class Session:
-    """A loaded model. Arrays come back as the kind that went in: numpy, or torch on the tensor's device."""
+    """A loaded model. Arrays come back as the kind that went in: numpy, or torch on the tensor's device.
+
+    >>> import hflow_rt
+    >>> with hflow_rt.load() as session:
+    ...     session.latent_shapes["z0"]
+    (3, 64, 64)
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self._engine = engine
+
+    def __repr__(self) -> str:
+        """What is loaded, what runs it, whether that was proved, and what the latents are."""
+        what = f"{self.manifest.family} {self.resolution}x{self.resolution} on {self.backend}"
+        latents = ", ".join(f"{name} {list(shape)}" for name, shape in self.latent_shapes.items())
+        return f"<Session: {what}, {'verified' if self.verified else 'UNVERIFIED'}\n latents {latents}>"
 
     @property
     def backend(self) -> str:
@@ -209,6 +177,12 @@ class Session:
 
         controls: those of `Session.controls` that shall not have their default. Raises `DataError` for what does not
         fit.
+
+        >>> import hflow_rt
+        >>> session = hflow_rt.load()
+        >>> latents = next(session.draw([7], seed=1))
+        >>> bool((session.forward(latents) == session.sample(8, seed=1)[7:]).all())
+        True
         """
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
@@ -220,9 +194,15 @@ class Session:
         """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability.
 
         conditions: one-hot `[B, options]` for every choice of the model. Raises `DataError`.
+
+        >>> import hflow_rt
+        >>> session = hflow_rt.load()
+        >>> encoded = session.inverse(session.read("photo.png"))
+        >>> encoded.latents["z0"].shape, encoded.log_prob.shape
+        ((1, 3, 64, 64), (1,))
         """
         arrays, restore = self._received({"image": images, **(conditions or {})})
-        pixels = self._images(arrays.pop("image"))
+        pixels = as_pixels(arrays.pop("image"), self.resolution)
         told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
         floats = ("float32", "torch.float32")
         given = {name: tuple(array.shape) for name, array in arrays.items() if str(array.dtype) in floats}
@@ -236,15 +216,64 @@ class Session:
         outputs = self.run_graph(self._route("inverse"), {"image": pixels, **arrays}) | arrays
         return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
 
-    def sample(self, n: int, std: Stds | None = None, seed: int = 0) -> Array:
+    def sample(
+        self,
+        n: int,
+        std: Stds | None = None,
+        seed: int = 0,
+        *,
+        option: str | None = None,
+        controls: Mapping[str, float] | None = None,
+    ) -> Array:
         """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
 
-        std: by default what the bundle says, `Session.std`.
+        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`.
+
+        >>> import hflow_rt
+        >>> hflow_rt.load().sample(2, std=0.7, seed=1).shape
+        (2, 3, 64, 64)
         """
         check_count("the number of images", n)
         need(12 * n * self.resolution**2, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
-        parts = [self.forward(latents) for latents in self.draw(range(n), std, seed)]
+        parts = [self.forward(latents, controls) for latents in self.draw(range(n), std, seed, option=option)]
         return np.concatenate(parts)
+
+    def read(self, *paths: Path | str) -> Array:
+        """Image files, and all images of folders, archives and arrays, as `inverse` takes them: `[B, 3, R, R]`.
+
+        Turned as their EXIF says, in sRGB, the largest square in the middle, reduced to R. Raises `DataError` for a
+        file that cannot be used, and warns of those in folders and archives.
+
+        >>> import hflow_rt
+        >>> hflow_rt.load().read("photo.png").shape
+        (1, 3, 64, 64)
+        """
+        from hflow_rt.runtime.reading import read_pictures
+
+        def warn(line: str) -> None:
+            warnings.warn(line, stacklevel=4)
+
+        return read_pictures([Path(path) for path in paths], self.resolution, note=warn)[1]
+
+    def save(self, images: Any, path: Path | str) -> None:
+        """Write images, as `forward` yields them: one as it is, several as a sheet, or as files if `path` is a folder.
+
+        path: ends in .png, .jpg or .webp, or is a folder for 000000.png and so on. Raises `DataError` for another
+        name, for a device, and for a picture too large for its format.
+
+        >>> import hflow_rt
+        >>> session = hflow_rt.load()
+        >>> session.save(session.sample(4), "samples.png")
+        """
+        path = Path(path)
+        destination(path)
+        pixels = to_uint8(to_numpy({"image": images})[0]["image"])
+        if path.suffix and len(pixels) == 1:
+            save_image(path, Image.fromarray(pixels[0]))
+            return
+        if not path.suffix:
+            check_folder(path, range(len(pixels)))
+        write_pictures(path, pixels)
 
     def draw(
         self,
@@ -311,7 +340,7 @@ class Session:
             low, high = known[name].range or (-math.inf, math.inf)
             if not (low <= value <= high and math.isfinite(value)):
                 raise DataError(f"control {name} must be a number in {low:g} .. {high:g}; found {value}")
-            values[name] = _filled(like, (len(like), *known[name].shape), value)
+            values[name] = filled(like, (len(like), *known[name].shape), value)
         return values
 
     def _route(self, route: str) -> str:
@@ -339,59 +368,42 @@ class Session:
                 self._engine.run(name, [array[start : start + largest] for array in inputs])
                 for start in range(0, count, largest)
             ]
-        joined = [outputs[0] if len(outputs) == 1 else _concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        joined = [outputs[0] if len(outputs) == 1 else concatenated(outputs) for outputs in zip(*parts, strict=True)]
         return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
 
     def _received(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         """The inputs as the engine takes them, and a function that gives results their kind and device."""
-        if {_library(array) for array in arrays.values()} == {"torch"}:
-            _check_tensors(arrays)
+        if {library(array) for array in arrays.values()} == {"torch"}:
+            check_tensors(arrays)
             if {str(tensor.device) for tensor in arrays.values()} == {self._engine.tensors}:
                 return {name: tensor.detach() for name, tensor in arrays.items()}, lambda tensor: tensor
-        return _to_numpy(arrays)
-
-    def _images(self, images: Any) -> Any:
-        side = self.resolution
-        if str(images.dtype) in ("uint8", "torch.uint8"):
-            if _library(images) == "torch":  # on a GPU
-                images = images.permute(0, 3, 1, 2).float() / 255 if images.ndim == 4 else images
-            else:
-                check_pixels(images)
-                images = from_uint8(images)
-        if images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) < 1:
-            wanted = f"float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3]"
-            raise DataError(f"images must be {wanted}, not {list(images.shape)}")
-        if str(images.dtype) not in ("float32", "torch.float32"):
-            raise DataError(f"images must be float32 in [0, 1] or uint8, not {images.dtype}")
-        if not ((images >= 0) & (images <= 1)).all():  # NaN is neither
-            raise DataError("images must lie in [0, 1]; found values outside, NaN or infinity")
-        return images
+        return to_numpy(arrays)
 
 
-def load(path: Path | str, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool | None = None) -> Session:
-    """Open the bundle (or exported run) at `path`.
+def load(
+    path: Path | str | None = None, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool | None = None
+) -> Session:
+    """Open the bundle, or the exported run, at `path`; by default the bundled model, which draws 64x64 emoji.
 
     backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works; `onnx` also knows
     `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; by default `trt` does and `onnx`
-    does not. Raises `BundleError` for a missing or changed bundle, `EngineMismatch` for
-    engines of another machine and `BackendUnavailable` for a backend or device that is not there; there is no
-    fallback. Warns where the weights of a run are newer than its bundle.
+    does not. Raises `BundleError` for a missing or changed bundle, and for a run or a checkpoint that is none yet, with
+    the command that makes it one; `EngineMismatch` for engines of another machine and `BackendUnavailable` for a
+    backend or device that is not there; there is no fallback. Warns where the weights of a run are newer than its
+    bundle.
+
+    >>> import hflow_rt
+    >>> hflow_rt.load(backend="onnx", device="cpu")
+    <Session: hflow 64x64 on onnxruntime CPUExecutionProvider, verified
+     latents ...>
     """
+    from hflow_rt.assets import pretrained
+
     check_backend(backend, device)
-    bundle = find_bundle(path)
+    bundle = find_bundle(pretrained() if path is None else path)
     if bundle.outdated is not None:
         warnings.warn(bundle.outdated, stacklevel=2)
     return open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
-
-
-def check_backend(backend: str, device: str) -> None:
-    """Raise `BackendUnavailable` for names that nobody knows, before anything is read."""
-    if backend not in BACKENDS:
-        raise BackendUnavailable(f"unknown backend '{backend}'; known: {', '.join(BACKENDS)}")
-    if device in ONNX_DEVICES and backend != "onnx":
-        raise BackendUnavailable(f"device '{device}' is for the onnx backend, not for {backend}; use --device cuda")
-    if device not in (*DEVICES, *ONNX_DEVICES):
-        raise BackendUnavailable(f"unknown device '{device}'; known: {', '.join(DEVICES)}")
 
 
 def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool | None = None) -> Session:
@@ -410,40 +422,4 @@ def _unset(tensor: Tensor, count: int, values: Mapping[str, Any]) -> Any:
     means = {"control": tensor.default, "noise": 0.0, "uniform": 0.5}
     if means.get(tensor.role) is None:
         raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
-    return _filled(next(iter(values.values())), (count, *tensor.shape), means[tensor.role])
-
-
-def _filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
-    """A float32 array, or a tensor where `like` is."""
-    return like.new_full(shape, value) if _library(like) == "torch" else np.full(shape, value, np.float32)
-
-
-def _library(array: Any) -> str:
-    return type(array).__module__.partition(".")[0]
-
-
-def _check_tensors(tensors: Mapping[str, Any]) -> None:
-    for name, tensor in tensors.items():
-        if str(tensor.dtype) not in ("torch.float32", "torch.uint8"):  # numpy has no bfloat16
-            raise DataError(f"'{name}' must be float32 (pixels may be uint8), not {tensor.dtype}")
-
-
-def _concatenate(parts: Sequence[Any]) -> Any:
-    if _library(parts[0]) == "torch":
-        import torch
-
-        return torch.cat(list(parts))
-    return np.concatenate(parts)
-
-
-def _to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Numpy views of the inputs, and a function that gives results the kind and device of the first input."""
-    kinds = {type(array).__name__: _library(array) for array in arrays.values()}
-    if all(isinstance(array, np.ndarray) for array in arrays.values()):
-        return dict(arrays), lambda array: array
-    if set(kinds.values()) != {"torch"}:
-        raise DataError(f"arrays must be all numpy or all torch, not {' and '.join(sorted(kinds))}")
-    import torch
-
-    device = next(iter(arrays.values())).device
-    return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)
+    return filled(next(iter(values.values())), (count, *tensor.shape), means[tensor.role])

@@ -19,5 +19,10 @@ def demo_images() -> Path:
 
 
 def pretrained() -> Path:
-    """The bundle of the bundled model, which draws 64x64 emoji; `hflow-emoji.md` beside it says what it is."""
+    """The bundle of the bundled model, which draws 64x64 emoji; `hflow-emoji.md` beside it says what it is.
+
+    >>> import hflow_rt
+    >>> hflow_rt.pretrained().name
+    'hflow-emoji'
+    """
     return Path(str(files(__name__) / PRETRAINED))

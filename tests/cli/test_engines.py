@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from outcomes import ok, refused
 
+import hflow_rt
 from hflow_rt.cli import engines as command
 from hflow_rt.export import tensorrt as builder
 from hflow_rt.files import sha256
@@ -79,6 +80,16 @@ def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:
     assert Path("samples.png").is_file()
     ok(hflow("check"))
     assert read_manifest(run / "bundle").verified
+
+
+def test_python_builds_them_too(run: Path, quick: list[Any]) -> None:
+    assert hflow_rt.export(run, engine="trt") == run / "bundle"
+    (engines,) = read_manifest(run / "bundle").engines.values()
+    assert list(engines.plans) == ["forward", "inverse"]
+    assert not engines.verified  # no GPU can run them here
+    folder = hflow_rt.export(hflow_rt.pretrained(), "trt", "mine", direction="forward")
+    (engines,) = read_manifest(folder).engines.values()
+    assert (folder, list(engines.plans)) == (Path("mine"), ["forward"])
 
 
 def test_json(hflow: Command, run: Path, quick: list[Any]) -> None:

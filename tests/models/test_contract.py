@@ -171,7 +171,9 @@ def test_controls(session: Session) -> None:
     plain = session.forward(latents)
     assert np.array_equal(session.forward(latents, session.controls), plain)
     for name in session.controls:
-        assert np.abs(session.forward(latents, {name: 0.0}) - plain).max() > 1e-2
+        changed = session.forward(latents, {name: 0.0})
+        assert np.abs(changed - plain).max() > 1e-2
+        np.testing.assert_array_equal(session.sample(2, controls={name: 0.0}), changed)
         for impossible in (-1e9, float("nan")):
             with pytest.raises(DataError, match=f"control {name} must be a number in"):
                 session.forward(latents, {name: impossible})

@@ -1,0 +1,271 @@
+"""From a trained model to a proved bundle: `hflow_rt.export` and `hflow_rt.check`, and what the commands add to them.
+
+What `export` is not asked for stays as in the bundle that is replaced.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.assets import demo_images, pretrained
+from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
+from hflow_rt.extras import need_extra
+from hflow_rt.files import is_file
+from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, read_manifest
+from hflow_rt.runs import resolve_run
+from hflow_rt.runtime.backends import check_backend
+from hflow_rt.runtime.bundle import BUNDLE, Bundle, find_bundle
+from hflow_rt.runtime.reading import read_pictures
+
+__all__ = [
+    "ENGINES",
+    "GraphOptions",
+    "check",
+    "check_engine",
+    "checked",
+    "export",
+    "export_graphs",
+    "fail_on",
+    "model_and_bundle",
+    "proof_pictures",
+    "wanted_graphs",
+    "went",
+]
+
+ENGINES = ("onnx", "trt")
+# Images for the proof: in float64, 256x256 takes seconds each.
+_IMAGES, _LARGE_IMAGES = 8, 3
+
+_Tell = Callable[[str], None]
+
+
+def _nobody(line: str) -> None:
+    """Where nobody listens."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What `export` was asked for of the graphs; None where nothing was asked."""
+
+    images: Sequence[Path] | None = None
+    direction: Literal["forward", "inverse", "both"] | None = None
+    bound: bool | None = None
+    std: Sequence[str] | None = None
+    half: bool | None = None
+    precision: Literal["fp32", "mixed"] | None = None
+    tune: Literal["any", "cpu"] | None = None
+
+    def filled(self, there: Manifest | None) -> "GraphOptions":
+        """With all that was not asked for as it is in the bundle that is there, else by default."""
+        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
+        if there is not None:
+            both = {"forward", "inverse"} <= there.graphs.keys()
+            known = GraphOptions(
+                direction="both" if both else "forward" if "forward" in there.graphs else "inverse",
+                bound="bound" in there.graphs,
+                std=list(there.std),
+                half=there.checkpoint.get("weights") == HALF,
+                precision=there.precision,
+                tune=there.tuning,
+            )
+        told = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(known, **told)
+
+    def words(self) -> str:
+        """What differs from the defaults, as it would be typed."""
+        words = ""
+        for name, default in vars(GraphOptions().filled(None)).items():
+            value = getattr(self, name)
+            if name != "images" and value != default:
+                for one in value if isinstance(value, (list, tuple)) else [value]:
+                    words += f" --{name}" if one is True else f" --{name} {one}"
+        return words
+
+
+def export(
+    run: Path | str | None = None,
+    engine: str = "onnx",
+    out: Path | str | None = None,
+    *,
+    images: Sequence[Path | str] | None = None,
+    direction: Literal["forward", "inverse", "both"] | None = None,
+    bound: bool | None = None,
+    std: Sequence[str] | None = None,
+    half: bool | None = None,
+    precision: Literal["fp32", "mixed"] | None = None,
+    tune: Literal["any", "cpu"] | None = None,
+    progress: Callable[[str], None] = _nobody,
+) -> Path:
+    """Write the engines of a trained model, prove that they are that model, and return the bundle's folder.
+
+    run: a run, a bundle or a model file; by default the latest run. engine: `onnx`, or `trt` for TensorRT engines
+    beside it, for the GPU that is here. out: by default RUN/bundle. images: to prove the engines on (the first 8, or 3
+    above 64x64); by default bundled ones. Everything else is as of `hflow-rt export` and, where it is None, as in the
+    bundle that is replaced. progress: hears of each step. Raises `ParityError` for engines that are not the model, and
+    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of TensorRT engines
+    that went with the graphs they were built from.
+
+    >>> import hflow_rt
+    >>> hflow_rt.export("runs/my-run", direction="forward").as_posix()
+    'runs/my-run/bundle'
+    """
+    check_engine(engine)
+    paths = None if images is None else [Path(path) for path in images]
+    options = GraphOptions(paths, direction, bound, std, half, precision, tune)
+    run, out = (None if path is None else Path(path) for path in (run, out))
+
+    def graphs(source: Path, folder: Path, options: GraphOptions) -> Manifest:
+        manifest, gone = export_graphs(source, folder, options, progress)
+        if gone:
+            warnings.warn(went(gone), stacklevel=3)
+        fail_on(manifest.parity or {})
+        return manifest
+
+    if engine == "trt":
+        from hflow_rt.export.tensorrt_bundle import add_plans
+
+        return add_plans(run, out, options, graphs, progress)
+    source, folder = model_and_bundle(run, out)
+    graphs(source, folder, options)
+    return folder
+
+
+def check(
+    model: Path | str | None = None,
+    backend: str = "onnx",
+    device: str = "auto",
+    *,
+    images: Sequence[Path | str] | None = None,
+    cuda_graph: bool | None = None,
+    progress: Callable[[str], None] = _nobody,
+) -> dict[str, Any]:
+    """Compare every engine of a bundle, or of an exported run, with the torch reference in float64; the report.
+
+    model: by default the bundled one. images: as of `export`. The report stays in the bundle. Raises `ParityError`
+    where an engine differs, and `BundleError`, `BackendUnavailable` and `DataError`.
+
+    >>> import hflow_rt
+    >>> hflow_rt.check("runs/my-run")["passed"]
+    True
+    """
+    bundle = find_bundle(pretrained() if model is None else model)
+    if bundle.outdated is not None:
+        warnings.warn(bundle.outdated, stacklevel=2)
+    report = checked(bundle, images, backend, device, cuda_graph, progress)
+    fail_on(report)
+    return report
+
+
+def checked(
+    bundle: Bundle,
+    images: Sequence[Path | str] | None,
+    backend: str = "onnx",
+    device: str = "auto",
+    cuda_graph: bool | None = None,
+    progress: _Tell = _nobody,
+    note: _Tell = _nobody,
+) -> dict[str, Any]:
+    """`check` of a bundle that was found already, with the report of one that fails as well."""
+    check_backend(backend, device)
+    need_extra("train", "torch", "onnx", what="checking")
+    from hflow_rt.export.bundle import check_bundle
+
+    paths = None if images is None else [Path(path) for path in images]
+    pictures = proof_pictures(paths, bundle.manifest.resolution, note)
+    keep = bundle.path != pretrained()  # what was installed is not ours to write to
+    return check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=cuda_graph)
+
+
+def check_engine(engine: str) -> None:
+    """Raise `BackendUnavailable` for an engine that nobody can build."""
+    if engine not in ENGINES:
+        raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(ENGINES)}")
+
+
+def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
+    """The model file of a run, a bundle or a path to one, the latest run's if none, and the folder of its bundle.
+
+    Raises `CheckpointError` where there is none, and `BundleError` for the bundled model's bundle.
+    """
+    source = run if run is not None and is_file(run) else resolve_run(run) / MODEL
+    inside = source.name == MODEL and is_file(source.parent / MANIFEST)
+    folder = output or (source.parent if inside else source.parent / BUNDLE)
+    if folder.resolve() == pretrained().resolve():
+        raise BundleError(f"{folder} was installed and must stay as it is; say where the engines go with --out")
+    return source, folder
+
+
+def export_graphs(
+    source: Path, folder: Path, options: GraphOptions, progress: _Tell = _nobody, note: _Tell = _nobody
+) -> tuple[Manifest, list[str]]:
+    """Write and prove the graphs of the model file `source`; also the TensorRT engines that went with the old ones.
+
+    options: filled as `wanted_graphs` does. note: hears of images that cannot be used. Raises as `export_bundle`.
+    """
+    need_extra("train", "torch", "onnx", "onnxscript", what="exporting")
+    from hflow_rt.export.bundle import export_bundle
+
+    wanted, there, resolution = wanted_graphs(source, folder, options)
+    manifest = export_bundle(
+        source,
+        folder,
+        proof_pictures(options.images, resolution, note),
+        wanted.direction or "both",
+        progress,
+        bound=bool(wanted.bound),
+        half=bool(wanted.half),
+        std=wanted.std or (),
+        precision=wanted.precision or "fp32",
+        tuning=wanted.tune or "any",
+    )
+    gone = [] if there is None else [key for key in there.engines if key not in manifest.engines]
+    return manifest, gone
+
+
+def went(engines: Sequence[str]) -> str:
+    """A line about the keys of engines that `export_graphs` could not keep."""
+    return f"gone with the graphs they were built from: TensorRT engines {', '.join(engines)}"
+
+
+def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[GraphOptions, Manifest | None, int]:
+    """What to write of the model file `source`, the manifest that is in `folder` now, and the model's resolution.
+
+    What `options` leave open is as in the bundle that is replaced, if that is of the same kind of model.
+    Raises `CheckpointError` and `ConfigError`.
+    """
+    from hflow_rt.models.checkpoint import parse_config, read_metadata
+    from hflow_rt.models.family import family
+
+    metadata = read_metadata(source)
+    config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
+    try:
+        there = read_manifest(folder)
+    except BundleError:
+        there = None  # nothing, or too broken to be asked
+    alike = there is not None and (there.family, there.config) == (metadata["family"], metadata["config"])
+    if options.half is False and metadata.get("weights") == HALF:
+        raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
+    return options.filled(there if alike else None), there, config.resolution
+
+
+def proof_pictures(paths: Sequence[Path] | None, resolution: int, note: _Tell = _nobody) -> NDArray[np.float32]:
+    """Images to prove engines on: the given ones, or bundled ones enlarged where the model is larger than they are."""
+    count = _IMAGES if resolution <= 64 else _LARGE_IMAGES
+    if paths:
+        return read_pictures(paths, resolution, count, note=note)[1]
+    native = min(resolution, 64)
+    pixels = read_pictures([demo_images()], native)[1]
+    chosen = pixels[:: max(1, len(pixels) // count)][:count]
+    return np.ascontiguousarray(chosen.repeat(resolution // native, 2).repeat(resolution // native, 3))
+
+
+def fail_on(report: dict[str, Any]) -> None:
+    """Raise `ParityError` for a report that did not pass."""
+    if not report["passed"]:
+        shown = "; ".join(report["failures"][:3])
+        raise ParityError(f"the engines differ from the reference, the bundle is marked unverified: {shown}")

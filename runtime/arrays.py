@@ -1,0 +1,74 @@
+"""Arrays of numpy or torch, whichever came; torch is imported only where its tensors have."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hflow_rt.errors import DataError
+from hflow_rt.runtime.pictures import check_pixels, from_uint8
+
+__all__ = ["as_pixels", "check_tensors", "concatenated", "filled", "library", "to_numpy"]
+
+
+def library(array: Any) -> str:
+    """`numpy` or `torch`, or where else the array is from."""
+    return type(array).__module__.partition(".")[0]
+
+
+def filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
+    """A float32 array, or a tensor where `like` is."""
+    return like.new_full(shape, value) if library(like) == "torch" else np.full(shape, value, np.float32)
+
+
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Arrays of one library, one after the other."""
+    if library(parts[0]) == "torch":
+        import torch
+
+        return torch.cat(list(parts))
+    return np.concatenate(parts)
+
+
+def check_tensors(tensors: Mapping[str, Any]) -> None:
+    """Raise `DataError` for a type of torch that is not among those that come in."""
+    for name, tensor in tensors.items():
+        if str(tensor.dtype) not in ("torch.float32", "torch.uint8"):  # numpy has no bfloat16
+            raise DataError(f"'{name}' must be float32 (pixels may be uint8), not {tensor.dtype}")
+
+
+def to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Numpy views of the inputs, and a function that gives results the kind and device of the first input.
+
+    Raises `DataError` for a mixture, and for anything else.
+    """
+    kinds = {type(array).__name__: library(array) for array in arrays.values()}
+    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+        return dict(arrays), lambda array: array
+    if set(kinds.values()) != {"torch"}:
+        raise DataError(f"arrays must be all numpy or all torch, not {' and '.join(sorted(kinds))}")
+    import torch
+
+    device = next(iter(arrays.values())).device
+    return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)
+
+
+def as_pixels(images: Any, side: int) -> Any:
+    """Images, uint8 `[B, R, R, 3]` or float32 `[B, 3, R, R]` in [0, 1], as the latter. Raises `DataError` for others.
+
+    side: R.
+    """
+    if str(images.dtype) in ("uint8", "torch.uint8"):
+        if library(images) == "torch":  # on a GPU
+            images = images.permute(0, 3, 1, 2).float() / 255 if images.ndim == 4 else images
+        else:
+            check_pixels(images)
+            images = from_uint8(images)
+    if images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) < 1:
+        wanted = f"float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3]"
+        raise DataError(f"images must be {wanted}, not {list(images.shape)}")
+    if str(images.dtype) not in ("float32", "torch.float32"):
+        raise DataError(f"images must be float32 in [0, 1] or uint8, not {images.dtype}")
+    if not ((images >= 0) & (images <= 1)).all():  # NaN is neither
+        raise DataError("images must lie in [0, 1]; found values outside, NaN or infinity")
+    return images

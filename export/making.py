@@ -4,7 +4,8 @@ What `export` is not asked for stays as in the bundle that is replaced.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,17 @@ _Tell = Callable[[str], None]
 
 def _nobody(line: str) -> None:
     """Where nobody listens."""
+
+
+@contextmanager
+def _heard() -> Iterator[_Tell]:
+    """Lines that become warnings of who called the public function."""
+    lines: list[str] = []
+    try:
+        yield lines.append
+    finally:
+        for line in lines:
+            warnings.warn(line, stacklevel=4)  # of the function, behind what closes this context
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,8 @@ def export(
     beside it, for the GPU that is here. out: by default RUN/bundle. images: to prove the engines on (the first 8, or 3
     above 64x64); by default bundled ones. Everything else is as of `hflow-rt export` and, where it is None, as in the
     bundle that is replaced. progress: hears of each step. Raises `ParityError` for engines that are not the model, and
-    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of TensorRT engines
-    that went with the graphs they were built from.
+    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of images that cannot be
+    used and of TensorRT engines that went with the graphs they were built from.
 
     >>> import hflow_rt
     >>> hflow_rt.export("runs/my-run", direction="forward").as_posix()
@@ -119,20 +131,21 @@ def export(
     options = GraphOptions(paths, direction, bound, std, half, precision, tune)
     run, out = (None if path is None else Path(path) for path in (run, out))
 
-    def graphs(source: Path, folder: Path, options: GraphOptions) -> Manifest:
-        manifest, gone = export_graphs(source, folder, options, progress)
-        if gone:
-            warnings.warn(went(gone), stacklevel=3)
-        fail_on(manifest.parity or {})
-        return manifest
+    with _heard() as warn:
 
-    if engine == "trt":
-        from hflow_rt.export.tensorrt_bundle import add_plans
+        def make(source: Path, folder: Path, options: GraphOptions) -> None:
+            manifest, gone = export_graphs(source, folder, options, progress, warn)
+            if gone:
+                warn(went(gone))
+            fail_on(manifest.parity or {})
 
-        return add_plans(run, out, options, graphs, progress)
-    source, folder = model_and_bundle(run, out)
-    graphs(source, folder, options)
-    return folder
+        if engine == "trt":
+            from hflow_rt.export.tensorrt_bundle import add_plans
+
+            return add_plans(run, out, options, make, progress, warn)
+        source, folder = model_and_bundle(run, out)
+        make(source, folder, options)
+        return folder
 
 
 def check(
@@ -147,16 +160,17 @@ def check(
     """Compare every engine of a bundle, or of an exported run, with the torch reference in float64; the report.
 
     model: by default the bundled one. images: as of `export`. The report stays in the bundle. Raises `ParityError`
-    where an engine differs, and `BundleError`, `BackendUnavailable` and `DataError`.
+    where an engine differs, and `BundleError`, `BackendUnavailable` and `DataError`; warns as `load` and `export` do.
 
     >>> import hflow_rt
     >>> hflow_rt.check("runs/my-run")["passed"]
     True
     """
     bundle = find_bundle(pretrained() if model is None else model)
-    if bundle.outdated is not None:
-        warnings.warn(bundle.outdated, stacklevel=2)
-    report = checked(bundle, images, backend, device, cuda_graph, progress)
+    with _heard() as warn:
+        if bundle.outdated is not None:
+            warn(bundle.outdated)
+        report = checked(bundle, images, backend, device, cuda_graph, progress, warn)
     fail_on(report)
     return report
 

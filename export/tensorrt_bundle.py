@@ -21,16 +21,22 @@ Make = Callable[[Path, Path, GraphOptions], object]
 
 
 def add_plans(
-    run: Path | None, output: Path | None, graphs: GraphOptions, make: Make, progress: Callable[[str], None]
+    run: Path | None,
+    output: Path | None,
+    graphs: GraphOptions,
+    make: Make,
+    progress: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> Path:
     """Build engines for the GPU that is here into the bundle of `bundle_with`, prove them there, return its folder.
 
-    Raises `ParityError` where one differs. Without a GPU they stay unverified.
+    progress: hears of each step; note: of what else people should know. Raises `ParityError` where one differs.
+    Without a GPU they stay unverified.
     """
     folder = bundle_with(run, output, graphs, make, progress)
     bundle, _ = add_engines(find_bundle(folder), graphs=plans_of(graphs), progress=progress)
     if chosen_gpu() is not None:
-        fail_on(checked(bundle, graphs.images, "trt", "cuda", progress=progress))
+        fail_on(checked(bundle, graphs.images, "trt", "cuda", None, progress, note))
     return folder
 
 

@@ -66,8 +66,9 @@ def train(
     `CheckpointError`, `TrainingError`, `OutOfMemory` and `BackendUnavailable`; warns of images that cannot be used.
 
     >>> import hflow_rt
-    >>> result = hflow_rt.train(preset="hflow-demo", data="photos", minutes=5)  # doctest: +SKIP
-    >>> hflow_rt.export(result.run)  # doctest: +SKIP
+    >>> result = hflow_rt.train(preset="hflow-demo", data="photos", out="runs/x", minutes=5)
+    >>> result.run.as_posix()
+    'runs/x'
     """
     need_extra("train", "torch", "accelerate", "tensorboard", what="training")
     prepared = prepare(preset, data, out, config=config, settings=settings, start=start, resume=resume)

@@ -15,8 +15,8 @@ from outcomes import ok
 from typer.main import get_command
 
 from hflow_rt.assets import pretrained
-from hflow_rt.cli import export as export_command
 from hflow_rt.cli.__main__ import app
+from hflow_rt.export.making import ENGINES
 from hflow_rt.files import sha256
 from hflow_rt.manifest import read_manifest
 
@@ -271,4 +271,4 @@ def test_doctor_survives_what_is_broken(hflow: Command, monkeypatch: pytest.Monk
 
 def test_the_engines_on_offer_are_those_that_exist(hflow: Command) -> None:
     text = " ".join(hflow("export", "--help").out.split())
-    assert all(engine in text for engine in export_command._ENGINES)
+    assert all(engine in text for engine in ENGINES)

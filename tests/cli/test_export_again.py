@@ -137,7 +137,7 @@ def test_weights_are_not_unrounded(hflow: Command, bundle: Path, calls: list[dic
 def test_what_was_installed_stays(
     hflow: Command, bundle: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hflow_rt.assets.pretrained", lambda: bundle)
+    monkeypatch.setattr("hflow_rt.export.making.pretrained", lambda: bundle)
     assert "was installed and must stay as it is; say where the engines go with --out" in last_line(
         hflow("export", bundle)
     )

@@ -46,8 +46,12 @@ def test_an_engine_that_is_not_the_model(run: Path, monkeypatch: pytest.MonkeyPa
             call()
         assert not read_manifest(run / "bundle").verified
     (run / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes() + b" ")
-    with pytest.warns(UserWarning, match="is of other weights than runs/tiny has now"), pytest.raises(ParityError):
+    with (
+        pytest.warns(UserWarning, match="is of other weights than runs/tiny has now") as caught,
+        pytest.raises(ParityError),
+    ):
         hflow_rt.check(run)
+    assert caught[0].filename == __file__
 
 
 def test_check(run: Path) -> None:

@@ -158,9 +158,6 @@ class Manifest(_Entry):
             for file in (graph.file, graph.weights):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
-        for route, name in self.routes.items():
-            if name not in self.graphs:
-                raise ValueError(f"route '{route}' is graph '{name}', which is not there")
         for key, engines in self.engines.items():
             for plan in engines.plans.values():
                 for file in (plan.file, plan.layers):

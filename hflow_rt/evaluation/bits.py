@@ -23,7 +23,7 @@ from hflow_rt.evaluation.session import Session
 from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.limits import check_count, check_seed
 from hflow_rt.models.checkpoint import load_model
-from hflow_rt.models.family import BoundKind, Conditions, LatentModel, NoiseScale, conditions_by_folder
+from hflow_rt.models.family import BoundKind, LatentModel, NoiseScale, conditions_by_folder
 
 __all__ = [
     "BitsReport",
@@ -39,8 +39,7 @@ __all__ = [
 Pixels = NDArray[np.uint8]
 Parts = dict[str, NDArray[np.float64]]  # of each image, by name
 
-# which of the two bounds a stream belongs to
-_STREAMS: dict[BoundKind, int] = {"strict": 0, "paper": 1}
+NO_LIKELIHOOD = "models of this family have no likelihood"
 
 
 class Estimate(NamedTuple):
@@ -137,10 +136,13 @@ def measure(
 
     names: of the images in their set, whose folders tell a model of classes theirs; a selection knows its own.
     session: computes them instead of `model`, by the graph `bound` of its bundle; `model`, which is the reference
-    of that bundle, then only makes the draws, so that the two differ by rounding alone. Deterministic in (seed,
-    draws, batch), however many processes share the work. Raises `DataError` for no images and `BundleError` for a
-    bundle without that graph.
+    of that bundle, then only makes the draws, so that the two differ by rounding alone. What is drawn for an image
+    depends on the seed and its place among the images alone, however they are batched and shared among processes.
+    Raises `DataError` for no images, `ConfigError` for a family without likelihood and `BundleError` for a bundle
+    without that graph.
     """
+    if not model.bounds():
+        raise ConfigError(f"{NO_LIKELIHOOD}; use 'hflow-rt eval distance'")
     _check(model, images)
     device = next(model.parameters()).device
     shares = shares or Alone()
@@ -156,25 +158,34 @@ def measure(
     if model.choices() and len(names or ()) != len(images):
         raise DataError("a model of classes is measured on images in folders named after them; found none")
 
-    def terms(bound: BoundKind, pixels: torch.Tensor, stream: torch.Generator, told: Conditions) -> Parts:
+    def terms(inputs: dict[str, torch.Tensor]) -> Parts:
         if session is None:
-            found = {"strict": model.strict_terms, "paper": model.paper_terms}[bound](pixels, stream, told)
+            found = model.bound_terms({name: value.to(device) for name, value in inputs.items()})
             return {name: values.cpu().double().numpy() for name, values in found.items()}  # some GPUs lack float64
-        inputs = {name: value.cpu().numpy() for name, value in model.bound_inputs(bound, pixels, stream, told).items()}
-        return {name: values.astype(np.float64) for name, values in session.run_graph("bound", inputs).items()}
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        return {name: values.astype(np.float64) for name, values in session.run_graph("bound", arrays).items()}
+
+    def drawn(bound: BoundKind, draw: int, part: range) -> dict[str, torch.Tensor]:
+        pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part)))
+        told = conditions_by_folder(model, [names[index] for index in part]) if names else {}
+        rows = []
+        for i, index in enumerate(part):
+            stream = generator(seed, streams.index(bound), draw, index)
+            one = {name: value[i : i + 1] for name, value in told.items()}
+            rows.append(model.bound_inputs(bound, pixels[i : i + 1], stream, one))
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def work(bound: BoundKind, part: range) -> Parts:
-        pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part))).to(device)
-        told = conditions_by_folder(model, [names[index] for index in part]) if names else {}
-        told = {name: value.to(device) for name, value in told.items()}
-        streams = [generator(seed, _STREAMS[bound], draw, part.start) for draw in range(draws)]
-        found = [terms(bound, pixels, stream, told) for stream in (streams if bound == "strict" else streams[:1])]
+        # what was published took one draw
+        found = [terms(drawn(bound, draw, part)) for draw in range(draws if claims[bound].claim == "upper" else 1)]
         return {name: np.mean([values[name] for values in found], axis=0) for name in found[0]}
 
+    claims = model.bounds()
+    streams = list(claims)
     bounds: dict[str, Bound | None] = {}
     reasons: dict[str, str] = {}
     with _evaluating(model):
-        for name in _STREAMS:
+        for name in claims:
             bounds[name] = None
             try:
                 mine = [work(name, part) for part in track(f"{name} bound", shares.share(batches(len(images), batch)))]
@@ -191,7 +202,7 @@ def measure(
                 reasons[name] = f"it is not finite on {infinite} of {len(images)} images"
                 continue
             bounds[name] = _bound(values, model.latent_shapes(), 3 * model.resolution**2)
-    return BitsReport(bounds["strict"], bounds["paper"], reasons, model.noise_scales())
+    return BitsReport(bounds.get("strict"), bounds.get("paper"), reasons, model.noise_scales())
 
 
 @dataclass(frozen=True)
@@ -241,6 +252,8 @@ def evaluate(
     """The totals of `measure`; what cannot be computed is None, with the reason. Raises `DataError` as it does."""
     if len(pixels) == 0:
         return Evaluation(images, None, None, "there are no held-out images")
+    if not model.bounds():
+        return Evaluation(images, None, None, NO_LIKELIHOOD)
     found = measure(model, pixels, seed, draws, batch, names=names)
     strict = None if found.strict is None else found.strict.total
     paper = None if found.paper is None else found.paper.total.mean

@@ -35,6 +35,7 @@ else:
 __all__ = [
     "FAMILIES",
     "LOG_PROB",
+    "Bound",
     "BoundKind",
     "Conditions",
     "Encoding",
@@ -75,12 +76,20 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A bound on bits per dimension: what people call it, and whether it is a true upper one or as published only."""
+
+    title: str
+    claim: Literal["upper", "published"]
+
+
+@dataclass(frozen=True)
 class LossTerms:
     """A training loss.
 
     loss: scalar to minimise (a mean over the batch). bits_per_dim: detached scalar, the family's published bound;
-    None while training leaves parts of the model alone, never in eval mode. terms: detached scalars for the log,
-    by name.
+    None while training leaves parts of the model alone, and in a family without likelihood. terms: detached scalars
+    for the log, by name.
     """
 
     loss: Tensor
@@ -203,55 +212,26 @@ class LatentModel(_Module, ABC):
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes without batch of the standard normal draws of one loss, in the order they are used."""
 
-    @abstractmethod
-    def strict_bits_per_dim(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> Tensor:
-        """A true upper bound on bits per dimension, `[B]`, for uint8 images `[B, 3, R, R]`.
-
-        One Monte Carlo draw of uniform dequantisation noise and of every posterior. Raises `ConfigError`
-        where the configuration admits no such bound.
-        """
-
-    def strict_terms(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> dict[str, Tensor]:
-        """`strict_bits_per_dim` in parts `[B]` that sum to it, all in bits per dimension of the image.
-
-        A part is called `LATENT.WHAT`, such as `z0.prior`; `image.bits` where a family tells no parts apart.
-        """
-        return {"image.bits": self.strict_bits_per_dim(pixels, generator, conditions)}
-
-    def paper_terms(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> dict[str, Tensor]:
-        """The published bound of each image by itself, in parts named and scaled as those of `strict_terms`."""
-        import torch
-
-        images, noise = loss_draws(self, pixels, generator)
-        single: list[Tensor] = []
-        for i in range(len(images)):
-            one = slice(i, i + 1)
-            draws = {name: draw[one] for name, draw in noise.items()}
-            told = {name: choice[one] for name, choice in (conditions or {}).items()}
-            bits = self.loss(images[one], draws, told).bits_per_dim
-            assert bits is not None  # in eval mode, which this is for
-            single.append(bits)
-        return {"image.bits": torch.stack(single)}
+    def bounds(self) -> dict[BoundKind, Bound]:
+        """The bounds on bits per dimension that there are, the one to quote first; none without a likelihood."""
+        return {}
 
     def bound_inputs(
         self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
-        """Everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of the graph `bound`.
+        """One draw of everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of `bound_terms`.
 
         `image` in [0, 1], `uniform` noise in [0, 1) of the pixels, the family's own noises and the conditions, each
-        `[B, *shape]`; whichever bound it is, one graph makes its parts of them. Draws are those of `strict_terms` and
-        `paper_terms`. Raises `ConfigError` where there is no such bound. Families with that graph have it.
+        `[B, *shape]`. Families with `bounds` have it. Raises `ConfigError` where the settings admit no such bound.
         """
         raise NotImplementedError
 
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the graph `bound` computes: the parts of the bound, `[B]`, at `bound_inputs`."""
+        """What the graph `bound` computes of `bound_inputs`, whichever bound they are of: parts `[B]` that sum to it.
+
+        All are in bits per dimension of the image. A part is called `LATENT.WHAT`, such as `z0.prior`;
+        `image.bits` where a family tells no parts apart.
+        """
         raise NotImplementedError
 
     def noise_scales(self) -> dict[str, NoiseScale]:

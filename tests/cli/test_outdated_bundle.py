@@ -21,9 +21,9 @@ Command = Callable[..., Any]
 def trained_on(run: Path) -> Path:
     """The run with other weights than those its bundle was made of."""
     model = run / "model.safetensors"
-    tensors = load_file(model)
-    name = next(iter(tensors))
-    tensors[name] = tensors[name] + 1e-3
+    tensors = {
+        name: value.half().float() if value.is_floating_point() else value for name, value in load_file(model).items()
+    }
     save_file(tensors, model, {METADATA_KEY: json.dumps(read_metadata(model) | {"images": 400})})
     return run
 

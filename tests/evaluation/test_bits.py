@@ -8,19 +8,14 @@ import torch
 from hflow_rt.draws import generator
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.evaluation.bits import Evaluation, evaluate, measure
-from hflow_rt.models.family import LatentModel
+from hflow_rt.models.family import Bound, LatentModel
 
 
 class UniformModel(torch.nn.Module):
-    """Stands in for a family: 8 bits plus a uniform draw. Its loss insists on eval mode."""
+    """Stands in for a family: 8 bits plus a uniform draw; what it published is the mean of the pixels."""
 
     resolution = 4
-    choices, strict_terms, paper_terms, noise_scales = (
-        LatentModel.choices,
-        LatentModel.strict_terms,
-        LatentModel.paper_terms,
-        LatentModel.noise_scales,
-    )
+    choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,33 +23,23 @@ class UniformModel(torch.nn.Module):
         self.bounded = True
         self.value = 0.0
 
-    def strict_bits_per_dim(
-        self, pixels: torch.Tensor, generator: torch.Generator, conditions: Any = None
-    ) -> torch.Tensor:
-        assert not self.training
-        if not self.bounded:
-            raise ConfigError("no bound here")
-        return 8 + torch.rand(len(pixels), generator=generator) + self.value
-
-    def dequantize(self, pixels: torch.Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Any:
-        assert generator is not None
-        assert noise_std == 0
-        return pixels.float()
-
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"z": (48,)}
 
-    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"a": (2,)}
+    def bounds(self) -> dict[str, Bound]:
+        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
 
-    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor], conditions: Any = None) -> Any:
+    def bound_inputs(self, bound: str, pixels: torch.Tensor, generator: torch.Generator, conditions: Any) -> Any:
         assert not self.training
-        assert noise["a"].shape == (len(images), 2)
+        if bound == "paper":
+            return {"bits": pixels.float().mean((1, 2, 3))}
+        if not self.bounded:
+            raise ConfigError("no bound here")
+        return {"bits": 8 + torch.rand(len(pixels), generator=generator) + self.value}
 
-        class Terms:
-            bits_per_dim = images.mean() + self.weight
-
-        return Terms
+    def bound_terms(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert not self.training
+        return {"image.bits": inputs["bits"] + self.weight}
 
 
 @pytest.fixture
@@ -73,8 +58,7 @@ PIXELS = np.arange(10 * 48, dtype=np.uint32).astype(np.uint8).reshape(10, 3, 4, 
 
 def test_strict_bits_are_a_mean_with_its_error(model: Any) -> None:
     found = strict_bits(model, PIXELS, seed=1, draws=1, batch=4)
-    # the draws of a seed, from batch to batch, are those that published figures were made with
-    uniform = [torch.rand(n, generator=generator(1, 0, 0, start)) for start, n in ((0, 4), (4, 4), (8, 2))]
+    uniform = [torch.rand(1, generator=generator(1, 0, 0, index)) for index in range(10)]
     assert found.mean == pytest.approx(8 + float(torch.cat(uniform).mean()), rel=1e-6)
     assert 8.2 < found.mean < 8.8
     assert found.n == 10
@@ -86,6 +70,7 @@ def test_strict_bits_are_deterministic_and_draws_average(model: Any) -> None:
     first = strict_bits(model, PIXELS, seed=1, batch=4)
     torch.rand(3)  # whatever the default generator does
     assert strict_bits(model, PIXELS, seed=1, batch=4) == first
+    assert strict_bits(model, PIXELS, seed=1, batch=3) == first  # an image's draws are its own
     assert strict_bits(model, PIXELS, seed=2, batch=4) != first
     many = strict_bits(model, PIXELS, seed=1, draws=400, batch=4)
     assert many.mean == pytest.approx(8.5, abs=0.02)
@@ -118,6 +103,10 @@ def test_what_cannot_be_computed_is_none_with_the_reason(model: Any) -> None:
     with torch.no_grad():
         model.weight.fill_(math.nan)
     assert evaluate(model, PIXELS, 0).paper is None
+    model.bounds = dict
+    assert evaluate(model, PIXELS, 0).reason == "models of this family have no likelihood"
+    with pytest.raises(ConfigError, match="models of this family have no likelihood; use 'hflow-rt eval distance'"):
+        measure(model, PIXELS)
 
 
 @pytest.mark.parametrize("pixels", [PIXELS[:0], PIXELS[:, :, :2], PIXELS.astype(np.float32)])

@@ -15,28 +15,31 @@ from hflow_rt.draws import generator
 from hflow_rt.errors import BundleError, ConfigError, DataError
 from hflow_rt.evaluation.bits import evaluate, measure, open_reference
 from hflow_rt.models.checkpoint import build_model
-from hflow_rt.models.family import LatentModel, NoiseScale, loss_draws
+from hflow_rt.models.family import Bound, LatentModel, NoiseScale, loss_draws
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
 D = 3 * 16 * 16
 
 
 def test_totals_are_the_bounds(tiny_model: Any) -> None:
-    """Of the model's own bounds, over the same draws: of batches, of which strict takes two, paper one."""
+    """Of the model's own bounds, over the same draws: of each image, of which strict takes two, paper one."""
     found = measure(tiny_model, PIXELS, seed=2, draws=2, batch=3)
     assert found.strict is not None
     assert found.paper is not None
-    parts = [(start, torch.from_numpy(PIXELS[start : start + 3])) for start in (0, 3, 6)]
+    images = torch.from_numpy(PIXELS).split(1)
     with torch.no_grad():
         draws = [
-            torch.cat([tiny_model.strict_bits_per_dim(part, generator(2, 0, draw, start)) for start, part in parts])
+            [
+                sum(tiny_model.bound_terms(tiny_model.bound_inputs("strict", one, generator(2, 0, draw, i))).values())
+                for i, one in enumerate(images)
+            ]
             for draw in (0, 1)
         ]
-        losses = [tiny_model.loss(*loss_draws(tiny_model, part, generator(2, 1, 0, start))) for start, part in parts]
-    strict = torch.stack(draws).mean(0)
+        losses = [tiny_model.loss(*loss_draws(tiny_model, one, generator(2, 1, 0, i))) for i, one in enumerate(images)]
+    strict = torch.stack([torch.cat(draw) for draw in draws]).mean(0)
     assert found.strict.total.mean == pytest.approx(float(strict.mean()), rel=1e-6)
     assert found.strict.total.standard_error == pytest.approx(float(strict.std()) / math.sqrt(7), rel=1e-5)
-    paper = sum(float(loss.bits_per_dim) * len(part) for loss, (_, part) in zip(losses, parts, strict=True)) / 7
+    paper = np.mean([float(loss.bits_per_dim) for loss in losses])
     assert found.paper.total.mean == pytest.approx(paper, rel=1e-6)
     assert found.reasons == {}
     short = evaluate(tiny_model, PIXELS, 5, seed=2, draws=2, batch=3)
@@ -164,12 +167,7 @@ class Plain(torch.nn.Module):
     """A family that tells no parts apart."""
 
     resolution = 4
-    choices, strict_terms, paper_terms, noise_scales = (
-        LatentModel.choices,
-        LatentModel.strict_terms,
-        LatentModel.paper_terms,
-        LatentModel.noise_scales,
-    )
+    choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,22 +176,14 @@ class Plain(torch.nn.Module):
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"z": (5,)}
 
-    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"a": (2,)}
+    def bounds(self) -> dict[str, Bound]:
+        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
 
-    def dequantize(self, pixels: torch.Tensor, generator: torch.Generator, noise_std: float = 0.0) -> torch.Tensor:
-        return pixels.float()
+    def bound_inputs(self, bound: str, pixels: torch.Tensor, generator: torch.Generator, conditions: Any) -> Any:
+        return {"image": pixels.float()}
 
-    def strict_bits_per_dim(
-        self, pixels: torch.Tensor, generator: torch.Generator, conditions: Any = None
-    ) -> torch.Tensor:
-        return pixels.float().mean((1, 2, 3))
-
-    def loss(self, images: torch.Tensor, noise: dict[str, torch.Tensor], conditions: Any = None) -> Any:
-        class Terms:
-            bits_per_dim = images.mean() + 0 * noise["a"].mean()
-
-        return Terms
+    def bound_terms(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"image.bits": inputs["image"].mean((1, 2, 3))}
 
 
 def test_a_family_without_parts_has_one() -> None:
@@ -212,8 +202,8 @@ def test_a_family_without_parts_has_one() -> None:
 class WithoutFloat64(Plain):
     """On a device that has no float64: what it gives can only be copied to the host."""
 
-    def strict_terms(self, pixels: torch.Tensor, generator: torch.Generator, conditions: Any = None) -> dict[str, Any]:
-        found = Plain.strict_terms(self, pixels, generator)  # type: ignore[arg-type]
+    def bound_terms(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        found = super().bound_terms(inputs)
         return {name: SimpleNamespace(cpu=lambda values=values: values) for name, values in found.items()}
 
 

@@ -4,6 +4,7 @@ A new family is tested by registering it. The toys stand for what no registered 
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from hflow_rt.conditions import in_turn
-from hflow_rt.errors import DataError, NoInverse
-from hflow_rt.evaluation.bits import measure
+from hflow_rt.errors import ConfigError, DataError, NoInverse
+from hflow_rt.evaluation.bits import BitsReport, measure
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.manifest import Manifest, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
@@ -30,13 +31,19 @@ from hflow_rt.training.config import RunConfig, load_config
 from hflow_rt.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))  # the toys are found by name
-TOYS = {"toy-generator": "toy_generator"}
+TOYS = {"toy-generator": "toy_generator", "colour": "family_of_the_docs"}
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 NAMES = [*FAMILIES, *TOYS]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _toys() -> Iterator[None]:
+def _toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert code is not None
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "family_of_the_docs.py").write_text(code[1])
     with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
         for name, module in TOYS.items():
             patched.setitem(FAMILIES, name, module)
         yield
@@ -216,10 +223,19 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(made: Made, tmp_path: P
 
 
 def test_it_is_measured_or_says_why_not(made: Made) -> None:
-    found = measure(made.model, made.pictures.array[:4], names=made.pictures.names[:4])
-    for name in ("strict", "paper"):
-        bound = getattr(found, name)
-        if bound is None:
-            assert found.reasons[name]
-        else:
-            assert 0 < bound.total.mean < 64
+    def found(batch: int) -> BitsReport:
+        return measure(made.model, made.pictures.array[:4], batch=batch, names=made.pictures.names[:4])
+
+    if not made.model.bounds():
+        with pytest.raises(ConfigError, match="no likelihood"):
+            found(4)
+        return
+    whole, parts = found(4), found(3)
+    assert whole.reasons == {}
+    assert whole.strict is not None
+    for one, other in ((whole.strict, parts.strict), (whole.paper, parts.paper)):
+        if one is None or other is None:
+            assert one is other
+            continue
+        assert 0 < one.total.mean < 64
+        assert other.total.mean == pytest.approx(one.total.mean, rel=1e-5)

@@ -184,7 +184,8 @@ def test_actnorms_normalise_the_first_batch() -> None:
 def test_bound_is_minus_log_prob_at_the_drawn_point(model: Glow) -> None:
     pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(8))
     given = conditions(model, 4)
-    bits = model.strict_bits_per_dim(pixels, torch.Generator().manual_seed(9), given)
+    inputs = model.bound_inputs("strict", pixels, torch.Generator().manual_seed(9), given)
+    bits = torch.stack(list(model.bound_terms(inputs).values())).sum(0)
     uniform = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(9)).double()
     bins = 1 << model.config.bits
     x = to_model(public_levels(pixels, model.config.bits).double(), model.config.bits) + (uniform - 0.5) / bins

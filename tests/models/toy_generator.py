@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.errors import ConfigError, NoInverse
+from hflow_rt.errors import NoInverse
 from hflow_rt.models.family import Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig, TensorSpec
 
 NO_INVERSE = "a toy generator maps latents to images only"
@@ -55,12 +55,6 @@ class ToyGenerator(LatentModel):
         z = torch.randn(len(images), 6) if noise is None else noise["z"]
         error = (self.decode({"z": z}) - images).square().mean()
         return LossTerms(error, None, {"error": error.detach()})
-
-    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator, conditions: Any = None) -> Tensor:
-        raise ConfigError("a toy generator has no likelihood")
-
-    def paper_terms(self, pixels: Tensor, generator: torch.Generator, conditions: Any = None) -> dict[str, Tensor]:
-        raise ConfigError("a toy generator has no likelihood")
 
     def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
         pass

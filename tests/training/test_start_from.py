@@ -130,8 +130,9 @@ def test_a_level_without_weight_is_not_run(tiny_settings: Any, tiny_run: Path) -
     whole.eval(), part.eval()
     assert torch.equal(part.loss(x, noise).bits_per_dim, whole.loss(x, noise).bits_per_dim)  # type: ignore[arg-type]
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    bits = [m.strict_bits_per_dim(pixels, torch.Generator().manual_seed(1)) for m in (whole, part)]
-    assert torch.equal(*bits)
+    inputs = [m.bound_inputs("strict", pixels, torch.Generator().manual_seed(1)) for m in (whole, part)]  # type: ignore[operator]
+    terms = [m.bound_terms(drawn) for m, drawn in zip((whole, part), inputs, strict=True)]  # type: ignore[operator]
+    assert all(torch.equal(value, terms[1][name]) for name, value in terms[0].items())
 
 
 def test_only_the_end_vector(tiny_settings: Any) -> None:

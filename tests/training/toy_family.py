@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig
+from hflow_rt.models.family import Bound, BoundKind, Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig
 
 SIDE = 8
 PIXELS = 3 * SIDE * SIDE
@@ -71,12 +71,20 @@ class ToyFlow(LatentModel):
         total = torch.stack(list(terms.values())).sum(0).mean()
         return LossTerms(total, total.detach() + 8, {k: v.mean().detach() for k, v in terms.items()})
 
-    def strict_bits_per_dim(self, pixels: Tensor, generator: torch.Generator, conditions: Any = None) -> Tensor:
-        if not self.config.strict:
+    def bounds(self) -> dict[BoundKind, Bound]:
+        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
+
+    def bound_inputs(
+        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Any = None
+    ) -> dict[str, Tensor]:
+        if bound == "strict" and not self.config.strict:
             raise ConfigError("no strict bits/dim: z1 has no posterior noise")
         noise = torch.randn(len(pixels), 2, generator=generator)
-        terms = self._bits(self.dequantize(pixels, generator), noise)
-        return torch.stack(list(terms.values())).sum(0) + 8
+        return {"x": self.dequantize(pixels, generator), "z1.flow": noise}
+
+    def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        terms = self._bits(inputs["x"], inputs["z1.flow"])
+        return {"image.bits": torch.stack(list(terms.values())).sum(0) + 8}
 
     def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
         x = self.dequantize(pixels, generator)

@@ -17,7 +17,7 @@ from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import dequantize, public_levels, to_model, to_public
-from hflow_rt.models.family import BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.family import Bound, BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.flow import ChainResult, FlowChain
 from hflow_rt.models.glow.prior import Gaussian, SplitPrior, TopPrior, ZeroLinear, standard_log_prob
@@ -188,25 +188,13 @@ class Glow(LatentModel):
             loss = bits + self.config.class_weight * terms["class"]
         return LossTerms(loss, bits.detach(), {name: value.detach() for name, value in terms.items()})
 
-    def strict_bits_per_dim(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> Tensor:
-        return torch.stack(list(self.strict_terms(pixels, generator, conditions).values())).sum(0)
-
-    def strict_terms(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> dict[str, Tensor]:
-        return self.bound_terms(self.bound_inputs("strict", pixels, generator, conditions))
-
-    def paper_terms(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> dict[str, Tensor]:
-        """The published bound is the strict one: uniform dequantisation is all that is random."""
-        return self.bound_terms(self.bound_inputs("paper", pixels, generator, conditions))
+    def bounds(self) -> dict[BoundKind, Bound]:
+        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
 
     def bound_inputs(
         self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
+        """The published bound is the strict one: uniform dequantisation is all that is random."""
         uniform = torch.rand(pixels.shape, generator=generator).to(pixels.device)
         inputs = {"image": public_levels(pixels, self.config.bits), "uniform": uniform}
         labels = self._labels(conditions)

@@ -11,7 +11,7 @@ from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import dequantize, to_model, to_public
-from hflow_rt.models.family import BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
+from hflow_rt.models.family import Bound, BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.end import EndEncoder, EndFlow, EndOutput
@@ -233,20 +233,8 @@ class HFlow(LatentModel):
 
         return noise_shapes(self)
 
-    def strict_bits_per_dim(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> Tensor:
-        return torch.stack(list(self.strict_terms(pixels, generator).values())).sum(0)
-
-    def strict_terms(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> dict[str, Tensor]:
-        return self.bound_terms(self.bound_inputs("strict", pixels, generator))
-
-    def paper_terms(
-        self, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
-    ) -> dict[str, Tensor]:
-        return self.bound_terms(self.bound_inputs("paper", pixels, generator))
+    def bounds(self) -> dict[BoundKind, Bound]:
+        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
 
     def bound_inputs(
         self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None

@@ -48,8 +48,8 @@ def toy(tmp_path: Path) -> Session:
     shapes = {"a": (1, 1, 1), "ignored": (5,), "b": (3, 4, 4)}
     graph = Graph(
         file="forward.onnx",
-        inputs=tuple(Tensor(name=name, shape=shape) for name, shape in shapes.items()),
-        outputs=(Tensor(name="image", shape=(3, 4, 4)),),
+        inputs=tuple(Tensor(name=name, shape=shape, role="latent") for name, shape in shapes.items()),
+        outputs=(Tensor(name="image", shape=(3, 4, 4), role="image"),),
         batch=(1, 8),
         operators={},
     )
@@ -58,6 +58,7 @@ def toy(tmp_path: Path) -> Session:
         config={},
         resolution=4,
         latents=tuple(Latent(name=name, shape=shape, prior_std=1.0) for name, shape in shapes.items()),
+        routes={"forward": "forward"},
         spaces={},
         graphs={"forward": graph},
         opset=20,
@@ -239,7 +240,7 @@ class ToyClasses(ToyEngine):
 @pytest.fixture
 def classes(toy: Session, tmp_path: Path) -> Session:
     graph = toy.manifest.graphs["forward"]
-    graph = graph.model_copy(update={"inputs": (*graph.inputs, Tensor(name="kind", shape=(2,)))})
+    graph = graph.model_copy(update={"inputs": (*graph.inputs, Tensor(name="kind", shape=(2,), role="condition"))})
     update = {"choices": {"kind": ("dark", "light")}, "graphs": {"forward": graph}}
     return Session(Bundle(tmp_path, toy.manifest.model_copy(update=update)), ToyClasses())
 

@@ -1,6 +1,7 @@
 """What is installed: every module of every folder; what imports what; and a runtime that needs no torch."""
 
 import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -149,6 +150,22 @@ def test_imports_point_one_way(package: str) -> None:
         if within(other, forbidden)
     ]
     assert wrong == []
+
+
+# a kernel asks for its proof when it first runs, and the proof runs kernels
+LATER = {("hflow_rt.kernels.dispatch", "hflow_rt.kernels.proof")}
+
+
+def test_no_file_needs_a_file_that_needs_it() -> None:
+    """Not even inside functions."""
+    files = dict(modules())
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        named = imported(name, path, deep=True)
+        found = {other if other in files else other.rpartition(".")[0] for other in named} & files.keys()
+        graph[name] = {other for other in found - {name} if (name, other) not in LATER}
+    assert sum(map(len, graph.values())) > 500
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_rule_is_able_to_fail(tmp_path: Path) -> None:

@@ -91,10 +91,11 @@ def test_folded_model_is_the_model(tiny_model: Any) -> None:
     import copy
 
     from hflow_rt.layers.fold import fold_children
+    from hflow_rt.models.hflow.folded import FOLDS
 
     double = copy.deepcopy(tiny_model).double().eval()
     folded = copy.deepcopy(double)
-    fold_children(folded)
+    fold_children(folded, FOLDS)
     images = torch.from_numpy(IMAGES).double()
     with torch.no_grad():
         a, b = double.encode(images), folded.encode(images)

@@ -44,6 +44,15 @@ def test_a_folded_copy_is_float32_frozen_and_apart() -> None:
     assert type(original[0][0]) is EqualizedConv2d  # type: ignore[index]
 
 
+def test_a_function_folds_what_it_is_named_for_and_nothing_derived_from_it() -> None:
+    class Wider(BlurDown):
+        pass
+
+    folded = folded_copy(nn.Sequential(BlurDown(6), Wider(6)), {BlurDown: lambda layer: nn.Identity()})
+    assert type(folded[0]) is nn.Identity
+    assert type(folded[1]) not in (nn.Identity, Wider)
+
+
 def test_constants_are_computed_in_float64() -> None:
     """Rounding once: the folded float32 weight is the float64 product rounded, not a product of float32 numbers."""
     original = EqualizedConv2d(7, 3, 3, activation="leaky", lr_scale=0.3)

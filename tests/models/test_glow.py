@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.kernels.coupling import coupling
 from hflow_rt.layers.actnorm import ActNorm
-from hflow_rt.layers.fold import fold_children, folded_copy
+from hflow_rt.layers.fold import fold_children
 from hflow_rt.models.bins import in_bins, public_levels, to_model
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.family import family
 from hflow_rt.models.glow import coupling as coupling_file
 from hflow_rt.models.glow.config import GlowConfig
+from hflow_rt.models.glow.folded import FOLDS
 from hflow_rt.models.glow.network import Glow
 from hflow_rt.models.glow.prior import Gaussian
 
@@ -116,7 +117,7 @@ def test_folded_is_the_same_map(model: Glow) -> None:
     """In float64, so that nothing but an error of folding can differ."""
     x, given = images(3), conditions(model, 3)
     folded = copy.deepcopy(model)
-    fold_children(folded)
+    fold_children(folded, FOLDS)
     expected, found = model.encode(x, given), folded.encode(x, given)
     for name, z in expected.latents.items():
         assert (found.latents[name] - z).abs().max() < 1e-11
@@ -232,7 +233,7 @@ def test_a_cpu_takes_plain_torch(model: Glow, monkeypatch: pytest.MonkeyPatch) -
     model.float().requires_grad_()
     given = {name: value.float() for name, value in conditions(model, 2).items()}
     encoding = model.encode(images(2).float(), given)
-    for one in (model, folded_copy(model)):
+    for one in (model, model.folded()):
         one.decode(one.encode(images(2).float(), given).latents | given)
     encoding.log_prob.sum().backward()
 

@@ -90,12 +90,6 @@ class FlowChain(nn.Module):
             log_dets.append(log_det)
         return x, torch.stack(log_dets)
 
-    def fold(self) -> nn.Module:
-        """The same chain with constants folded."""
-        from hflow_rt.models.glow.folded import FoldedChain
-
-        return FoldedChain(self)
-
     def _constant(self, x: Tensor) -> Tensor:
         return torch.stack([step.constant(x) for step in self.steps]).sum()  # type: ignore[operator]
 

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from hflow_rt.kernels.mixing import mixing
 from hflow_rt.layers.border import border_map
+from hflow_rt.layers.fold import Folds
 from hflow_rt.models.glow.coupling import Coupling, HiddenConv2d, Subnet, ZeroConv2d
 from hflow_rt.models.glow.flow import ChainResult, FlowChain, FlowStep
 from hflow_rt.models.glow.prior import Gaussian, SplitPrior, TopPrior, standard_log_prob
 
-__all__ = ["FoldedChain", "FoldedClassPrior", "FoldedSplitPrior", "FoldedTopPrior"]
+__all__ = ["FOLDS", "FoldedChain", "FoldedClassPrior", "FoldedSplitPrior", "FoldedTopPrior"]
 
 
 class FoldedConv2d(nn.Module):
@@ -169,3 +170,14 @@ class FoldedClassPrior(nn.Module):
         shift = self.label(labels)[:, :, None, None]
         prior = shift if self.base is None else self.base + shift
         return Gaussian(*prior.chunk(2, 1))
+
+
+def _top_prior(prior: TopPrior) -> nn.Module:
+    """A prior of classes, a constant one, or itself where nothing is learned."""
+    if prior.label is not None:
+        return FoldedClassPrior(prior)
+    constant = prior.constant()
+    return prior if constant is None else FoldedTopPrior(Gaussian(*constant.chunk(2, 1)), prior.side)
+
+
+FOLDS: Folds = {FlowChain: FoldedChain, SplitPrior: FoldedSplitPrior, TopPrior: _top_prior}

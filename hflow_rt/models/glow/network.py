@@ -20,6 +20,8 @@ from hflow_rt.models.bins import dequantize, public_levels, to_model, to_public
 from hflow_rt.models.family import Bound, BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.flow import ChainResult, FlowChain
+from hflow_rt.models.glow.folded import FOLDS
+from hflow_rt.models.glow.graphs import graphs
 from hflow_rt.models.glow.prior import Gaussian, SplitPrior, TopPrior, ZeroLinear, standard_log_prob
 
 __all__ = ["LABELS", "Encoded", "Glow", "Level"]
@@ -249,9 +251,7 @@ class Glow(LatentModel):
         return {"flow": list(self.parameters())}
 
     def graphs(self) -> dict[str, GraphSpec]:
-        from hflow_rt.models.glow.graphs import graphs
-
         return graphs(self)
 
     def folded(self) -> "Glow":
-        return folded_copy(self)
+        return folded_copy(self, FOLDS)

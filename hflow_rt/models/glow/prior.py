@@ -62,12 +62,6 @@ class SplitPrior(nn.Module):
         mean, log_std = self.conv(kept).chunk(2, 1)
         return Gaussian(mean, log_std).to(kept.dtype)
 
-    def fold(self) -> nn.Module:
-        """The same prior with constants folded."""
-        from hflow_rt.models.glow.folded import FoldedSplitPrior
-
-        return FoldedSplitPrior(self)
-
 
 class ZeroLinear(nn.Module):
     """Starts at zero; the output is multiplied by `exp(3 log_gain)`."""
@@ -129,12 +123,3 @@ class TopPrior(nn.Module):
             return None
         mean, log_std = prior.chunk(2, 1)
         return Gaussian(mean, log_std).to(like.dtype)
-
-    def fold(self) -> nn.Module:
-        """The same prior with constants folded; itself where there are none."""
-        from hflow_rt.models.glow.folded import FoldedClassPrior, FoldedTopPrior
-
-        if self.label is not None:
-            return FoldedClassPrior(self)
-        prior = self.constant()
-        return self if prior is None else FoldedTopPrior(Gaussian(*prior.chunk(2, 1)), self.side)

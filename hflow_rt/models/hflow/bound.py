@@ -1,8 +1,11 @@
 """The training loss, the published bound and the strict bound (spec section 3)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +14,9 @@ from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.bins import public_levels, to_model
 from hflow_rt.models.family import BoundKind, LossTerms
 from hflow_rt.models.hflow.flow import FlowResult
-from hflow_rt.models.hflow.network import Encoded, HFlow
+
+if TYPE_CHECKING:
+    from hflow_rt.models.hflow.network import Encoded, HFlow
 
 __all__ = [
     "BoundTerm",

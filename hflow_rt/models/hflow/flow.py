@@ -155,12 +155,6 @@ class FlowChain(nn.Module):
             log_dets.insert(0, log_det)
         return self.result(x, log_dets, inverse=True)
 
-    def fold(self) -> nn.Module:
-        """The same chain with constants folded."""
-        from hflow_rt.models.hflow.folded import FoldedChain
-
-        return FoldedChain(self)
-
     def result(self, x: Tensor, log_dets: list[Tensor], inverse: bool) -> FlowResult:
         """`x` with the log-determinants of the couplings, by step, and those that no input changes."""
         steps = self.stages()
@@ -252,12 +246,6 @@ class LevelFlow(FlowChain, BetweenAffines):
                 for index, split in enumerate(split_steps(level.split, level.steps))
             ]
         )
-
-    def fold(self) -> nn.Module:
-        """The same flow with constants folded."""
-        from hflow_rt.models.hflow.folded import FoldedLevelFlow
-
-        return FoldedLevelFlow(self)
 
 
 def end_chain(channels: int, width: int, condition: int | None, steps: int, scale: float, unitary: bool) -> FlowChain:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hflow_rt.kernels.coupling import coupling_forward, coupling_inverse
-from hflow_rt.layers.fold import fold_children
+from hflow_rt.layers.fold import Folds, fold_children
 from hflow_rt.models.hflow.boundaries import Boundary, boundaries
-from hflow_rt.models.hflow.flow import SEEN_GAIN, BetweenAffines, FlowChain, FlowResult, FlowStep
+from hflow_rt.models.hflow.flow import SEEN_GAIN, BetweenAffines, FlowChain, FlowResult, FlowStep, LevelFlow
 
-__all__ = ["FoldedChain", "FoldedLevelFlow"]
+__all__ = ["FOLDS", "FoldedChain", "FoldedLevelFlow"]
 
 
 class ChannelMap(nn.Module):
@@ -144,3 +144,6 @@ class FoldedChain(nn.Module):
 
 class FoldedLevelFlow(FoldedChain, BetweenAffines):
     """Both directions of a `LevelFlow`."""
+
+
+FOLDS: Folds = {FlowChain: FoldedChain, LevelFlow: FoldedLevelFlow}

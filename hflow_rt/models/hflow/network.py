@@ -12,10 +12,13 @@ from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import dequantize, to_model, to_public
 from hflow_rt.models.family import Bound, BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms, NoiseScale
+from hflow_rt.models.hflow import bound as bounding
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.end import EndEncoder, EndFlow, EndOutput
 from hflow_rt.models.hflow.flow import FlowResult, LevelFlow, Theta
+from hflow_rt.models.hflow.folded import FOLDS
+from hflow_rt.models.hflow.graphs import graphs
 
 __all__ = ["IMAGE_SCALE", "Decoded", "Encoded", "HFlow", "Level", "Targets"]
 
@@ -216,22 +219,16 @@ class HFlow(LatentModel):
 
     def log_prob(self, encoded: Encoded) -> Tensor:
         """Sum over parts and levels of log prior, log-determinant and posterior entropy, `[B]` nats."""
-        from hflow_rt.models.hflow.bound import terms
-
-        found = terms(self, encoded, self.running_spreads())
+        found = bounding.terms(self, encoded, self.running_spreads())
         return torch.stack([term.log_likelihood for term in found.values()]).sum(0)
 
     def loss(
         self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None
     ) -> LossTerms:
-        from hflow_rt.models.hflow.bound import training_loss
-
-        return training_loss(self, images, noise)
+        return bounding.training_loss(self, images, noise)
 
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        from hflow_rt.models.hflow.bound import noise_shapes
-
-        return noise_shapes(self)
+        return bounding.noise_shapes(self)
 
     def bounds(self) -> dict[BoundKind, Bound]:
         return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
@@ -239,14 +236,10 @@ class HFlow(LatentModel):
     def bound_inputs(
         self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
-        from hflow_rt.models.hflow.bound import bound_inputs
-
-        return bound_inputs(self, bound, pixels, generator)
+        return bounding.bound_inputs(self, bound, pixels, generator)
 
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from hflow_rt.models.hflow.bound import bound_terms
-
-        return bound_terms(self, inputs)
+        return bounding.bound_terms(self, inputs)
 
     def noise_scales(self) -> dict[str, NoiseScale]:
         spreads = self.running_spreads()
@@ -276,12 +269,10 @@ class HFlow(LatentModel):
         return groups
 
     def graphs(self) -> dict[str, GraphSpec]:
-        from hflow_rt.models.hflow.graphs import graphs
-
         return graphs(self)
 
     def folded(self) -> "HFlow":
-        return folded_copy(self)
+        return folded_copy(self, FOLDS)
 
     def spaces(self) -> dict[str, tuple[str, str]]:
         return {"y0": ("end_forward", "end_inverse")}
@@ -305,9 +296,7 @@ class HFlow(LatentModel):
 
     @torch.no_grad()
     def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        from hflow_rt.models.hflow.bound import dataset_spreads
-
-        count, spreads = dataset_spreads(self, batches)
+        count, spreads = bounding.dataset_spreads(self, batches)
         self.update_spreads(spreads, weight=1.0)
         return count
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.kernels import coupling_kernels, dispatch, mixing
-from hflow_rt.layers.fold import fold_children, folded_copy
+from hflow_rt.layers.fold import fold_children
 from hflow_rt.models.glow.config import GlowConfig
+from hflow_rt.models.glow.folded import FOLDS
 from hflow_rt.models.glow.network import Glow
 
 # 12 channels, whose maps the kernels hold, and 24, whose they do not
@@ -86,8 +87,8 @@ def test_both_directions(variant: str, folded: bool, launched: list[str], device
     wide = Glow(model.config).to(device).double()
     wide.load_state_dict(model.state_dict())
     if folded:
-        model = folded_copy(model)
-        fold_children(wide)
+        model = model.folded()
+        fold_children(wide, FOLDS)
 
     def run(model: Any, dtype: torch.dtype) -> list[Tensor]:
         latents = {name: z.to(dtype) for name, z in draw(model, device).items()}
@@ -158,7 +159,7 @@ def test_exported_graphs_hold_plain_operators(launched: list[str], device: str) 
             image: Tensor = self.model.decode_model({f"z{i}": z for i, z in enumerate(encoded.latents)}).image
             return image
 
-    model = folded_copy(make(device, lu=True))
+    model = make(device, lu=True).folded()
     launched.clear()
     program = torch.export.export(Both(model).eval(), (images(2, device),))
     assert launched == []

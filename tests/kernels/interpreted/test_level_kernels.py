@@ -13,6 +13,7 @@ from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.hflow.config import LevelConfig
 from hflow_rt.models.hflow.flow import FlowResult, LevelFlow, Theta
+from hflow_rt.models.hflow.folded import FOLDS
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def test_both_directions(folded: bool, unitary: bool, launched: list[str], devic
     flow: Any = level(device, unitary=unitary).requires_grad_(False)
     x, theta, condition = draw(device)
     with plain_torch():
-        truth = folded_copy(nn.ModuleList([flow])).double()[0] if folded else flow.double()
+        truth = folded_copy(nn.ModuleList([flow]), FOLDS).double()[0] if folded else flow.double()
         wide = [t.double() for t in (x, *theta, condition)]
         latent = truth.encode(wide[0], Theta(*wide[1:5]), wide[5])
         target = truth.decode(wide[0], Theta(*wide[1:5]), wide[5])

@@ -1,6 +1,6 @@
 """From a trained model to a bundle of engines that are proved to be that model.
 
-The package is also the function: `hflow_rt.export("runs/my-run")` is `hflow_rt.export.making.export`. Python gives the
+The package is also the function: `hflow_rt.export("runs/my-run")` is `hflow_rt.export.public.export`. Python gives the
 name of a package in its parent to the package as soon as anything of it is imported, so that a function cannot keep it.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 class _Package(ModuleType):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        from hflow_rt.export.making import export
+        from hflow_rt.export.public import export
 
         return export(*arguments, **options)
 
@@ -20,7 +20,7 @@ class _Package(ModuleType):
         """For `help` and `inspect.signature`."""
         import inspect
 
-        from hflow_rt.export.making import export
+        from hflow_rt.export.public import export
 
         return inspect.signature(export)
 

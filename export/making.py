@@ -1,11 +1,9 @@
-"""From a trained model to a proved bundle: `hflow_rt.export` and `hflow_rt.check`, and what the commands add to them.
+"""What exporting and checking decide: which model and folder, what stays as it was, on which images it is proved.
 
-What `export` is not asked for stays as in the bundle that is replaced.
+What is not asked for stays as in the bundle that is replaced.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +18,19 @@ from hflow_rt.files import is_file
 from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, read_manifest
 from hflow_rt.runs import resolve_run
 from hflow_rt.runtime.backends import check_backend
-from hflow_rt.runtime.bundle import BUNDLE, Bundle, find_bundle
+from hflow_rt.runtime.bundle import BUNDLE, Bundle
 from hflow_rt.runtime.reading import read_pictures
 
 __all__ = [
     "ENGINES",
     "GraphOptions",
-    "check",
+    "Tell",
     "check_engine",
     "checked",
-    "export",
     "export_graphs",
     "fail_on",
     "model_and_bundle",
+    "nobody",
     "proof_pictures",
     "wanted_graphs",
     "went",
@@ -42,22 +40,11 @@ ENGINES = ("onnx", "trt")
 # Images for the proof: in float64, 256x256 takes seconds each.
 _IMAGES, _LARGE_IMAGES = 8, 3
 
-_Tell = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
-def _nobody(line: str) -> None:
+def nobody(line: str) -> None:
     """Where nobody listens."""
-
-
-@contextmanager
-def _heard() -> Iterator[_Tell]:
-    """Lines that become warnings of who called the public function."""
-    lines: list[str] = []
-    try:
-        yield lines.append
-    finally:
-        for line in lines:
-            warnings.warn(line, stacklevel=4)  # of the function, behind what closes this context
 
 
 @dataclass(frozen=True)
@@ -99,90 +86,14 @@ class GraphOptions:
         return words
 
 
-def export(
-    run: Path | str | None = None,
-    engine: str = "onnx",
-    out: Path | str | None = None,
-    *,
-    images: Sequence[Path | str] | None = None,
-    direction: Literal["forward", "inverse", "both"] | None = None,
-    bound: bool | None = None,
-    std: Sequence[str] | None = None,
-    half: bool | None = None,
-    precision: Literal["fp32", "mixed"] | None = None,
-    tune: Literal["any", "cpu"] | None = None,
-    progress: Callable[[str], None] = _nobody,
-) -> Path:
-    """Write the engines of a trained model, prove that they are that model, and return the bundle's folder.
-
-    run: a run, a bundle or a model file; by default the latest run. engine: `onnx`, or `trt` for TensorRT engines
-    beside it, for the GPU that is here. out: by default RUN/bundle. images: to prove the engines on (the first 8, or 3
-    above 64x64); by default bundled ones. Everything else is as of `hflow-rt export` and, where it is None, as in the
-    bundle that is replaced. progress: hears of each step. Raises `ParityError` for engines that are not the model, and
-    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of images that cannot be
-    used and of TensorRT engines that went with the graphs they were built from.
-
-    >>> import hflow_rt
-    >>> hflow_rt.export("runs/my-run", direction="forward").as_posix()
-    'runs/my-run/bundle'
-    """
-    check_engine(engine)
-    paths = None if images is None else [Path(path) for path in images]
-    options = GraphOptions(paths, direction, bound, std, half, precision, tune)
-    run, out = (None if path is None else Path(path) for path in (run, out))
-
-    with _heard() as warn:
-
-        def make(source: Path, folder: Path, options: GraphOptions) -> None:
-            manifest, gone = export_graphs(source, folder, options, progress, warn)
-            if gone:
-                warn(went(gone))
-            fail_on(manifest.parity or {})
-
-        if engine == "trt":
-            from hflow_rt.export.tensorrt_bundle import add_plans
-
-            return add_plans(run, out, options, make, progress, warn)
-        source, folder = model_and_bundle(run, out)
-        make(source, folder, options)
-        return folder
-
-
-def check(
-    model: Path | str | None = None,
-    backend: str = "onnx",
-    device: str = "auto",
-    *,
-    images: Sequence[Path | str] | None = None,
-    cuda_graph: bool | None = None,
-    progress: Callable[[str], None] = _nobody,
-) -> dict[str, Any]:
-    """Compare every engine of a bundle, or of an exported run, with the torch reference in float64; the report.
-
-    model: by default the bundled one. images: as of `export`. The report stays in the bundle. Raises `ParityError`
-    where an engine differs, and `BundleError`, `BackendUnavailable` and `DataError`; warns as `load` and `export` do.
-
-    >>> import hflow_rt
-    >>> hflow_rt.check("runs/my-run")["passed"]
-    True
-    """
-    bundle = find_bundle(pretrained() if model is None else model)
-    with _heard() as warn:
-        if bundle.outdated is not None:
-            warn(bundle.outdated)
-        report = checked(bundle, images, backend, device, cuda_graph, progress, warn)
-    fail_on(report)
-    return report
-
-
 def checked(
     bundle: Bundle,
     images: Sequence[Path | str] | None,
     backend: str = "onnx",
     device: str = "auto",
     cuda_graph: bool | None = None,
-    progress: _Tell = _nobody,
-    note: _Tell = _nobody,
+    progress: Tell = nobody,
+    note: Tell = nobody,
 ) -> dict[str, Any]:
     """`check` of a bundle that was found already, with the report of one that fails as well."""
     check_backend(backend, device)
@@ -215,7 +126,7 @@ def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]
 
 
 def export_graphs(
-    source: Path, folder: Path, options: GraphOptions, progress: _Tell = _nobody, note: _Tell = _nobody
+    source: Path, folder: Path, options: GraphOptions, progress: Tell = nobody, note: Tell = nobody
 ) -> tuple[Manifest, list[str]]:
     """Write and prove the graphs of the model file `source`; also the TensorRT engines that went with the old ones.
 
@@ -267,7 +178,7 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
     return options.filled(there if alike else None), there, config.resolution
 
 
-def proof_pictures(paths: Sequence[Path] | None, resolution: int, note: _Tell = _nobody) -> NDArray[np.float32]:
+def proof_pictures(paths: Sequence[Path] | None, resolution: int, note: Tell = nobody) -> NDArray[np.float32]:
     """Images to prove engines on: the given ones, or bundled ones enlarged where the model is larger than they are."""
     count = _IMAGES if resolution <= 64 else _LARGE_IMAGES
     if paths:

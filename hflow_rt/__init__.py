@@ -18,8 +18,8 @@ __all__ = ["Session", "check", "errors", "export", "load", "pretrained", "train"
 if TYPE_CHECKING:
     from hflow_rt import errors as errors
     from hflow_rt.assets import pretrained as pretrained
-    from hflow_rt.export.making import check as check
-    from hflow_rt.export.making import export as export
+    from hflow_rt.export.public import check as check
+    from hflow_rt.export.public import export as export
     from hflow_rt.runtime.session import Session as Session
     from hflow_rt.runtime.session import load as load
     from hflow_rt.runtime.training import train as train
@@ -28,7 +28,7 @@ else:  # type checkers would take a module with `__getattr__` to have every name
     # modules; that of `export` can be called, see there.
     _HOMES = {
         "Session": "hflow_rt.runtime.session",
-        "check": "hflow_rt.export.making",
+        "check": "hflow_rt.export.public",
         "load": "hflow_rt.runtime.session",
         "pretrained": "hflow_rt.assets",
         "train": "hflow_rt.runtime.training",

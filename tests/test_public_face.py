@@ -102,10 +102,10 @@ def test_type_checkers_are_told_of_the_same_names() -> None:
 
 
 def test_export_is_a_package_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hflow_rt.export.making as making  # binds hflow_rt.export
+    import hflow_rt.export.public as public  # binds hflow_rt.export
 
     called = []
-    monkeypatch.setattr(making, "export", lambda *arguments, **options: called.append((arguments, options)))
+    monkeypatch.setattr(public, "export", lambda *arguments, **options: called.append((arguments, options)))
     hflow_rt.export("runs/x", half=True)
     assert called == [(("runs/x",), {"half": True})]
     assert sys.modules["hflow_rt.export"] is hflow_rt.export  # type: ignore[comparison-overlap]

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from hflow_rt.cli.export import print_report
+from hflow_rt.cli.graphs import print_report
 from hflow_rt.errors import CheckpointError, HFlowError
 from hflow_rt.export.half import halve
 from hflow_rt.export.onnx import SharedWeights, export_graph

@@ -18,7 +18,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +41,6 @@ from hflow_rt.export.bundle import export_bundle
 from hflow_rt.files import atomic_file, sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, read_manifest
 from hflow_rt.models.checkpoint import build_model, load_model, save_model
-from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.session import open_bundle
 from hflow_rt.training.config import RunConfig, load_config
@@ -178,20 +177,16 @@ def _tracer(subject: Subject, work: Path) -> Tracer:
 def _remembering() -> Iterator[None]:
     """The reference of a model is computed once for all its engines."""
     known: dict[Any, Any] = {}
+    run = parity._Pair._run
 
-    def remembered(compute: Callable[..., Any]) -> Callable[..., Any]:
-        def call(model: LatentModel, *values: Any) -> Any:
-            arrays = [one for value in values for one in (value.values() if isinstance(value, dict) else [value])]
-            digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
-            key = (compute.__name__, str(next(model.parameters()).dtype), digest)
-            if key not in known:
-                known[key] = compute(model, *values)
-            return known[key]
+    def remembered(pair: Any, module: Any, dtype: Any, values: Any) -> Any:
+        inputs = b"".join(values[tensor.name].tobytes() for tensor in pair.spec.inputs)
+        key = (pair.spec.name, str(dtype), hashlib.sha256(inputs).hexdigest())
+        if key not in known:
+            known[key] = run(pair, module, dtype, values)
+        return known[key]
 
-        return call
-
-    names = ("_decode", "_encode", "_terms")
-    with mock.patch.multiple(parity, **{name: remembered(getattr(parity, name)) for name in names}):
+    with mock.patch.object(parity._Pair, "_run", remembered):
         yield
 
 

@@ -48,6 +48,9 @@ def main() -> None:
         from hflow_rt.errors import HFlowError
         from hflow_rt.memory import is_out_of_memory
 
+        if "" in sys.argv[1:]:  # as a path it would be the current folder
+            note("error: an argument is empty; if it comes from a variable of the shell, set it")
+            sys.exit(2)
         try:
             app(prog_name="hflow-rt")
         except BaseException as error:

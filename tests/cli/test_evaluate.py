@@ -366,19 +366,15 @@ LAUNCH += ["-m", "hflow_rt.cli", "eval"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["bpd", "distance"])
-def test_two_processes_find_what_one_finds(
-    hflow: Command, run: Path, pictures: Path, features: Path, command: str
-) -> None:
+def test_two_processes_find_what_one_finds(hflow: Command, run: Path, pictures: Path, features: Path) -> None:
     """Equal to the last digit, printed once, on an odd number of batches; the second time from the cache."""
     arguments = ["--data", "pictures", "--batch", "2", "--device", "cpu", "--json"]
-    if command == "distance":
-        arguments += ["--features", str(features), "-n", "5"]
+    arguments += ["--features", str(features), "-n", "5"]
     torch.set_num_threads(1)  # as many as each of the two has
-    alone = json.loads(ok(hflow("eval", command, *arguments, *(["--no-cache"] if command == "distance" else []))).out)
-    for _ in range(2 if command == "distance" else 1):
+    alone = json.loads(ok(hflow("eval", "distance", *arguments, "--no-cache")).out)
+    for _ in range(2):
         done = subprocess.run(
-            [*LAUNCH, command, *arguments],
+            [*LAUNCH, "distance", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -387,4 +383,4 @@ def test_two_processes_find_what_one_finds(
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout) == alone
-    assert math.isfinite(alone["frechet"]["value"] if command == "distance" else alone["strict"]["mean"])
+    assert math.isfinite(alone["frechet"]["value"])

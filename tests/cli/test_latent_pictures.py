@@ -200,8 +200,8 @@ class OneLatent:
 def test_mix_with_a_single_latent(hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = Graph(
         file="forward.onnx",
-        inputs=(Tensor(name="z", shape=(3, R, R)),),
-        outputs=(Tensor(name="image", shape=(3, R, R)),),
+        inputs=(Tensor(name="z", shape=(3, R, R), role="latent"),),
+        outputs=(Tensor(name="image", shape=(3, R, R), role="image"),),
         batch=(1, 8),
         operators={},
     )
@@ -210,6 +210,7 @@ def test_mix_with_a_single_latent(hflow: Command, tmp_path: Path, monkeypatch: p
         config={},
         resolution=R,
         latents=(Latent(name="z", shape=(3, R, R), prior_std=1.0),),
+        routes={"forward": "forward"},
         spaces={},
         graphs={"forward": graph},
         opset=20,

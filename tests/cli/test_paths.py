@@ -90,6 +90,17 @@ def test_path_that_cannot_be_asked_for_want_of_permission(
     assert tree() == before
 
 
+@pytest.mark.parametrize(
+    "arguments", [("encode", ""), ("train", "--data", ""), ("export", "", "--json"), ("sample", "-o", "")]
+)
+def test_an_empty_argument_is_not_the_current_folder(hflow: Command, run: Path, arguments: tuple[str, ...]) -> None:
+    before = tree()
+    result = hflow(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "error: an argument is empty; if it comes from a variable of the shell, set it\n"
+    assert tree() == before
+
+
 @pytest.mark.parametrize("name", [b"\xff\xe9.png", b"a\x1b[31mred.png", b"a\nb.png", "a\u202egnp.png".encode()])
 def test_names_the_terminal_cannot_show(run: Path, photo: Command, name: bytes) -> None:
     photo("photo.png")

@@ -48,7 +48,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def make(device: str, **changes: Any) -> Glow:
     """Nothing left at zero, actnorms fitted."""
     torch.manual_seed(1)
-    model = Glow(GlowConfig(**BASE, **changes)).to(device)
+    model = Glow(GlowConfig(**(BASE | changes))).to(device)
     for parameter in model.parameters():
         if not parameter.detach().any():
             parameter.data = 0.1 * torch.randn(parameter.shape).to(device)
@@ -79,9 +79,7 @@ def near(found: list[Tensor], truth: list[Tensor], plain: list[Tensor]) -> None:
         assert (mine - right).abs().max() <= allowed
 
 
-@pytest.mark.parametrize(
-    ("variant", "folded"), [("paper", False), ("paper", True), ("repository", True), ("additive", False)]
-)
+@pytest.mark.parametrize(("variant", "folded"), [("paper", True), ("repository", False), ("additive", True)])
 def test_both_directions(variant: str, folded: bool, launched: list[str], device: str) -> None:
     model: Any = make(device, **VARIANTS[variant]).requires_grad_(False)
     wide = Glow(model.config).to(device).double()
@@ -127,7 +125,7 @@ def test_a_training_step(variant: str, recomputed: bool, launched: list[str], de
 
 
 def test_nets_under_autocast_stay_half(launched: list[str], device: str) -> None:
-    model = make(device, lu=True).train()
+    model = make(device, lu=True, levels=1).train()
     x = images(2, device) - 0.5
 
     def step() -> tuple[Tensor, list[Tensor]]:
@@ -138,7 +136,7 @@ def test_nets_under_autocast_stay_half(launched: list[str], device: str) -> None
         return encoded.log_prob.detach(), list(gradients)
 
     found, mine = step()
-    assert launched.count("_couple") == 12
+    assert launched.count("_couple") == 6
     with plain_torch(launched):
         expected, plain = step()
     assert found.dtype == torch.float32

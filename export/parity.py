@@ -55,7 +55,7 @@ FACTORS_OF_FEW = {"rms": 8.0, "max": 12.0}
 ULPS = 8.0
 STDS = (0.5, 0.7, 1.0)
 BATCHES = (1, 3)
-DRAWS = 24  # of an inner graph in all, whose outputs are short vectors
+DRAWS = 24  # in all at std 1, of a graph whose outputs are short vectors
 # What float16 in the nets may cost; docs/tensorrt.md says what it does. of_scale: of the largest value of any output,
 # and near zero the absolute part counts.
 MIXED = {"image_psnr_db": 50.0, "round_trip_psnr_db": 60.0, "bits_per_dim": 0.005, "of_scale": 0.05, "absolute": 1e-3}

@@ -63,9 +63,9 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     from hflow_rt.assets import demo_images
     from hflow_rt.conditions import by_folder
     from hflow_rt.data.dataset import open_dataset
-    from hflow_rt.runtime.latents import concatenate, interpolate, ping_pong
-    from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
-    from hflow_rt.runtime.video import save_animation
+    from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.images.video import save_animation
+    from hflow_rt.runtime.latents.operations import concatenate, interpolate, ping_pong
 
     rows = [(f"std {std}", to_uint8(session.sample(_COLUMNS, std))) for std in _STDS]
     save_image(page / "samples.png", labelled_rows(rows))

@@ -42,8 +42,9 @@ def encode(
     """
     import numpy as np
 
-    from hflow_rt.runtime.latents import check_latents_name, concatenate, save_latents
-    from hflow_rt.runtime.pictures import check_picture_name, labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.images.pictures import check_picture_name, labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.latents.files import check_latents_name, save_latents
+    from hflow_rt.runtime.latents.operations import concatenate
 
     check_latents_name(output)
     if picture is not None:
@@ -101,8 +102,7 @@ def decode(
 
     import numpy as np
 
-    from hflow_rt.runtime.latents import check_latents, load_latents
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         check_folder,
         check_picture_name,
         check_picture_size,
@@ -110,6 +110,8 @@ def decode(
         to_uint8,
         write_pictures,
     )
+    from hflow_rt.runtime.latents.files import load_latents
+    from hflow_rt.runtime.latents.operations import check_latents
 
     session = open_session(model, backend, device, quiet=json)
     values, about = load_latents(latents)

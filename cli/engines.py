@@ -114,7 +114,7 @@ def update_engines(
 def _prove(bundle: "Bundle", key: str, where: str, images: "Sequence[Path] | None", quiet: bool) -> None:
     """Check new engines where there is a GPU, and tell of them; `where` is how commands name their bundle."""
     from hflow_rt.runtime.bundle import find_bundle
-    from hflow_rt.runtime.cuda import chosen_gpu
+    from hflow_rt.runtime.engines.cuda import chosen_gpu
 
     folder, report = bundle.path, None
     if chosen_gpu() is not None:
@@ -144,7 +144,7 @@ def _prove(bundle: "Bundle", key: str, where: str, images: "Sequence[Path] | Non
 
 def describe_engines(manifest: "Manifest") -> list[str]:
     """Lines about every set of engines that a manifest lists, for `info`."""
-    from hflow_rt.runtime.plans import FLAVORS
+    from hflow_rt.runtime.engines.plans import FLAVORS
 
     lines = []
     for key, engines in manifest.engines.items():
@@ -173,7 +173,7 @@ def describe_layers(bundle: "Bundle") -> list[str]:
     """Lines about every layer of every plan, and whose layers they are. Raises `BundleError`."""
     import json
 
-    from hflow_rt.runtime.plans import build_command
+    from hflow_rt.runtime.engines.plans import build_command
 
     lines = []
     for key, engines in bundle.manifest.engines.items():

@@ -31,9 +31,9 @@ from hflow_rt.manifest import (
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runtime.bundle import REPORT, Bundle
-from hflow_rt.runtime.cpu import threads
+from hflow_rt.runtime.engines.cpu import threads
+from hflow_rt.runtime.engines.plans import PLANS, graph_sha256
 from hflow_rt.runtime.noise import parse_std
-from hflow_rt.runtime.plans import PLANS, graph_sha256
 from hflow_rt.runtime.session import open_bundle
 
 __all__ = ["Direction", "check_bundle", "export_bundle"]

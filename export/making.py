@@ -19,7 +19,7 @@ from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, read_manifes
 from hflow_rt.runs import resolve_run
 from hflow_rt.runtime.backends import check_backend
 from hflow_rt.runtime.bundle import BUNDLE, Bundle
-from hflow_rt.runtime.reading import read_pictures
+from hflow_rt.runtime.images.reading import read_pictures
 
 __all__ = [
     "ENGINES",

@@ -15,8 +15,8 @@ import torch
 from onnx.external_data_helper import set_external_data
 
 from hflow_rt.errors import HFlowError
-from hflow_rt.export.half import halve
-from hflow_rt.export.precision import mix
+from hflow_rt.export.half_weights import halve
+from hflow_rt.export.mixed_precision import mix
 from hflow_rt.export.tuning import Worth, tune
 from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
 from hflow_rt.models.family import GraphSpec, Gain, TensorSpec

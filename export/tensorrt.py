@@ -20,8 +20,8 @@ from hflow_rt.export.tensorrt_build import BuildRequest, difference, prepared
 from hflow_rt.files import atomic_directory, atomic_file, removed_if_empty, sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Graph, Manifest, Plan, read_manifest
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.cuda import Gpu, chosen_gpu
-from hflow_rt.runtime.plans import (
+from hflow_rt.runtime.engines.cuda import Gpu, chosen_gpu
+from hflow_rt.runtime.engines.plans import (
     FLAVORS,
     PLANS,
     Flavor,

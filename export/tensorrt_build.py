@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from hflow_rt.export.tensorrt_engine import EngineError, engine_layers, loaded, refitted, write_layers
 from hflow_rt.manifest import MODULE
-from hflow_rt.runtime.tensorrt import error_logger
+from hflow_rt.runtime.engines.tensorrt import error_logger
 
 __all__ = ["BuildRequest", "difference", "main", "prepared"]
 

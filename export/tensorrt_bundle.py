@@ -13,7 +13,7 @@ from hflow_rt.files import atomic_directory, exists, is_file
 from hflow_rt.manifest import MANIFEST, read_manifest
 from hflow_rt.runs import ROOT, latest_run
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.cuda import chosen_gpu
+from hflow_rt.runtime.engines.cuda import chosen_gpu
 
 __all__ = ["Make", "add_plans", "bundle_with", "is_of", "plans_of"]
 

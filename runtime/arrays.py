@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from hflow_rt.errors import DataError
+from hflow_rt.runtime.images.pictures import check_pixels, from_uint8
 from hflow_rt.runtime.noise import Stream
-from hflow_rt.runtime.pictures import check_pixels, from_uint8
 
 __all__ = ["as_kind", "as_pixels", "check_tensors", "concatenated", "filled", "library", "stacked", "to_numpy"]
 

@@ -9,9 +9,9 @@ __all__ = ["BACKENDS", "DEVICES", "ONNX_DEVICES", "Engine", "check_backend"]
 
 # name -> (module with `open_engine`, what it is); also what the command line offers
 BACKENDS = {
-    "onnx": ("hflow_rt.runtime.onnx", "ONNX Runtime on the exported graphs"),
-    "trt": ("hflow_rt.runtime.tensorrt", "TensorRT, or TensorRT for RTX, on the engines built for this GPU"),
-    "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
+    "onnx": ("hflow_rt.runtime.engines.onnx", "ONNX Runtime on the exported graphs"),
+    "trt": ("hflow_rt.runtime.engines.tensorrt", "TensorRT, or TensorRT for RTX, on the engines built for this GPU"),
+    "torch": ("hflow_rt.runtime.engines.torch", "PyTorch on the bundled weights, constants folded"),
 }
 DEVICES = ("auto", "cpu", "cuda")
 # of the onnx backend only, for who asks for them: ONNX Runtime hands the graph to TensorRT, or to TensorRT for RTX

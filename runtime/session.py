@@ -20,11 +20,11 @@ from hflow_rt.memory import guarded, need
 from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, concatenated, filled, library, stacked, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.latents import check_latents
+from hflow_rt.runtime.images.pictures import check_folder, save_image, to_uint8, write_pictures
+from hflow_rt.runtime.in_flight import in_flight
+from hflow_rt.runtime.latents.operations import check_latents
 from hflow_rt.runtime.loops import drawn_by_call, follow, row_of
 from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows, parse_std
-from hflow_rt.runtime.overlap import in_flight
-from hflow_rt.runtime.pictures import check_folder, save_image, to_uint8, write_pictures
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
@@ -259,7 +259,7 @@ class Session:
         >>> hflow_rt.load().read("photo.png").shape
         (1, 3, 64, 64)
         """
-        from hflow_rt.runtime.reading import read_pictures
+        from hflow_rt.runtime.images.reading import read_pictures
 
         def warn(line: str) -> None:
             warnings.warn(line, stacklevel=4)

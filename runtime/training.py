@@ -22,8 +22,8 @@ from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file, is_folder, removed_if_empty
 from hflow_rt.manifest import MODEL
 from hflow_rt.runs import CHECKPOINTS, ROOT, RUN, SAMPLES, latest_run, new_run, read_run
+from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
 from hflow_rt.runtime.noise import draw_latents
-from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
 
 if TYPE_CHECKING:
     from hflow_rt.data.dataset import ImageSet

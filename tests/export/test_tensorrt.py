@@ -21,9 +21,9 @@ from hflow_rt.export.tensorrt import add_engines, parse_batch, parse_capabilitie
 from hflow_rt.export.tensorrt_build import prepared
 from hflow_rt.files import sha256
 from hflow_rt.manifest import read_manifest
-from hflow_rt.runtime import plans
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.cuda import Gpu
+from hflow_rt.runtime.engines import plans
+from hflow_rt.runtime.engines.cuda import Gpu
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'hflow-rt[rtx]'")
 
@@ -224,7 +224,7 @@ def test_which_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_of_a_real_size(tmp_path: Path) -> None:
     """Both precisions, a range of batches and one, a GPU alone and several together."""
     from hflow_rt.assets import pretrained
-    from hflow_rt.export.precision import mix
+    from hflow_rt.export.mixed_precision import mix
     from hflow_rt.models.checkpoint import load_model
 
     spec = load_model(pretrained() / "model.safetensors").graphs()["forward"]

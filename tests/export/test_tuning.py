@@ -17,8 +17,8 @@ from hflow_rt.export.tuning import PASSES, Stopwatch, Worth, tune
 from hflow_rt.export.winograd import winograd
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.runtime import load
-from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.inputs import inputs_of
 
 
 def nearly_all() -> Worth:

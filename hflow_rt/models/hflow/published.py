@@ -19,7 +19,7 @@ from hflow_rt.foreign.states import read_stream, read_weights, skip_stream
 from hflow_rt.models.family import Published
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.network import HFlow
-from hflow_rt.models.hflow.original import read_settings
+from hflow_rt.models.hflow.published_settings import read_settings
 from hflow_rt.models.hflow.weights import from_original, ignored_kind
 
 __all__ = ["read_published"]

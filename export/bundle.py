@@ -91,10 +91,10 @@ def export_bundle(
         worth = Stopwatch(threads()).worth if tuning == "cpu" else None
         graphs, shared = {}, SharedWeights(folder / WEIGHTS)
         for name, spec in specs.items():
-            scales = spec.scales if metadata.get("weights") == HALF else ()
+            gains = spec.gains if metadata.get("weights") == HALF else ()
             progress(f"{'writing' if worth is None else 'measuring'} {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales, precision, worth)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, gains, precision, worth)
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],

@@ -13,21 +13,21 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from hflow_rt.models.family import Scale
+from hflow_rt.models.family import Gain
 
 __all__ = ["halve"]
 
 _SMALLEST = 256  # elements; below, the two nodes are larger than what they save
-_FIRST = 64  # elements that sort out most scales
+_FIRST = 64  # elements that sort out most gains
 _TOLERANCE = 3 * 2.0**-24  # relative: the scale's own rounding, the product's, and the folded constant's
 
 
-def halve(proto: onnx.ModelProto, scales: Collection[Scale]) -> int:
-    """Rewrite, in place, every constant that is half-precision numbers times one of `scales`; how many there were."""
+def halve(proto: onnx.ModelProto, gains: Collection[Gain]) -> int:
+    """Rewrite, in place, every constant that is half-precision numbers times one of `gains`; how many there were."""
     kept, nodes = [], []
     for tensor in proto.graph.initializer:
         values = numpy_helper.to_array(tensor)
-        split = None if values.dtype != np.float32 or values.size < _SMALLEST else _split(values, scales)
+        split = None if values.dtype != np.float32 or values.size < _SMALLEST else _split(values, gains)
         if split is None:
             kept.append(tensor)
             continue
@@ -45,16 +45,16 @@ def halve(proto: onnx.ModelProto, scales: Collection[Scale]) -> int:
 
 
 def _split(
-    values: NDArray[np.float32], scales: Collection[Scale]
+    values: NDArray[np.float32], gains: Collection[Gain]
 ) -> tuple[NDArray[np.float16], NDArray[np.float64]] | None:
     """Half-precision numbers and the scale whose product is `values`, if there is one."""
     exact = values.astype(np.float64)
-    for given in scales:
+    for given in gains:
         scale = np.asarray(given, np.float64)
         if scale.ndim and scale.shape != exact.shape[:1]:
             continue
         scale = scale.reshape(-1, *[1] * (exact.ndim - 1)) if scale.ndim else scale
-        # a few of each channel sort out most scales
+        # a few of each channel sort out most gains
         few = exact.reshape(len(exact), -1)[:, : max(1, _FIRST // len(exact))]
         if _fits(few, scale.reshape(-1, 1) if scale.ndim else scale) and _fits(exact, scale):
             return (exact / scale).astype(np.float16), scale

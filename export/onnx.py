@@ -19,7 +19,7 @@ from hflow_rt.export.half_weights import halve
 from hflow_rt.export.mixed_precision import mix
 from hflow_rt.export.tuning import Worth, tune
 from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
-from hflow_rt.models.family import GraphSpec, Scale, TensorSpec
+from hflow_rt.models.family import Gain, GraphSpec, TensorSpec
 
 __all__ = ["MAX_BATCH", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
 
@@ -73,13 +73,13 @@ def export_graph(
     path: Path,
     metadata: dict[str, str],
     weights: SharedWeights,
-    scales: Collection[Scale] = (),
+    gains: Collection[Gain] = (),
     precision: Precision = "fp32",
     worth: Worth | None = None,
 ) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
 
-    scales: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
+    gains: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
     `mixed` computes the nets of `spec` in float16 (see `mix`). worth: which rewrites to take (see `tune`), by default
     none. Raises `HFlowError` if the result is not valid.
     """
@@ -109,8 +109,8 @@ def export_graph(
     if precision == "mixed" and not mix(proto, spec.nets, spec.heads):
         raise HFlowError(f"graph '{spec.name}' has no nets to compute in half precision; export with --precision fp32")
     rewrites = {} if worth is None else tune(proto, worth)
-    if scales:
-        halve(proto, scales)
+    if gains:
+        halve(proto, gains)
     onnx.checker.check_model(proto, full_check=True)
     counts = operator_counts(proto)
     if leftover := sorted(_UNFOLDED & counts.keys()):

@@ -7,13 +7,23 @@ import numpy as np
 
 from hflow_rt.errors import DataError
 from hflow_rt.runtime.images.pictures import check_pixels, from_uint8
+from hflow_rt.runtime.noise import Stream
 
-__all__ = ["as_pixels", "check_tensors", "concatenated", "filled", "library", "to_numpy"]
+__all__ = ["as_kind", "as_pixels", "check_tensors", "concatenated", "filled", "library", "stacked", "to_numpy"]
 
 
 def library(array: Any) -> str:
     """`numpy` or `torch`, or where else the array is from."""
     return type(array).__module__.partition(".")[0]
+
+
+def as_kind(like: Any, array: Any) -> Any:
+    """An array as a tensor where `like` is one, on its device."""
+    if library(like) != "torch" or library(array) == "torch":
+        return array
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
 
 
 def filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
@@ -30,6 +40,15 @@ def concatenated(parts: Sequence[Any]) -> Any:
     return np.concatenate(parts)
 
 
+def stacked(parts: Sequence[Any]) -> Any:
+    """Arrays `[B, *shape]` of one library as `[B, len(parts), *shape]`."""
+    if library(parts[0]) == "torch":
+        import torch
+
+        return torch.stack(list(parts), 1)
+    return np.stack(parts, 1)
+
+
 def check_tensors(tensors: Mapping[str, Any]) -> None:
     """Raise `DataError` for a type of torch that is not among those that come in."""
     for name, tensor in tensors.items():
@@ -43,7 +62,7 @@ def to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     Raises `DataError` for a mixture, and for anything else.
     """
     kinds = {type(array).__name__: library(array) for array in arrays.values()}
-    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+    if all(isinstance(array, np.ndarray | Stream) for array in arrays.values()):
         return dict(arrays), lambda array: array
     if set(kinds.values()) != {"torch"}:
         raise DataError(f"arrays must be all numpy or all torch, not {' and '.join(sorted(kinds))}")

@@ -15,20 +15,23 @@ from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import Graph, Manifest, Precision, Role, Tensor
+from hflow_rt.manifest import Graph, Loop, Manifest, Precision, Role, Route, Space, Tensor
 from hflow_rt.memory import guarded, need
-from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, library, to_numpy
+from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, concatenated, filled, library, stacked, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.images.pictures import check_folder, save_image, to_uint8, write_pictures
+from hflow_rt.runtime.in_flight import in_flight
 from hflow_rt.runtime.latents.operations import check_latents
-from hflow_rt.runtime.noise import draw_latents, draw_noise, parse_std
+from hflow_rt.runtime.loops import drawn_by_call, follow, row_of
+from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows, parse_std
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
+_MEANS = {"noise": 0.0, "uniform": 0.5}
 LATENT_SPACE = "z"  # the space of the latents themselves
 
 
@@ -56,6 +59,7 @@ class Session:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self._engine = engine
+        self._tables: dict[str, dict[str, Array]] = {}
 
     def __repr__(self) -> str:
         """What is loaded, what runs it, whether that was proved, and what the latents are."""
@@ -122,8 +126,14 @@ class Session:
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `forward` takes: the latents, what is random beside them, and a one-hot vector for every choice."""
-        noise = {tensor.name: tensor.shape for tensor in self._forward_inputs("noise", "uniform")}
+        """What `forward` takes: the latents, what is random beside them, and a one-hot vector for every choice.
+
+        Of what is random in every call of a loop `[K, *shape]`.
+        """
+        noise = {
+            name: shape if steps is None else (steps, *shape)
+            for name, (_, shape, steps) in self._forward_draws().items()
+        }
         return self.latent_shapes | noise | {name: (len(options),) for name, options in self.choices.items()}
 
     @property
@@ -144,7 +154,8 @@ class Session:
     @property
     def spaces(self) -> tuple[str, ...]:
         """The latents' own space and the others of the family, see `into_space`."""
-        return (LATENT_SPACE, *self.manifest.spaces)
+        ways = self.manifest.spaces.items()
+        return (LATENT_SPACE, *(name for name, space in ways if space.into and (space.back or space.decode)))
 
     @property
     def bits(self) -> int:
@@ -160,7 +171,7 @@ class Session:
         shapes = self.input_shapes
         if space == LATENT_SPACE:
             return shapes
-        into = self._graph(self._space(space)[0])
+        into = self._graph(self._way(space, "into"))
         replaced = {tensor.name for tensor in into.inputs}
         others = {name: shape for name, shape in shapes.items() if name not in replaced}
         return {tensor.name: tensor.shape for tensor in into.outputs} | others
@@ -168,8 +179,8 @@ class Session:
     def joined(self, space: str = LATENT_SPACE) -> tuple[tuple[str, ...], ...]:
         """Groups of the tensors of `space` that are one vector in it or in another, which slerp turns together."""
         if space != LATENT_SPACE:
-            return (tuple(tensor.name for tensor in self._graph(self._space(space)[0]).outputs),)
-        graphs = [self.manifest.graphs.get(into) for into, _ in self.manifest.spaces.values()]
+            return (tuple(tensor.name for tensor in self._graph(self._way(space, "into")).outputs),)
+        graphs = [self.manifest.graphs.get(found.into or "") for found in self.manifest.spaces.values()]
         return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
 
     def forward(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Any:
@@ -188,7 +199,7 @@ class Session:
         check_latents(arrays, self.input_shapes, "these latents")
         check_told(self.choices, arrays)
         arrays |= self._set(controls or {}, next(iter(arrays.values())))
-        return restore(self.run_graph(self._route("forward"), arrays)["image"])
+        return restore(self.run("forward", arrays)["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
         """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability.
@@ -213,7 +224,7 @@ class Session:
             )
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_told(self.choices, arrays)
-        outputs = self.run_graph(self._route("inverse"), {"image": pixels, **arrays}) | arrays
+        outputs = self.run("inverse", {"image": pixels, **arrays}) | arrays
         return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
 
     def sample(
@@ -289,13 +300,16 @@ class Session:
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
         """
         check_count("the batch", batch)
-        stds = parse_std(self.std if std is None else std, self.latent_shapes)
+        scaled = [latent.name for latent in self.manifest.latents if latent.prior == "normal"]
+        stds = parse_std(self.std if std is None else std, scaled)
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
-            drawn = draw_latents(self.latent_shapes, self.manifest.prior_std, seed, part, stds)
-            for tensor in self._forward_inputs("noise", "uniform"):
-                kind: Literal["noise", "uniform"] = "uniform" if tensor.role == "uniform" else "noise"
-                drawn[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, part)
+            drawn = self._drawn_latents(seed, part, stds)
+            for name, (kind, shape, steps) in self._forward_draws().items():
+                if steps is None:
+                    drawn[name] = draw_noise(kind, name, shape, seed, part)
+                else:
+                    drawn[name] = Stream(kind, name, shape, seed, part, steps)
             told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
             yield drawn | told
 
@@ -306,28 +320,85 @@ class Session:
         """
         shapes = self.space_shapes(space)
         check_latents(latents, self.input_shapes, "these latents")
-        made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[0], latents)
+        made = {} if space == LATENT_SPACE else self.run_graph(self._way(space, "into"), latents)
         return {name: made[name] if name in made else latents[name] for name in shapes}
 
     def from_space(self, space: str, values: Mapping[str, Array]) -> dict[str, Array]:
-        """The inverse of `into_space`."""
+        """The inverse of `into_space`. Raises `DataError`, also for a space that leads to images only."""
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
-        made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[1], values)
+        made = {} if space == LATENT_SPACE else self.run_graph(self._way(space, "back"), values)
         return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
-    def _space(self, space: str) -> tuple[str, str]:
+    def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Array:
+        """Images `[B, 3, R, R]` in [0, 1] of what `into_space` yields. controls: as of `forward`. Raises `DataError`."""
+        found = None if space == LATENT_SPACE else self._space(space)
+        if found is None or found.decode is None:
+            return self.forward(self.from_space(space, values), controls)
+        check_latents(values, self.space_shapes(space), f"these values of space {space}")
+        taken = {tensor.name for tensor in self._graph(found.decode).inputs}
+        given = {name: value for name, value in (controls or {}).items() if name in taken}
+        image: Array = self.run_graph(found.decode, {**values, **self._set(given, next(iter(values.values())))})["image"]
+        return image
+
+    def _space(self, space: str) -> Space:
         if space not in self.manifest.spaces:
             known = ", ".join(self.spaces)
             raise DataError(f"unknown space '{space}' for this {self.manifest.family} model; known: {known}")
-        pair = self.manifest.spaces[space]
-        for graph in pair:
-            self._graph(graph)
-        return pair
+        return self.manifest.spaces[space]
+
+    def _way(self, space: str, way: Literal["into", "back"]) -> str:
+        """The graph into a space, or back."""
+        graph = getattr(self._space(space), way)
+        if graph is None:
+            lead = "cannot be entered from latents" if way == "into" else "leads to images only"
+            raise DataError(f"space {space} of this {self.manifest.family} model {lead}; choose another --space")
+        self._graph(graph)
+        return str(graph)
+
+    def _forward_graphs(self) -> list[Graph]:
+        """What `forward` runs; nothing where the bundle lacks it."""
+        route = self.manifest.routes.get("forward")
+        names = () if route is None else (route,) if isinstance(route, str) else route.graphs
+        return [self.manifest.graphs[name] for name in names]
 
     def _forward_inputs(self, *roles: Role) -> list[Tensor]:
-        """The inputs of these roles of the graph that leads to the image."""
-        graph = self.manifest.graphs.get(self.manifest.routes.get("forward", ""))
-        return [] if graph is None else [tensor for tensor in graph.inputs if tensor.role in roles]
+        """The inputs of these roles of all that `forward` runs, each once."""
+        found = {tensor.name: tensor for graph in self._forward_graphs() for tensor in graph.inputs}
+        return [tensor for tensor in found.values() if tensor.role in roles]
+
+    def _forward_draws(self) -> dict[str, tuple[Literal["noise", "uniform"], tuple[int, ...], int | None]]:
+        """What is random in `forward`, by name: its kind, its shape, and how often it is drawn if in every call."""
+        route = self.manifest.routes.get("forward")
+        steps = route.steps if isinstance(route, Loop) else None
+        by_call = () if steps is None else drawn_by_call(self._forward_graphs()[1].inputs)
+        return {
+            tensor.name: (
+                "uniform" if tensor.role == "uniform" else "noise",
+                tensor.shape,
+                steps if tensor.name in by_call else None,
+            )
+            for tensor in self._forward_inputs("noise", "uniform")
+        }
+
+    def _drawn_latents(self, seed: int, indices: Sequence[int], stds: Mapping[str, float]) -> dict[str, Array]:
+        """Latents of the prior, each from where its own says. Raises `DataError`."""
+        latents = {latent.name: latent for latent in self.manifest.latents}
+        shapes = {name: latent.shape for name, latent in latents.items() if latent.prior != "bank"}
+        own = {name: stds.get(name, 1.0) for name in shapes}
+        drawn = draw_latents(shapes, self.manifest.prior_std, seed, indices, own) if shapes else {}
+        if self.manifest.bank is not None:
+            bank = self._table(self.manifest.bank)
+            rows = draw_rows(len(next(iter(bank.values()))), seed, indices)
+            drawn |= {name: table[rows] for name, table in bank.items()}
+        return {name: drawn[name] for name in latents}
+
+    def _table(self, file: str) -> dict[str, Array]:
+        """The arrays of a file of the bundle by name. Raises `BundleError` for one that is missing or changed."""
+        from safetensors.numpy import load_file
+
+        if file not in self._tables:
+            self._tables[file] = load_file(self.bundle.file(file))
+        return self._tables[file]
 
     def _set(self, controls: Mapping[str, float], like: Any) -> dict[str, Any]:
         """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
@@ -343,11 +414,44 @@ class Session:
             values[name] = filled(like, (len(like), *known[name].shape), value)
         return values
 
-    def _route(self, route: str) -> str:
-        """The graph of `forward` or `inverse`. Raises `NoInverse` where the family has none."""
+    def run(self, route: Route, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none."""
         if route in self.manifest.absent:
             raise NoInverse(self.manifest.absent[route])
-        return self.manifest.routes.get(route, route)
+        found = self.manifest.routes.get(route, route)
+        if isinstance(found, str):
+            return self.run_graph(found, values)
+        largest = min(self._largest(name) for name in found.graphs)
+        count = len(next(iter(values.values())))
+        parts = [
+            self._follow(found, {name: value[start : start + largest] for name, value in values.items()})
+            for start in range(0, count, largest)
+        ]
+        return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
+
+    def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
+        """One batch through a loop; what changes from call to call is made while the call before runs."""
+        step, schedule = self._graph(loop.step), self._table(loop.schedule)
+        drawn = drawn_by_call(step.inputs)
+        like = next(iter(values.values()))
+
+        def row(index: int) -> dict[str, Any]:
+            made = row_of(schedule, drawn, values, index)
+            return {name: as_kind(like, array) for name, array in made.items()}
+
+        def calls(first: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+            by_row = {*schedule, *drawn}
+            inputs = [tensor for tensor in step.inputs if tensor.name not in by_row]
+            fixed = {tensor.name: _given(tensor, first, len(like)) for tensor in inputs}
+            rows = in_flight(row, range(loop.steps), 2)
+            return self._engine.loop(loop.step, fixed, rows, loop.carry, loop.every.keys())
+
+        for tensor in step.inputs:
+            if tensor.name in drawn and tensor.name not in values:
+                draws = filled(like, (len(like), *tensor.shape), _MEANS[tensor.role])
+                values = {**values, tensor.name: stacked([draws] * loop.steps)}
+        with guarded(f"at {len(like):,} images a call", "take fewer images together (--batch or -n)"):
+            return follow(loop, values, self.run_graph(loop.start, values), calls, self.latent_shapes)
 
     def _graph(self, name: str) -> Graph:
         if name not in self.manifest.graphs:
@@ -358,18 +462,28 @@ class Session:
     def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run one graph by name, unchecked, on any batch size: batches beyond its largest are split."""
         graph = self._graph(name)
-        count = len(next(values[tensor.name] for tensor in graph.inputs if tensor.name in values))
-        inputs = [
-            values[tensor.name] if tensor.name in values else _unset(tensor, count, values) for tensor in graph.inputs
-        ]
-        largest = graph.batch[1]
+        batched = [tensor for tensor in graph.inputs if tensor.role != "schedule"]
+        count = len(next(values[tensor.name] for tensor in batched if tensor.name in values))
+        inputs = [_given(tensor, values, count) for tensor in graph.inputs]
+        largest = self._largest(name)
         with guarded(f"at {count:,} images a call", "take fewer images together (--batch or -n)"):
             parts = [
-                self._engine.run(name, [array[start : start + largest] for array in inputs])
+                self._engine.run(
+                    name,
+                    [
+                        array if tensor.role == "schedule" else array[start : start + largest]
+                        for tensor, array in zip(graph.inputs, inputs, strict=True)
+                    ],
+                )
                 for start in range(0, count, largest)
             ]
         joined = [outputs[0] if len(outputs) == 1 else concatenated(outputs) for outputs in zip(*parts, strict=True)]
         return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
+
+    def _largest(self, name: str) -> int:
+        """The largest batch of one call of a graph."""
+        largest = self._graph(name).batch[1]
+        return largest if self._engine.largest is None else min(largest, self._engine.largest)
 
     def _received(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         """The inputs as the engine takes them, and a function that gives results their kind and device."""
@@ -417,9 +531,11 @@ def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool |
     return Session(bundle, module.open_engine(bundle, device, **settings))
 
 
-def _unset(tensor: Tensor, count: int, values: Mapping[str, Any]) -> Any:
-    """What an input has that nobody gave: a control its default, noise its mean. Raises `DataError` for others."""
-    means = {"control": tensor.default, "noise": 0.0, "uniform": 0.5}
-    if means.get(tensor.role) is None:
+def _given(tensor: Tensor, values: Mapping[str, Any], count: int) -> Any:
+    """An input by name; where nobody gave it, of a control its default, of noise its mean. Raises `DataError`."""
+    if tensor.name in values:
+        return values[tensor.name]
+    unset = tensor.default if tensor.role == "control" else _MEANS.get(tensor.role)
+    if unset is None:
         raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
-    return filled(next(iter(values.values())), (count, *tensor.shape), means[tensor.role])
+    return filled(next(iter(values.values())), tensor.batched(count), unset)

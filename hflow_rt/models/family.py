@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hflow_rt.conditions import Choices, by_folder
-from hflow_rt.manifest import Role
+from hflow_rt.manifest import Prior, Role, Route
 from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Scale = float | NDArray[np.float64]
+    Gain = float | NDArray[np.float64]
 else:
-    Scale = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
+    Gain = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
 
 __all__ = [
     "LOG_PROB",
@@ -31,12 +31,16 @@ __all__ = [
     "BoundKind",
     "Conditions",
     "Encoding",
+    "Gain",
     "GraphSpec",
     "LatentModel",
+    "Loop",
     "LossTerms",
     "NoiseScale",
+    "Prior",
     "Role",
-    "Scale",
+    "Route",
+    "Space",
     "TensorSpec",
     "conditions_by_folder",
     "loss_draws",
@@ -96,7 +100,7 @@ class TensorSpec:
     """A named float32 tensor of a graph: `shape` without the batch axis, `role` (see the manifest's `Role`), and its
     values' range if bounded.
 
-    std: of a latent's prior at temperature 1. default: of a control.
+    std: of a latent's prior at temperature 1. default: of a control. A `schedule` has one row for all images.
     """
 
     name: str
@@ -105,6 +109,10 @@ class TensorSpec:
     range: tuple[float, float] | None = None
     std: float = 1.0
     default: float | None = None
+
+    def batched(self, batch: int) -> tuple[int, ...]:
+        """Its shape in a call with `batch` images."""
+        return (1 if self.role == "schedule" else batch, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class GraphSpec:
     parity runs in float64 and float32. Both take the inputs in order and return the outputs in order as a tuple.
     nets: modules that mixed precision computes in float16, as patterns of paths within `module` that end in a dot,
     such as `*.decoder.*`. heads: those of them that stay in float32, because what they yield bounds the flow.
-    scales: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
+    gains: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
     """
 
     name: str
@@ -125,7 +133,48 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     nets: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
-    scales: tuple[Scale, ...] = ()
+    gains: tuple[Gain, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A route of several calls: the graph `start` once, then `step` once a row of the schedule.
+
+    schedule: float32 tables `[K, *shape]` by input of `step`, K calls, at least one table. carry: output that both
+    graphs have, to the input of `step` that it becomes in the next call. Every other input of `step` is, by name, a
+    draw of its own for each call (roles noise and uniform, `[B, K, *shape]` as inputs of the route), what `start`
+    yielded, or what the route was given. The route yields outputs of the `last` call by name, those of `every` call
+    stacked `[B, K, *shape]` under the names of this mapping, and what of `start` is a latent. K is never unrolled.
+    """
+
+    start: str
+    step: str
+    schedule: Mapping[str, NDArray[np.float32]]
+    carry: Mapping[str, str]
+    last: tuple[str, ...] = ()
+    every: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[str, str]:
+        """What it runs."""
+        return self.start, self.step
+
+
+@dataclass(frozen=True)
+class Space:
+    """Another space than the latents' own, by the graphs into it, back, and from it straight to the image.
+
+    One without `back` is left through `decode` only; one without `into` is reached by projection only.
+    """
+
+    into: str | None = None
+    back: str | None = None
+    decode: str | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Those that it has."""
+        return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
 
 
 class LatentModel(nn.Module, ABC):
@@ -229,12 +278,24 @@ class LatentModel(nn.Module, ABC):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by optimizer group; the training settings give each group its learning rate."""
 
-    def routes(self) -> dict[str, str]:
-        """The graph that leads from latents to image, `forward`, and that from image to latents, `inverse`."""
+    def routes(self) -> Mapping[Route, str | Loop]:
+        """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""
         return {"forward": "forward", "inverse": "inverse"}
 
-    def absent(self) -> dict[str, str]:
+    def absent(self) -> Mapping[Route, str]:
         """Why there is no such route, in one sentence, for those of `forward` and `inverse` that are not there."""
+        return {}
+
+    def round_trip(self) -> Literal["exact", "lossy"] | None:
+        """Whether an image comes back from its latents: within rounding, about, or not at all for want of a route."""
+        return None if self.absent() else "exact"
+
+    def prior(self) -> Mapping[str, Prior]:
+        """Where each latent of a sample comes from, by name; normal where nothing is said."""
+        return {}
+
+    def bank(self) -> Mapping[str, Tensor]:
+        """Latents of real images, `[rows, *shape]`, of those whose prior is a bank; a sample takes one row of all."""
         return {}
 
     @abstractmethod
@@ -248,8 +309,8 @@ class LatentModel(nn.Module, ABC):
     def folded(self) -> LatentModel:
         """A float32 inference copy of the same map with every constant folded in float64."""
 
-    def spaces(self) -> dict[str, tuple[str, str]]:
-        """Other spaces to interpolate in, by name: the graph from some latents into it and the graph back."""
+    def spaces(self) -> Mapping[str, Space]:
+        """Other spaces than that of the latents, by name."""
         return {}
 
 

@@ -7,7 +7,7 @@ writes fixed addresses, so each batch size has buffers of its own (a `Lane`), an
 import contextlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -21,6 +21,7 @@ from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.cpu import Place, Settings, cores, default, place_of, shared_out, threads
 from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
+from hflow_rt.runtime.loops import called, looped
 
 __all__ = ["OnnxEngine", "open_engine"]
 
@@ -85,6 +86,10 @@ class OnnxEngine:
     def side_by_side(self) -> bool:
         return self._device == "cpu" and cores() > 1
 
+    @property
+    def largest(self) -> None:
+        return None
+
     def close(self) -> None:
         with self._running, self._lock:
             _release(self._cuda, self._lanes)
@@ -102,10 +107,51 @@ class OnnxEngine:
                 return self._replay(self._cuda, session, graph, inputs)
         return self._run(session, described, inputs)
 
+    def loop(
+        self,
+        graph: str,
+        first: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
+        carry: Mapping[str, str],
+        every: Collection[str],
+    ) -> Iterator[Mapping[str, Any]]:
+        described = self._bundle.manifest.graphs[graph]
+        arrays = all(isinstance(array, np.ndarray) for array in first.values())
+        if self._cuda is None and arrays:
+            device = ("cpu", 0) if self._device == "cpu" else ("cuda", int(_device_id()))
+            return _Bindings(self._runtime, self.session(graph), described, device).loop(first, rows, carry, every)
+        if self._cuda is not None and arrays:
+            return self._loop_lane(self._cuda, graph, first, rows, carry, every)
+        return looped(called(self.run, graph, described), first, rows, carry, every)
+
+    def _loop_lane(
+        self,
+        cuda: Cuda,
+        graph: str,
+        first: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
+        carry: Mapping[str, str],
+        every: Collection[str],
+    ) -> Iterator[Mapping[str, Any]]:
+        """By the CUDA graph of this batch size where it has one."""
+        batch = max(len(array) for array in first.values())
+        with self._running, cuda.current():
+            lane = self._lane(cuda, graph, batch)
+            if lane is None:
+                described = self._bundle.manifest.graphs[graph]
+                bindings = _Bindings(self._runtime, self.session(graph), described, ("cuda", int(_device_id())))
+                yield from bindings.loop(first, rows, carry, every, self._options(_NO_GRAPH))
+            else:
+                with self._dropped_on_failure(graph, batch):
+                    yield from lane.loop(first, rows, carry, every)
+
     def _run_on_cpu(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         if graph not in self.graphs:
             self._bundle.graph(graph)  # says which there are
-        described, parts = self._bundle.manifest.graphs[graph], self.settings(graph).parts(len(inputs[0]))
+        described = self._bundle.manifest.graphs[graph]
+        # rows that all images share cannot be shared out
+        alike = any(tensor.role == "schedule" for tensor in described.inputs)
+        parts = 1 if alike else self.settings(graph).parts(len(inputs[0]))
         if parts == 1:
             # what is left of a batch is not worth another session
             alone = (graph, True) in self._sessions and (graph, False) not in self._sessions
@@ -139,23 +185,38 @@ class OnnxEngine:
 
     def _replay(self, cuda: Cuda, session: Any, graph: str, inputs: Sequence[Any]) -> list[Any]:
         """Run by the CUDA graph of this batch size, which the first run records; some sizes have none."""
-        described, batch = self._bundle.manifest.graphs[graph], len(inputs[0])
-        place = graph, batch
-        options = self._runtime.RunOptions()
-        if place not in self._lanes and sum(name == graph for name, _ in self._lanes) >= _RECORDED:
-            options.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
-            return self._run(session, described, inputs, options)
+        described, batch = self._bundle.manifest.graphs[graph], max(len(array) for array in inputs)
         with cuda.current():
-            if place not in self._lanes:
-                self._recorded += 1  # a number is never used again: it stands for addresses
-                options.add_run_config_entry(_GRAPH_ID, str(self._recorded))
-                bound = _Bound(session, described, batch, options, cuda)
-                self._lanes[place] = Lane(cuda, bound, described.inputs, described.outputs, batch, False, ())
-            try:
-                return self._lanes[place].run(inputs)
-            except BaseException:
-                self._lanes.pop(place).close()
-                raise
+            lane = self._lane(cuda, graph, batch)
+            if lane is not None:
+                with self._dropped_on_failure(graph, batch):
+                    return lane.run(inputs)
+        return self._run(session, described, inputs, self._options(_NO_GRAPH))
+
+    def _lane(self, cuda: Cuda, graph: str, batch: int) -> Lane | None:
+        """The buffers of this batch size; None where too many sizes were recorded already."""
+        place = graph, batch
+        if place not in self._lanes:
+            if sum(name == graph for name, _ in self._lanes) >= _RECORDED:
+                return None
+            described = self._bundle.manifest.graphs[graph]
+            self._recorded += 1  # a number is never used again: it stands for addresses
+            bound = _Bound(self.session(graph), described, batch, self._options(str(self._recorded)), cuda)
+            self._lanes[place] = Lane(cuda, bound, described.inputs, described.outputs, batch, False, ())
+        return self._lanes[place]
+
+    @contextlib.contextmanager
+    def _dropped_on_failure(self, graph: str, batch: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._lanes.pop((graph, batch)).close()
+            raise
+
+    def _options(self, recording: str) -> Any:
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry(_GRAPH_ID, recording)
+        return options
 
     def session(self, graph: str, alone: bool = False) -> Any:
         """The session of a graph on exactly the provider that was asked for; alone: of calls of one thread each."""
@@ -201,11 +262,57 @@ class OnnxEngine:
             return [(self._provider, cuda | ({} if self._cuda is None else {"enable_cuda_graph": "1"}))]
         shapes = {}
         for which, size in (("min", graph.batch[0]), ("opt", min(_LIKELY, graph.batch[1])), ("max", graph.batch[1])):
-            tensors = [f"{tensor.name}:{'x'.join(map(str, (size, *tensor.shape)))}" for tensor in graph.inputs]
+            tensors = [f"{tensor.name}:{'x'.join(map(str, tensor.batched(size)))}" for tensor in graph.inputs]
             shapes[f"{_PREFIX[self._device]}_profile_{which}_shapes"] = ",".join(tensors)
         available = self._runtime.get_available_providers()
         rest = [(_PROVIDERS["cuda"], cuda)] if _PROVIDERS["cuda"] in available else []
         return [(self._provider, place | shapes), *rest]
+
+
+class _Bindings:
+    """A session whose outputs become its inputs without leaving the device: two buffers of each take turns."""
+
+    def __init__(self, runtime: Any, session: Any, graph: Graph, device: tuple[str, int]) -> None:
+        self._runtime, self._session, self._graph, self._device = runtime, session, graph, device
+        self._binding = session.io_binding()
+
+    def loop(
+        self,
+        first: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
+        carry: Mapping[str, str],
+        every: Collection[str],
+        options: Any = None,
+    ) -> Iterator[Mapping[str, Any]]:
+        """As `looped`."""
+        batch = max(len(array) for array in first.values())
+        value = self._runtime.OrtValue
+        shapes = {tensor.name: list(tensor.batched(batch)) for tensor in self._graph.outputs}
+        outputs = {
+            name: value.ortvalue_from_shape_and_type(shape, np.float32, *self._device) for name, shape in shapes.items()
+        }
+        # a copy, because it is written to when its turn comes
+        carried = {entered: self._placed(first[entered].copy()) for entered in carry.values()}
+        for name, array in first.items():
+            if name not in carried:
+                self._binding.bind_ortvalue_input(name, self._placed(array))
+        under_way = False
+        for row in rows:
+            if under_way:
+                yield {name: np.array(outputs[name].numpy()) for name in every}
+                for left, entered in carry.items():
+                    carried[entered], outputs[left] = outputs[left], carried[entered]
+            for name, given in (carried | {name: self._placed(array) for name, array in row.items()}).items():
+                self._binding.bind_ortvalue_input(name, given)
+            for name, room in outputs.items():
+                self._binding.bind_ortvalue_output(name, room)
+            self._session.run_with_iobinding(self._binding, options)
+            under_way = True
+        if under_way:
+            yield {name: np.array(room.numpy()) for name, room in outputs.items()}
+
+    def _placed(self, array: Any) -> Any:
+        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self._device)
 
 
 class _Bound:
@@ -215,7 +322,7 @@ class _Bound:
         self._session, self._batch, self._options, self._cuda = session, batch, options, cuda
         self._binding = session.io_binding()
         self._inputs = {tensor.name for tensor in graph.inputs}
-        self._shapes = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+        self._shapes = {tensor.name: tensor.batched(batch) for tensor in (*graph.inputs, *graph.outputs)}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
@@ -224,7 +331,7 @@ class _Bound:
         return []
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self._batch, *self._shapes[name])
+        return self._shapes[name]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
@@ -260,7 +367,8 @@ def _run_tensors(session: Any, graph: Graph, inputs: Sequence[Any], options: Any
     place = {"device_type": device.type, "device_id": device.index or 0, "element_type": np.float32}
     binding = session.io_binding()
     whole = [tensor.contiguous() for tensor in inputs]
-    results = [torch.empty((len(inputs[0]), *tensor.shape), device=device) for tensor in graph.outputs]
+    batch = max(len(tensor) for tensor in inputs)
+    results = [torch.empty(tensor.batched(batch), device=device) for tensor in graph.outputs]
     for bind, described, tensors in (
         (binding.bind_input, graph.inputs, whole),
         (binding.bind_output, graph.outputs, results),

@@ -6,7 +6,7 @@ from its second run on, a CUDA graph of its own (a `Lane`); threads that call at
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -19,6 +19,7 @@ from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.cuda import Cuda, Gpu, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
 from hflow_rt.runtime.engines.plans import Product, build_command, choose_engines, installed, plan_file, product
+from hflow_rt.runtime.loops import called, looped
 
 __all__ = ["TensorRTEngine", "error_logger", "open_engine"]
 
@@ -64,21 +65,31 @@ class TensorRTEngine:
             self._released()
             self._runtime = None
 
-    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
-        plan = self._plan(graph)
-        smallest, _, largest = self._engines.batch
-        parts = []
-        for start in range(0, len(inputs[0]), largest):
-            rows = [array[start : start + largest] for array in inputs]
-            with self._cuda.current(), plan.lane(max(len(rows[0]), smallest)) as lane:
-                parts.append(lane.run(rows))
-        if len(parts) == 1:
-            return parts[0]
-        if isinstance(parts[0][0], np.ndarray):
-            return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-        import torch
+    @property
+    def largest(self) -> int:
+        return self._engines.batch[2]
 
-        return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+    def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
+        with self._cuda.current(), self._lane(graph, inputs) as lane:
+            return lane.run(inputs)
+
+    def loop(
+        self,
+        graph: str,
+        first: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
+        carry: Mapping[str, str],
+        every: Collection[str],
+    ) -> Iterator[Mapping[str, Any]]:
+        described = self._bundle.manifest.graphs[graph]
+        if all(isinstance(array, np.ndarray) for array in first.values()):
+            with self._cuda.current(), self._lane(graph, list(first.values())) as lane:
+                yield from lane.loop(first, rows, carry, every)
+            return
+        yield from looped(called(self.run, graph, described), first, rows, carry, every)
+
+    def _lane(self, graph: str, inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Lane]:
+        return self._plan(graph).lane(max(*(len(array) for array in inputs), self._engines.batch[0]))
 
     def _plan(self, graph: str) -> "_Plan":
         with self._lock:

@@ -1,6 +1,6 @@
 """PyTorch backend: the bundled reference weights with constants folded, on any torch device."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ from hflow_rt.errors import BackendUnavailable
 from hflow_rt.extras import needed
 from hflow_rt.manifest import Precision
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.loops import looped
 
 if TYPE_CHECKING:
     import torch
@@ -44,17 +45,48 @@ class TorchEngine:
     def tensors(self) -> str | None:
         return None
 
+    @property
+    def largest(self) -> None:
+        return None
+
     def close(self) -> None:
         self._modules.clear()
+
+    def loop(
+        self,
+        graph: str,
+        first: Mapping[str, NDArray[np.float32]],
+        rows: Iterable[Mapping[str, NDArray[np.float32]]],
+        carry: Mapping[str, str],
+        every: Collection[str],
+    ) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+        import torch
+
+        described = self._bundle.manifest.graphs[graph]
+
+        def placed(arrays: Mapping[str, NDArray[np.float32]]) -> "dict[str, torch.Tensor]":
+            return {name: self._placed(array) for name, array in arrays.items()}
+
+        def call(values: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+            with torch.inference_mode():
+                outputs = self._modules[graph](*[values[tensor.name] for tensor in described.inputs])
+            return {tensor.name: output for tensor, output in zip(described.outputs, outputs, strict=True)}
+
+        for outputs in looped(call, placed(first), map(placed, rows), carry, every):
+            yield {name: output.cpu().numpy() for name, output in outputs.items()}
+
+    def _placed(self, array: NDArray[np.float32]) -> "torch.Tensor":
+        """On the device. Torch shares the memory and so wants it writable, which a memory-mapped array need not be."""
+        import torch
+
+        return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(self._device)
 
     def run(self, graph: str, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         import torch
 
         with torch.inference_mode():
-            # torch shares the memory and so wants it writable, which a memory-mapped array need not be
-            whole = [np.require(array, requirements=("C", "W")) for array in inputs]
-            tensors = [torch.from_numpy(array).to(self._device) for array in whole]
-            return [output.cpu().numpy() for output in self._modules[graph](*tensors)]
+            outputs = self._modules[graph](*[self._placed(array) for array in inputs])
+            return [output.cpu().numpy() for output in outputs]
 
 
 def open_engine(bundle: Bundle, device: str) -> TorchEngine:

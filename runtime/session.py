@@ -337,7 +337,9 @@ class Session:
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
         taken = {tensor.name for tensor in self._graph(found.decode).inputs}
         given = {name: value for name, value in (controls or {}).items() if name in taken}
-        image: Array = self.run_graph(found.decode, {**values, **self._set(given, next(iter(values.values())))})["image"]
+        image: Array = self.run_graph(found.decode, {**values, **self._set(given, next(iter(values.values())))})[
+            "image"
+        ]
         return image
 
     def _space(self, space: str) -> Space:

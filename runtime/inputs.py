@@ -6,29 +6,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.conditions import in_turn
-from hflow_rt.manifest import Manifest
-from hflow_rt.runtime.noise import draw_latents, draw_noise, parse_std
+from hflow_rt.manifest import Loop
+from hflow_rt.runtime.arrays import given
+from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.drawing import Drawing
+from hflow_rt.runtime.noise import draw_noise, parse_std
 
 __all__ = ["inputs_of"]
 
 
-def inputs_of(manifest: Manifest, graph: str, batch: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Inputs of `graph` by name: latents at the std of the bundle, 8-bit pictures in [0, 1], drawn noise and values."""
-    indices = range(batch)
-    stds = parse_std(list(manifest.std), manifest.latent_shapes)
-    known = draw_latents(manifest.latent_shapes, manifest.prior_std, seed, indices, stds)
+def inputs_of(bundle: Bundle, graph: str, batch: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Inputs of `graph` by name: latents at the std of the bundle, 8-bit pictures in [0, 1], drawn noise and values.
+
+    Other numbers for every seed, the same in every process.
+    """
+    manifest, drawing, indices = bundle.manifest, Drawing(bundle), range(batch)
+    known = drawing.latents(seed, indices, parse_std(list(manifest.std), drawing.scaled))
     known |= in_turn(manifest.choices, indices)
+    for way in manifest.routes.values():
+        if isinstance(way, Loop) and way.step == graph:
+            known |= {name: table[way.steps // 2][None] for name, table in drawing.table(way.schedule).items()}
     found: dict[str, NDArray[np.float32]] = {}
     for tensor in manifest.graphs[graph].inputs:
         if tensor.role == "image":
             found[tensor.name] = _pictures(manifest.resolution, batch, seed)
-        elif tensor.role == "control":
-            found[tensor.name] = np.full((batch, *tensor.shape), tensor.default, np.float32)
-        elif tensor.name in known:
-            found[tensor.name] = known[tensor.name]
-        else:
+        elif tensor.role in ("noise", "uniform", "value"):
             kind: Literal["noise", "uniform"] = "uniform" if tensor.role == "uniform" else "noise"
             found[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, indices)
+        else:
+            found[tensor.name] = given(tensor, known, batch)
     return found
 
 

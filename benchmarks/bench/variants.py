@@ -50,7 +50,7 @@ class Running(Protocol):
     """An opened variant."""
 
     backend: str
-    manifest: Manifest
+    bundle: Bundle
 
     def place(self, arrays: Mapping[str, Array]) -> Any:
         """Inputs by name, where the variant takes them from."""
@@ -103,7 +103,7 @@ class _Torch:
         self._mode.__enter__()  # for the life of the process
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._dtype = torch.float64 if double else torch.float32
-        self.manifest = bundle.manifest
+        self.bundle = bundle
         modules: dict[str, Any] = {}
         for name, spec in load_model(bundle.model).eval().graphs().items():
             module = (spec.module if folded else spec.reference).eval().to(self._device, self._dtype)
@@ -115,7 +115,7 @@ class _Torch:
         self._recorded: dict[Any, Any] = {}
 
     def _run(self, graph: str, inputs: Mapping[str, Any]) -> Any:
-        return self._modules[graph](*[inputs[tensor.name] for tensor in self.manifest.graphs[graph].inputs])
+        return self._modules[graph](*[inputs[tensor.name] for tensor in self.bundle.manifest.graphs[graph].inputs])
 
     def place(self, arrays: Mapping[str, Array]) -> Any:
         def placed(array: Array) -> Any:
@@ -167,7 +167,7 @@ class _Engine:
         from hflow_rt.runtime.session import open_bundle
 
         self._session = open_bundle(bundle, backend, device, **options)
-        self.manifest = bundle.manifest
+        self.bundle = bundle
         self.backend = self._session.backend
         if self._session.precision == "mixed":
             self.backend += ", mixed"
@@ -202,7 +202,7 @@ class _Roof:
         import torch
 
         torch.backends.cudnn.allow_tf32 = False
-        self.backend, self.manifest, self._torch, self._device = f"torch {device}", bundle.manifest, torch, device
+        self.backend, self.bundle, self._torch, self._device = f"torch {device}", bundle, torch, device
         channels = _ROOF_SHAPE[device][1]
         self._convolution = torch.nn.Conv2d(channels, channels, 3, padding=1, device=device)
         self._input = torch.randn(_ROOF_SHAPE[device], device=device)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hflow_rt.conditions import Choices, by_folder
 from hflow_rt.errors import ConfigError
-from hflow_rt.manifest import Prior, Role, Route
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,6 @@ __all__ = [
 
 # of bits per dimension: the true upper bound, and what the family's authors published
 BoundKind = Literal["strict", "paper"]
-LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
 Conditions = Mapping[str, "Tensor"]
 
@@ -176,6 +175,11 @@ class Loop:
     def graphs(self) -> tuple[str, str]:
         """What it runs."""
         return self.start, self.step
+
+    @property
+    def steps(self) -> int:
+        """How often `step` runs."""
+        return len(next(iter(self.schedule.values())))
 
 
 @dataclass(frozen=True)

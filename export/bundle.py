@@ -68,8 +68,8 @@ def export_bundle(
     `model.safetensors` then keeps them; it is this rounded model, computed in float32 as ever, that the bundle holds
     and that its engines are held against. std: what samples are drawn at by default, in the form of `parse_std`.
     precision: of the arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come
-    out the same. tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU. Raises
-    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `NoInverse`.
+    out the same. tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU.
+    Raises `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `NoInverse`.
     """
     _check_replaceable(output)
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)

@@ -164,7 +164,7 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
     Raises `CheckpointError` and `ConfigError`.
     """
     from hflow_rt.models.checkpoint import parse_config, read_metadata
-    from hflow_rt.models.family import family
+    from hflow_rt.models.registry import family
 
     metadata = read_metadata(source)
     config: Any = parse_config(family(metadata["family"]).config, metadata["config"])

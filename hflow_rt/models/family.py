@@ -1,73 +1,55 @@
-"""The contract every model family keeps, and the registry that finds a family by name.
-
-A family is a folder `hflow_rt/models/<name>/` whose package exposes one `Family` object. Everything else in the
-project (training, export, runtime, command line) knows families only through this file.
+"""The contract every model family keeps. Training, export, runtime and commands know a model only through this file.
 
 `forward` always means latents to image, `inverse` image to latents.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from torch import Tensor, nn
 
 from hflow_rt.conditions import Choices, by_folder
-from hflow_rt.errors import ConfigError
 from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
+from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
-    import torch
     from numpy.typing import NDArray
-    from torch import Tensor, nn
 
     Gain = float | NDArray[np.float64]
 else:
     Gain = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
 
 __all__ = [
-    "FAMILIES",
     "LOG_PROB",
     "Bound",
     "BoundKind",
     "Conditions",
     "Encoding",
-    "Family",
     "Gain",
     "GraphSpec",
     "LatentModel",
     "Loop",
     "LossTerms",
-    "ModelConfig",
     "NoiseScale",
     "Prior",
-    "Published",
     "Role",
     "Route",
     "Space",
     "TensorSpec",
     "conditions_by_folder",
-    "family",
     "loss_draws",
 ]
 
 # of bits per dimension: the true upper bound, and what the family's authors published
 BoundKind = Literal["strict", "paper"]
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
-Conditions = Mapping[str, "Tensor"]
-
-
-class ModelConfig(BaseModel):
-    """Base of every family's settings: typed, closed, immutable. `resolution` is the side of the square image."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Conditions = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -199,20 +181,7 @@ class Space:
         return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
 
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    try:
-        from torch.nn import Module as _Module
-    except ModuleNotFoundError as error:  # reading settings or a manifest needs no torch
-        if error.name != "torch":
-            raise
-
-        class _Module:
-            """Stands in for torch's module."""
-
-
-class LatentModel(_Module, ABC):
+class LatentModel(nn.Module, ABC):
     """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
 
     An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
@@ -349,54 +318,8 @@ class LatentModel(_Module, ABC):
         return {}
 
 
-@dataclass(frozen=True)
-class Published:
-    """What a family's reader makes of a checkpoint that others published.
-
-    state: weights under our names, float32; all that `LatentModel.state_dict` has. dropped: tensors that are not
-    needed, by kind. notes: what the user has to know. part, prefix, passed_over: where in the file they lie, see
-    `hflow_rt.foreign.parts.Part`.
-    """
-
-    config: ModelConfig
-    state: Mapping[str, Tensor]
-    dropped: Mapping[str, int]
-    notes: tuple[str, ...] = ()
-    part: str = "."
-    prefix: str = ""
-    passed_over: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the rest of the project finds a family: its settings class, presets, model class.
-
-    tiny: settings like a preset's, of a model with every part that others have and as small as can be, on which the
-    contract is tested. read_published: reads a published checkpoint and, where that does not hold them, its settings
-    from another file; of a checkpoint that holds several networks the part that the third argument names. Executes
-    nothing. Raises `CheckpointError` and `ConfigError`.
-    """
-
-    name: str
-    title: str
-    config: type[ModelConfig]
-    presets: Mapping[str, Mapping[str, Any]]
-    tiny: Mapping[str, Any]
-    build: Callable[[Any], LatentModel]
-    read_published: Callable[[Path, Path | None, str | None], Published] | None = None
-
-
-# name -> module that holds `FAMILY`; one line a family
-FAMILIES = {
-    "glow": "hflow_rt.models.glow",
-    "hflow": "hflow_rt.models.hflow",
-}
-
-
 def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """What `model.loss` takes, for uint8 images `[B, 3, R, R]`, on their device."""
-    import torch
-
     images = model.dequantize(pixels, generator)
     shapes = model.noise_shapes()
     noise = {name: torch.randn(len(images), *shape, generator=generator) for name, shape in shapes.items()}
@@ -405,14 +328,4 @@ def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:
     """Conditions of images of a set by their names, see `by_folder`. Raises `DataError`."""
-    import torch
-
     return {name: torch.from_numpy(rows) for name, rows in by_folder(model.choices(), names).items()}
-
-
-def family(name: str) -> Family:
-    """The family called `name`. Raises `ConfigError` for an unknown one."""
-    if name not in FAMILIES:
-        raise ConfigError(f"unknown model family '{name}'; known: {', '.join(sorted(FAMILIES))}")
-    found: Family = importlib.import_module(FAMILIES[name]).FAMILY
-    return found

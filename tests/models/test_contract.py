@@ -23,7 +23,8 @@ from hflow_rt.evaluation.bits import BitsReport, measure
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.manifest import Manifest, graphs_of, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
-from hflow_rt.models.family import FAMILIES, Family, LatentModel, Loop, family
+from hflow_rt.models.family import LatentModel, Loop
+from hflow_rt.models.registry import FAMILIES, Family, family
 from hflow_rt.runs import checkpoints
 from hflow_rt.runtime import load
 from hflow_rt.runtime.session import Session

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import NoInverse
-from hflow_rt.models.family import Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig, Space, TensorSpec
+from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms, Space, TensorSpec
+from hflow_rt.models.registry import Family, ModelConfig
 
 NO_INVERSE = "a toy generator maps latents to images only"
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from hflow_rt.models.family import Encoding, Family, GraphSpec, LatentModel, Loop, LossTerms, ModelConfig, TensorSpec
+from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, Loop, LossTerms, TensorSpec
+from hflow_rt.models.registry import Family, ModelConfig
 
 STEPS, COARSE, ROWS = 4, 2, 12
 # how far each call goes from where it is to the image, when the noise that leads there is read off

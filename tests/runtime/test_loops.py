@@ -13,7 +13,8 @@ from hflow_rt.export.bundle import export_bundle
 from hflow_rt.files import sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Loop, Plan
 from hflow_rt.models.checkpoint import save_model
-from hflow_rt.models.family import FAMILIES, Family, LatentModel, family
+from hflow_rt.models.family import LatentModel
+from hflow_rt.models.registry import FAMILIES, Family, family
 from hflow_rt.runtime import load, noise
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.engines import onnx as onnx_engine

@@ -59,8 +59,8 @@ def train(
     """Train a model, by default the small one on the bundled images, and return how that ended; `.run` is its folder.
 
     preset: named settings, by default the small model's. config: a file or dict of settings, alone or on top of the
-    preset. settings: single changes such as `training.batch_size=8`. data: a folder, archive or array of images. out: the
-    run's folder, by default runs/PRESET-DATE-TIME. start: a run, bundle or model file whose weights to start from.
+    preset. settings: single changes such as `training.batch_size=8`. data: a folder, archive or array of images. out:
+    the run's folder, by default runs/PRESET-DATE-TIME. start: a run, bundle or model file whose weights to start from.
     resume: a run to go on with, or one of its checkpoints; True for the latest run. minutes, images: when to stop, as
     Ctrl-C does; by default when the preset says. on_progress: hears of every step. Raises `ConfigError`, `DataError`,
     `CheckpointError`, `TrainingError`, `OutOfMemory` and `BackendUnavailable`; warns of images that cannot be used.

@@ -54,8 +54,8 @@ def make(
     Example: hflow-rt attribute make smiling/ neutral/ -o smile.safetensors
     """
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime.directions import measure_direction, save_direction
-    from hflow_rt.runtime.encodings import encodings, find_place
+    from hflow_rt.runtime.latents.attributes import measure_direction, save_direction
+    from hflow_rt.runtime.latents.nearest import encodings, find_place
 
     if output.suffix.lower() != ".safetensors":
         raise DataError(f"a direction's name must end in .safetensors; found '{output.name}'; rename it")
@@ -107,8 +107,7 @@ def apply(
     """
     import numpy as np
 
-    from hflow_rt.runtime.directions import check_direction, load_direction, move, parse_gains
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         Row,
         check_picture_name,
         check_picture_size,
@@ -117,6 +116,7 @@ def apply(
         table_size,
         to_uint8,
     )
+    from hflow_rt.runtime.latents.attributes import check_direction, load_direction, move, parse_gains
 
     check_picture_name(output)
     gains = parse_gains(gain or ["-2:2:5"])

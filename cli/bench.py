@@ -41,10 +41,10 @@ def bench(
 
     Example: hflow-rt bench --batch 1 --batch 16
     """
+    from hflow_rt.bench.measure import measure
+    from hflow_rt.bench.report import check_report, markdown, write_report
+    from hflow_rt.bench.variants import DIRECTIONS
     from hflow_rt.errors import BackendUnavailable, ConfigError
-    from hflow_rt.runtime.bench.measure import measure
-    from hflow_rt.runtime.bench.report import check_report, markdown, write_report
-    from hflow_rt.runtime.bench.variants import DIRECTIONS
 
     if compare is not None:
         _show_comparison(*compare, json)
@@ -80,8 +80,8 @@ def bench(
 
 def _chosen(wanted: list[str] | None) -> list[str]:
     """Names of variants; without a wish all."""
+    from hflow_rt.bench.variants import VARIANTS
     from hflow_rt.errors import ConfigError
-    from hflow_rt.runtime.bench.variants import VARIANTS
 
     names = list(VARIANTS)
     if not wanted:
@@ -100,8 +100,8 @@ def _place(bundle: Path) -> Path:
 
 
 def _show_comparison(before: Path, after: Path, json: bool) -> None:
+    from hflow_rt.bench.report import compare, read_report
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime.bench.report import compare, read_report
 
     reports = [read_report(path) for path in (before, after)]
     rows = compare(*reports)

@@ -158,8 +158,8 @@ def read_pictures(
     choices: "Choices | None" = None,
     unused: dict[str, str] | None = None,
 ) -> tuple[list[str], "NDArray[np.float32]"]:
-    """As of `hflow_rt.runtime.reading`; how many images cannot be used is told on stderr."""
-    from hflow_rt.runtime.reading import read_pictures
+    """As of `hflow_rt.runtime.images.reading`; how many images cannot be used is told on stderr."""
+    from hflow_rt.runtime.images.reading import read_pictures
 
     return read_pictures(paths, resolution, limit, choices, unused, note)
 
@@ -181,7 +181,7 @@ def encoded(
     session: "Session", pixels: "NDArray[np.float32]", conditions: "Mapping[str, NDArray[np.float32]]", batch: int = 16
 ) -> "dict[str, NDArray[np.float32]]":
     """Latents of images `[N, 3, R, R]` in [0, 1], with progress; conditions: as of `told`."""
-    from hflow_rt.runtime.latents import concatenate
+    from hflow_rt.runtime.latents.operations import concatenate
 
     batches = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
     size = lambda part: len(pixels[part])  # noqa: E731
@@ -216,7 +216,7 @@ def starting_points(
 
     Raises `DataError`.
     """
-    from hflow_rt.runtime.latents import concatenate
+    from hflow_rt.runtime.latents.operations import concatenate
 
     check_count("the number of images", number)
     check_std(std, not images)
@@ -246,7 +246,7 @@ def named(model: Path | None, option: str = "") -> str:
 
 def warn_if_busy(quiet: bool) -> None:
     """Say so if what is measured next on this machine will mislead."""
-    from hflow_rt.runtime.bench.machine import busy
+    from hflow_rt.bench.machine import busy
 
     if (found := busy()) and not quiet:
         note(f"warning: {found}; what is chosen by measuring may not be the fastest")

@@ -40,10 +40,11 @@ def encode(
 
     Example: hflow-rt encode photo.png -o latents.safetensors --picture reconstruction.png
     """
-    import numpy as np
 
-    from hflow_rt.runtime.latents import check_latents_name, concatenate, save_latents
-    from hflow_rt.runtime.pictures import check_picture_name, labelled_rows, save_image, to_uint8
+    from hflow_rt.manifest import LOG_PROB
+    from hflow_rt.runtime.images.pictures import check_picture_name, labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.latents.files import check_latents_name, save_latents
+    from hflow_rt.runtime.latents.operations import concatenate
 
     check_latents_name(output)
     if picture is not None:
@@ -59,24 +60,24 @@ def encode(
         for part in tracked(starts, len(pixels), size, "encoding")
     ]
     latents = concatenate([part.latents for part in encoded])
-    log_prob = np.concatenate([part.log_prob for part in encoded])
-    bits = session.bits_per_dim(log_prob)
+    scores = concatenate([part.scores for part in encoded])
     about = {
         "family": session.manifest.family,
         "model": session.manifest.checkpoint["sha256"],
         "images": names,
         "skipped": unused,
     }
-    save_latents(output, latents, about | {"log_prob": [float(value) for value in log_prob]})
+    save_latents(output, latents, about | {name: values.tolist() for name, values in scores.items()})
     if picture is not None:
         first = {name: values[:8] for name, values in latents.items()}
         rows = [("original", to_uint8(pixels[:8])), ("decoded", to_uint8(session.forward(first)))]
         save_image(picture, labelled_rows(rows))
+    bits = session.bits_per_dim(scores[LOG_PROB]).tolist() if LOG_PROB in scores else None
     if json:
-        values = [float(value) for value in bits]
-        print_json({"output": str(output), "images": names, "skipped": unused, "bits_per_dim": values})
+        measured = {} if bits is None else {"bits_per_dim": bits}
+        print_json({"output": str(output), "images": names, "skipped": unused, **measured})
         return
-    for name, value in list(zip(names, bits, strict=True))[:8]:
+    for name, value in list(zip(names, bits or (), strict=False))[:8]:
         say(f"{name}: {value:.3f} bits/dim (plug-in estimate)")
     say(f"latents of {len(names)} images: {output}" + (f"; reconstruction: {picture}" if picture else ""))
     say_next(f"hflow-rt decode {quoted(output)}{named(model, '--model ')} -o decoded.png")
@@ -101,8 +102,7 @@ def decode(
 
     import numpy as np
 
-    from hflow_rt.runtime.latents import check_latents, load_latents
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         check_folder,
         check_picture_name,
         check_picture_size,
@@ -110,6 +110,8 @@ def decode(
         to_uint8,
         write_pictures,
     )
+    from hflow_rt.runtime.latents.files import load_latents
+    from hflow_rt.runtime.latents.operations import check_latents
 
     session = open_session(model, backend, device, quiet=json)
     values, about = load_latents(latents)

@@ -23,9 +23,9 @@ from hflow_rt.files import is_file
 
 if TYPE_CHECKING:
     from hflow_rt.data.selection import Selection
+    from hflow_rt.evaluation.batches import Track
     from hflow_rt.evaluation.bits import BitsReport, Bound, Estimate
     from hflow_rt.evaluation.distance import DistanceReport
-    from hflow_rt.evaluation.shares import Track
     from hflow_rt.training.processes import Processes
 
 evaluation = Commands(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")

@@ -46,8 +46,7 @@ def heatmap(
     """
     import numpy as np
 
-    from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         Row,
         check_picture_name,
         check_picture_size,
@@ -57,6 +56,7 @@ def heatmap(
         table_size,
         to_uint8,
     )
+    from hflow_rt.runtime.latents import latent_views as views
 
     check_picture_name(output)
     session = open_session(model, backend, device, quiet=json)
@@ -68,9 +68,7 @@ def heatmap(
     first = len(bases)  # redraws are images after all bases, so that none is its own redraw
     maps = np.stack(
         [
-            explore.heat_map(
-                session, explore.select(latents, index), name, draws, std=redraw_std, seed=seed, first=first
-            )
+            views.heat_map(session, views.select(latents, index), name, draws, std=redraw_std, seed=seed, first=first)
             for index, name in tracked(jobs, len(jobs) * draws, lambda job: draws, "redrawing")
         ]
     ).reshape(len(bases), len(names), session.resolution, session.resolution)

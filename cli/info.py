@@ -251,8 +251,8 @@ def _print_proofs(proofs: "list[Standing]") -> None:
 def _trt_backend() -> str:
     """Which TensorRT is there and what for; its runtime, which takes a process without a GPU down, is not touched."""
     from hflow_rt.errors import BackendUnavailable
-    from hflow_rt.runtime.cuda import find_gpus
-    from hflow_rt.runtime.plans import FLAVORS, installed, product
+    from hflow_rt.runtime.engines.cuda import find_gpus
+    from hflow_rt.runtime.engines.plans import FLAVORS, installed, product
 
     gpus = find_gpus()
     machine = ", ".join(f"{gpu.name} (compute capability {gpu.capability})" for gpu in gpus)

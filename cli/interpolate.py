@@ -54,10 +54,10 @@ def interpolate(
     from itertools import islice
 
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime.latents import concatenate, ping_pong
-    from hflow_rt.runtime.latents import interpolate as between
-    from hflow_rt.runtime.pictures import to_uint8
-    from hflow_rt.runtime.video import check_animation, check_frames, kept, save_animation
+    from hflow_rt.runtime.images.pictures import to_uint8
+    from hflow_rt.runtime.images.video import check_animation, check_frames, kept, save_animation
+    from hflow_rt.runtime.latents.operations import concatenate, ping_pong
+    from hflow_rt.runtime.latents.operations import interpolate as between
 
     check_count("the number of frames", frames, least=2)
     if not fps > 0:

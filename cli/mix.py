@@ -73,8 +73,7 @@ def mix(
     import numpy as np
 
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         Row,
         check_picture_name,
         check_picture_size,
@@ -83,12 +82,13 @@ def mix(
         table_size,
         to_uint8,
     )
+    from hflow_rt.runtime.latents import latent_views as views
 
     check_picture_name(output)
     if cut is not None and from_rows:
         raise DataError("--cut and --from-rows both say what the rows give; keep one of them")
     session = open_session(model, backend, device, quiet=json)
-    names = from_rows or explore.coarse_down_to(session, cut)
+    names = from_rows or views.coarse_down_to(session, cut)
     down, row_pixels, row_latents = _sources(session, rows, row_images, "0-3", "row", std, label)
     across, column_pixels, column_latents = _sources(session, columns, column_images, "4-8", "column", std, label)
     check_picture_size(output, *table_size(len(across) + 1, len(down) + 1, session.resolution))
@@ -96,7 +96,7 @@ def mix(
     grid = [Row(np.concatenate([corner, to_uint8(column_pixels)]), captions=["", *across])]
     total = len(down) * len(across)
     for index in tracked(range(len(down)), total, lambda _: len(across), "mixing"):
-        mixed = explore.style_row(session, explore.select(row_latents, index), column_latents, names)
+        mixed = views.style_row(session, views.select(row_latents, index), column_latents, names)
         cells = np.concatenate([to_uint8(row_pixels[index : index + 1]), to_uint8(mixed)])
         grid.append(Row(cells, down[index]))
     save_image(output, table(grid))
@@ -123,13 +123,13 @@ def _sources(
 ) -> "tuple[list[str], NDArray[np.float32], dict[str, NDArray[np.float32]]]":
     """Names, pixels and latents of one side."""
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime import explore
+    from hflow_rt.runtime.latents import latent_views as views
 
     if images:
         if seeds:
             raise DataError(f"--{what}s and --{what}-images both say what the {what}s are; keep one of them")
         names, pixels = read_pictures(images, session.resolution, choices=session.choices)
         return names, pixels, encoded(session, pixels, told(session, names, label))
-    chosen = explore.parse_seeds(seeds or [default])
-    latents = explore.latents_of_seeds(session, chosen, std or session.std, label)
+    chosen = views.parse_seeds(seeds or [default])
+    latents = views.latents_of_seeds(session, chosen, std or session.std, label)
     return [f"seed {seed}" for seed in chosen], session.forward(latents), latents

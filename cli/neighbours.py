@@ -72,8 +72,7 @@ def neighbours(
 
     from hflow_rt.conditions import class_folder
     from hflow_rt.data.selection import select
-    from hflow_rt.runtime.encodings import Nearest, encodings, find_place
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         Row,
         check_picture_name,
         check_picture_size,
@@ -83,6 +82,7 @@ def neighbours(
         table_size,
         to_uint8,
     )
+    from hflow_rt.runtime.latents.nearest import Nearest, encodings, find_place
 
     check_picture_name(output)
     check_std(std, not images)

@@ -55,9 +55,7 @@ def sample(
     """
     import numpy as np
 
-    from hflow_rt.runtime.latents import check_latents_name, concatenate, save_latents
-    from hflow_rt.runtime.overlap import in_flight
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         check_folder,
         check_picture_name,
         check_picture_size,
@@ -65,6 +63,9 @@ def sample(
         to_uint8,
         write_pictures,
     )
+    from hflow_rt.runtime.in_flight import in_flight
+    from hflow_rt.runtime.latents.files import check_latents_name, save_latents
+    from hflow_rt.runtime.latents.operations import concatenate
 
     check_count("the number of images", number)
     check_count("the batch", batch)

@@ -43,8 +43,7 @@ def seeds(
     """
     import numpy as np
 
-    from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         captioned,
         check_picture_name,
         check_picture_size,
@@ -52,15 +51,16 @@ def seeds(
         save_image,
         to_uint8,
     )
+    from hflow_rt.runtime.latents import latent_views as views
 
     check_picture_name(output)
     if columns is not None:
         check_count("the number of columns", columns)
-    chosen = explore.parse_seeds(seeds or ["0-15"])
+    chosen = views.parse_seeds(seeds or ["0-15"])
     session = open_session(model, backend, device, quiet=json)
     check_picture_size(output, *grid_size(len(chosen), session.resolution, columns))
     stds = std or session.std
-    parts = list(explore.batches(explore.latents_of_seeds(session, chosen, stds, label)))
+    parts = list(views.batches(views.latents_of_seeds(session, chosen, stds, label)))
     size = lambda part: len(next(iter(part.values())))  # noqa: E731
     images = [to_uint8(session.forward(part)) for part in tracked(parts, len(chosen), size, "sampling")]
     save_image(output, captioned(np.concatenate(images), [str(seed) for seed in chosen], columns))

@@ -54,9 +54,7 @@ def temperature(
     """
     import numpy as np
 
-    from hflow_rt.runtime import explore
-    from hflow_rt.runtime.directions import parse_gains
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         Row,
         check_picture_name,
         check_picture_size,
@@ -65,6 +63,8 @@ def temperature(
         table_size,
         to_uint8,
     )
+    from hflow_rt.runtime.latents import latent_views as views
+    from hflow_rt.runtime.latents.attributes import parse_gains
 
     check_picture_name(output)
     factors = parse_gains(at or [_DEFAULT], "temperature")
@@ -72,7 +72,7 @@ def temperature(
     if not images:
         check_picture_size(output, *table_size(len(factors) + 1, number, session.resolution))
     names, pixels, latents = starting_points(session, images, number, seed, std, label)
-    steps = explore.temperatures(session, latents, factors)
+    steps = views.temperatures(session, latents, factors)
     columns = [to_uint8(pixels)]
     columns += [to_uint8(step) for step in tracked(steps, len(factors) * len(names), len, "decoding")]
     captions = ["original", *(f"{factor:g}" for factor in factors)]

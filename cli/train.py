@@ -34,7 +34,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Named settings; by default hflow-demo.", show_default=False),
+        typer.Option(help="Named settings; by default the small model's.", show_default=False),
     ] = None,
     config: Annotated[
         Path | None,

@@ -24,9 +24,9 @@ def tune(
 
     Example: hflow-rt tune runs/my-run
     """
-    from hflow_rt.runtime.bench.variants import DIRECTIONS
-    from hflow_rt.runtime.tune import forget as forget_all
-    from hflow_rt.runtime.tune import tune as measure
+    from hflow_rt.bench.variants import DIRECTIONS
+    from hflow_rt.runtime.engines.tune import forget as forget_all
+    from hflow_rt.runtime.engines.tune import tune as measure
 
     check_count("--batch", batch)
     check_count("--rounds", rounds)

@@ -53,9 +53,9 @@ def walk(
     """
     import numpy as np
 
-    from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import check_picture_size, grid, grid_size, save_image, to_uint8
-    from hflow_rt.runtime.video import check_animation, check_frames, kept, save_animation
+    from hflow_rt.runtime.images.pictures import check_picture_size, grid, grid_size, save_image, to_uint8
+    from hflow_rt.runtime.images.video import check_animation, check_frames, kept, save_animation
+    from hflow_rt.runtime.latents import latent_views as views
 
     check_count("the number of rows", rows)
     check_count("the number of columns", columns)
@@ -67,7 +67,7 @@ def walk(
         check_picture_size(output, frames * width, keyframes * height)
     else:
         check_frames(output, keyframes * frames, max(width, height))
-    steps = explore.walk(
+    steps = views.walk(
         session,
         paths,
         keyframes,

@@ -52,8 +52,7 @@ def zeroing(
     import numpy as np
 
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime import explore
-    from hflow_rt.runtime.pictures import (
+    from hflow_rt.runtime.images.pictures import (
         check_picture_name,
         check_picture_size,
         labelled_rows,
@@ -61,6 +60,7 @@ def zeroing(
         table_size,
         to_uint8,
     )
+    from hflow_rt.runtime.latents import latent_views as views
 
     check_picture_name(output)
     if images and samples:
@@ -76,9 +76,7 @@ def zeroing(
         latents = encoded(session, pixels, told(session, names, label))
     steps = len(session.latent_shapes) + 1
     rows, changes = [], {}
-    for zero, decoded in tracked(
-        explore.zeroing(session, latents), steps * len(names), lambda _: len(names), "decoding"
-    ):
+    for zero, decoded in tracked(views.zeroing(session, latents), steps * len(names), lambda _: len(names), "decoding"):
         what = "all zero (mean image)" if len(zero) == steps - 1 else f"-{' '.join(zero)}" if zero else "original"
         rows.append((what, to_uint8(decoded if zero else pixels)))
         changes[what] = float(np.sqrt(np.mean((decoded - pixels) ** 2)))

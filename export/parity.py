@@ -18,8 +18,10 @@ from torch import nn
 
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import DataError
-from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Role, TensorSpec
-from hflow_rt.runtime.noise import draw_latents
+from hflow_rt.manifest import graphs_of
+from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Loop, Role, Route, TensorSpec
+from hflow_rt.runtime.arrays import given
+from hflow_rt.runtime.loops import drawn_by_call, follow, looped, mean_draws, row_of
 from hflow_rt.runtime.session import Session
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+_Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 STATISTICS: dict[str, Callable[[Array], Any]] = {
     "rms": lambda error: np.sqrt(np.square(error).mean()),
@@ -91,12 +94,16 @@ class _Pair:
     def compared(self, about: dict[str, Any], session: Session, values: Mapping[str, Array]) -> _Case:
         """Run it on float32 `values` by name, of which it takes its inputs."""
         found = session.run_graph(self.spec.name, values)
-        exact, plain = self._run(self.exact, torch.float64, values), self.plain_outputs(values)
+        exact, plain = self.exact_outputs(values), self.plain_outputs(values)
         return _Case(about, {name: (found[name], exact[name], plain[name]) for name in exact})
 
     def plain_outputs(self, values: Mapping[str, Array]) -> dict[str, Array]:
         """What torch finds in float32."""
         return self._run(self.plain, torch.float32, values)
+
+    def exact_outputs(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """What torch finds in float64."""
+        return self._run(self.exact, torch.float64, values)
 
     @torch.no_grad()
     def _run(self, module: nn.Module, dtype: torch.dtype, values: Mapping[str, Array]) -> dict[str, Array]:
@@ -124,11 +131,15 @@ def run_parity(
     exact = copy.deepcopy({name: spec.reference for name, spec in graphs.items()})  # together: what they share, once
     pairs = {name: _Pair(spec, exact[name].double().eval(), spec.reference.eval()) for name, spec in graphs.items()}
     cases: dict[str, list[_Case]] = {}
+    loops = {route: way for route, way in model.routes().items() if isinstance(way, Loop) and {*way.graphs} <= {*pairs}}
+    for route, loop in loops.items():
+        progress(f"comparing {route}, {loop.steps} steps")
+        cases |= _loop_cases(route, loop, pairs, session, images, seed)
     for name, pair in pairs.items():
-        if pair.takes("image"):
+        if pair.takes("image") and name not in cases:
             progress(f"comparing {name}")
             cases[name] = list(_image_cases(pair, session, images, seed))
-    others = [pair for name, pair in pairs.items() if name not in cases]
+    others = [pair for name, pair in pairs.items() if not cases.get(name)]
     if others:
         progress(f"comparing {', '.join(pair.spec.name for pair in others)}")
         cases |= _latent_cases(others, session, seed)
@@ -142,13 +153,13 @@ def run_parity(
         "graphs": {graph: [_told(case) for case in found] for graph, found in cases.items()},
         "pooled": {graph: _pooled(found) for graph, found in cases.items()},
     }
-    forward, inverse = (pairs.get(model.routes().get(route, "")) for route in ("forward", "inverse"))
-    if forward is not None and inverse is not None:
+    if model.round_trip() is not None and session.manifest.routes.keys() >= {"forward", "inverse"}:
         progress("comparing round trips")
-        trips = list(_round_trips(forward, session, images, cases[inverse.spec.name]))
+        trips = list(_round_trips(model.routes(), pairs, session, images, cases))
         report[ROUND_TRIP] = [{"path": "image", **case.about, **_told(case)["outputs"]["image"]} for case in trips]
-        report[ROUND_TRIP].append(_latent_trip(session, seed))
-        report["pooled"][ROUND_TRIP] = _pooled(trips)
+        if model.round_trip() == "exact":
+            report[ROUND_TRIP].append(_latent_trip(session, seed))
+            report["pooled"][ROUND_TRIP] = _pooled(trips)
     set_tolerances(report)
     report["images"] = len(images)
     report["failures"] = failures(report) + [f"{name} was not compared" for name in graphs if not cases.get(name)]
@@ -296,6 +307,66 @@ def _latent_cases(pairs: Sequence[_Pair], session: Session, seed: int) -> dict[s
     return cases
 
 
+def _loop_cases(
+    route: Route, loop: Loop, pairs: Mapping[str, _Pair], session: Session, images: Array, seed: int
+) -> dict[str, list[_Case]]:
+    """Both graphs of a loop, `step` at states of the float64 trajectory, and whole trajectories under `ROUTE loop`.
+
+    What carries the loop is never compared far from where it goes: the states that one call is given are those of the
+    reference, rounded to float32, in the first call, in the middle and in the last.
+    """
+    start, step = (pairs[name] for name in loop.graphs)
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[_Case]] = {start.spec.name: [], step.spec.name: [], f"{route} loop": []}
+    watched = sorted({0, loop.steps // 2, loop.steps - 1})
+    for about, values in _of_route(route, session, images, seed):
+        batch = about["batch"]
+        values |= _drawn([tensor for tensor in start.spec.inputs if tensor.name not in values], batch, rng)
+        new = [tensor for tensor in step.spec.inputs if tensor.name not in values]
+        by_call = drawn_by_call(new)
+        values |= _drawn([tensor for tensor in new if tensor.name not in by_call], batch, rng)
+        each = [_drawn([tensor for tensor in new if tensor.name in by_call], batch, rng) for _ in range(loop.steps)]
+        values |= {name: np.stack([draws[name] for draws in each], 1) for name in by_call}
+        found[start.spec.name].append(start.compared(about, session, values))
+        states: list[dict[str, Array]] = []
+        exact = _followed(loop, start.exact_outputs, step.exact_outputs, by_call, values, session, states)
+        for index in watched:
+            given = {name: array.astype(np.float32) for name, array in states[index].items()}
+            found[step.spec.name].append(step.compared(about | {"step": index}, session, given))
+        plain = _followed(loop, start.plain_outputs, step.plain_outputs, by_call, values, session)
+        ran = session.run(route, values)
+        outputs = {name: (ran[name], exact[name], plain[name]) for name in exact}
+        found[f"{route} loop"].append(_Case(about, outputs))
+    return found
+
+
+def _of_route(route: Route, session: Session, images: Array, seed: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What a route is given in a few cases: a single image and several, latents at two stds."""
+    for batch, std in zip(BATCHES, (0.7, 1.0), strict=True):
+        if route == "inverse":
+            chosen = images[np.arange(batch) % len(images)]
+            yield {"batch": batch}, {"image": chosen, **in_turn(session.choices, range(batch))}
+        else:
+            yield {"batch": batch, "std": std}, _latents(session, seed, batch, std)
+
+
+def _followed(
+    loop: Loop, start: _Run, step: _Run, drawn: Sequence[str], values: Any, session: Session, states: Any = None
+) -> dict[str, Array]:
+    """A loop by a reference; the inputs of every call are added to `states`."""
+
+    def call(given: dict[str, Array]) -> Mapping[str, Array]:
+        if states is not None:
+            states.append(given)
+        return step(given)
+
+    def calls(first: dict[str, Array]) -> Iterator[Mapping[str, Array]]:
+        rows = (row_of(loop.schedule, drawn, values, index) for index in range(loop.steps))
+        return looped(call, first, rows, loop.carry, loop.every.keys())
+
+    return follow(loop, values, start(values), calls, session.latent_shapes)
+
+
 def _drawn(tensors: Sequence[TensorSpec], batch: int, rng: np.random.Generator) -> dict[str, Array]:
     """Values of what is random or set beside images and latents."""
     values: dict[str, Array] = {}
@@ -310,21 +381,49 @@ def _drawn(tensors: Sequence[TensorSpec], batch: int, rng: np.random.Generator) 
     return values
 
 
-def _round_trips(forward: _Pair, session: Session, images: Array, inverse: Sequence[_Case]) -> Iterator[_Case]:
-    """Images to latents, as `inverse` has found them already, and back."""
-    for chosen, case in zip(_batches(images), inverse, strict=False):  # those with noise follow
+def _round_trips(
+    routes: Mapping[Route, str | Loop],
+    pairs: Mapping[str, _Pair],
+    session: Session,
+    images: Array,
+    cases: Mapping[str, Sequence[_Case]],
+) -> Iterator[_Case]:
+    """Images to latents, as the cases of `inverse` have found them already, and back."""
+    forward, inverse = routes["forward"], routes["inverse"]
+    for chosen, case in zip(
+        _batches(images), cases[inverse if isinstance(inverse, str) else "inverse loop"], strict=False
+    ):
         told = in_turn(session.choices, range(len(chosen)))
-        latents = {name: case.outputs[name] for name in session.latent_shapes}
-        back = session.forward({name: found for name, (found, _, _) in latents.items()} | told)
-        own = forward.plain_outputs({name: plain for name, (_, _, plain) in latents.items()} | told)["image"]
+        latents = {name: case.outputs[name] for name in session.input_shapes if name in case.outputs}
+        back = session.run("forward", {name: found for name, (found, _, _) in latents.items()} | told)["image"]
+        plain = {name: values for name, (_, _, values) in latents.items()} | told
+        own = _by_torch(forward, pairs, plain, session)["image"]
         yield _Case({"batch": len(chosen)}, {"image": (back, chosen.astype(np.float64), own)})
+
+
+def _by_torch(way: str | Loop, pairs: Mapping[str, _Pair], values: dict[str, Array], session: Session) -> Any:
+    """The outputs of a route as torch finds them in float32; whatever is not given has its mean or its default."""
+    graphs = [pairs[name] for name in graphs_of(way)]
+    count = len(next(iter(values.values())))
+    for tensor in session.manifest.graphs[graphs[0].spec.name].inputs:
+        values.setdefault(tensor.name, given(tensor, values, count))
+    if isinstance(way, str):
+        return graphs[0].plain_outputs(values)
+    start, step = graphs
+    described = session.manifest.graphs[step.spec.name]
+    drawn = drawn_by_call(described.inputs)
+    values |= mean_draws(described, way.steps, values)
+    for tensor in described.inputs:
+        if tensor.role == "control":
+            values.setdefault(tensor.name, given(tensor, values, count))
+    return _followed(way, start.plain_outputs, step.plain_outputs, drawn, values, session)
 
 
 def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
     """Informative only: a latent list may hold more numbers than an image, and then this is not the identity."""
     latents = _latents(session, seed, 1, 0.7)
     told = {name: latents[name] for name in session.choices}
-    again = session.inverse(session.forward(latents), told).latents
+    again = session.run("inverse", {"image": session.run("forward", latents)["image"], **told})
     found = {name: float(_finite(np.abs(again[name] - latents[name])).max()) for name in session.latent_shapes}
     return {"path": "latents", "batch": 1, "max": found}
 
@@ -332,8 +431,7 @@ def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
 def _latents(session: Session, seed: int, batch: int, std: float) -> dict[str, Array]:
     """Latents of images 0 .. batch - 1 of `seed`, and what the model is told beside them."""
     stds = dict.fromkeys(session.latent_shapes, std)
-    drawn = draw_latents(session.latent_shapes, session.manifest.prior_std, seed, range(batch), stds)
-    return {**drawn, **in_turn(session.choices, range(batch))}
+    return {**session.drawing.latents(seed, range(batch), stds), **in_turn(session.choices, range(batch))}
 
 
 def _batches(images: Array, draws: int | None = None) -> Iterator[Array]:

@@ -19,7 +19,8 @@ from hflow_rt.files import atomic_directory, sha256
 from hflow_rt.foreign.parts import WHOLE
 from hflow_rt.manifest import MODEL
 from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model, skeleton
-from hflow_rt.models.family import FAMILIES, LatentModel, family
+from hflow_rt.models.family import LatentModel
+from hflow_rt.models.registry import FAMILIES, family
 
 __all__ = ["Imported", "import_published"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hflow_rt.draws import generator
 from hflow_rt.models.family import LatentModel, conditions_by_folder
+from hflow_rt.streams import generator
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.processes import Processes
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import FAMILIES, ModelConfig, family
+from hflow_rt.models.registry import FAMILIES, ModelConfig, family
 
 __all__ = ["RunConfig", "TrainingConfig", "load_config", "preset_names"]
 

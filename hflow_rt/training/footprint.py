@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hflow_rt.draws import generator
 from hflow_rt.memory import available, need
 from hflow_rt.models.checkpoint import skeleton
 from hflow_rt.models.family import LatentModel, conditions_by_folder, loss_draws
+from hflow_rt.streams import generator
 from hflow_rt.training.batches import Images
 from hflow_rt.training.config import RunConfig, TrainingConfig
 

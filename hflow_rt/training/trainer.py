@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import hflow_rt
-from hflow_rt.draws import generator
 from hflow_rt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from hflow_rt.evaluation.bits import Evaluation, evaluate
 from hflow_rt.files import atomic_file, exists, sha256
@@ -31,10 +30,11 @@ from hflow_rt.models.checkpoint import build_model, load_state, read_metadata, r
 from hflow_rt.models.family import LatentModel, LossTerms
 from hflow_rt.names import quoted
 from hflow_rt.runs import RUN, TENSORBOARD, checkpoints, read_run, taken
+from hflow_rt.streams import generator
 from hflow_rt.training.batches import Images, MicroBatches, Place, Shuffle
 from hflow_rt.training.config import RunConfig
+from hflow_rt.training.divergence import TERM, broken_values, diverged
 from hflow_rt.training.ema import averaged_copy, update_average
-from hflow_rt.training.finite import TERM, broken_values, diverged
 from hflow_rt.training.footprint import check_batch, check_model
 from hflow_rt.training.groups import trained_groups
 from hflow_rt.training.log import Log, Meter, Progress

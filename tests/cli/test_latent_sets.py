@@ -12,8 +12,8 @@ from outcomes import ok, pixels, refused
 
 from hflow_rt.manifest import read_manifest
 from hflow_rt.runtime import load
-from hflow_rt.runtime.directions import load_direction
-from hflow_rt.runtime.pictures import to_uint8
+from hflow_rt.runtime.images.pictures import to_uint8
+from hflow_rt.runtime.latents.attributes import load_direction
 
 Command = Callable[..., Any]
 

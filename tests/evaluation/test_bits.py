@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from hflow_rt.draws import generator
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.evaluation.bits import Evaluation, evaluate, measure
 from hflow_rt.models.family import Bound, LatentModel
+from hflow_rt.streams import generator
 
 
 class UniformModel(torch.nn.Module):

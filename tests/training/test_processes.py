@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hflow_rt.draws import generator
 from hflow_rt.models.checkpoint import build_model
+from hflow_rt.streams import generator
 from hflow_rt.training.batches import MicroBatches, Place, Shuffle
 from hflow_rt.training.config import load_config
 from hflow_rt.training.schedule import learning_rates

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import Bound, BoundKind, Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig
+from hflow_rt.models.family import Bound, BoundKind, Encoding, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.registry import Family, ModelConfig
 
 SIDE = 8
 PIXELS = 3 * SIDE * SIDE

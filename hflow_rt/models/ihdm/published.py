@@ -20,10 +20,10 @@ from hflow_rt.foreign.source import shown
 from hflow_rt.foreign.states import read_part
 from hflow_rt.foreign.tensors import StoredTensor
 from hflow_rt.models.checkpoint import parse_config
-from hflow_rt.models.family import Published
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.presets import PRESETS
 from hflow_rt.models.ihdm.weights import from_original, infer_network, parameter_order
+from hflow_rt.models.registry import Published
 
 __all__ = ["TrainingState", "read_published", "read_training_state"]
 

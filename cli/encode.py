@@ -24,6 +24,7 @@ def encode(
 
     Example: hflow-rt encode photo.png -o latents.safetensors --picture reconstruction.png
     """
+    from hflow_rt.manifest import LOG_PROB
     from hflow_rt.runtime.images.pictures import check_picture_name, labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
     from hflow_rt.runtime.latents.latent_views import select
@@ -35,23 +36,18 @@ def encode(
     session = asked.open()
     unused: dict[str, str] = {}
     found = asked.encode(session, *asked.read(session, images, unused=unused))
-    assert found.log_prob is not None
     about = {"images": found.names, "skipped": unused}
-    nats = {"log_prob": [float(value) for value in found.log_prob]}
-    save_latents(output, found.latents, about_model(session) | about | nats)
+    scores = {name: values.tolist() for name, values in found.scores.items()}
+    save_latents(output, found.latents, about_model(session) | about | scores)
     if picture is not None:
-        again = session.forward(select(found.latents, 0, _SHOWN))
-        save_image(
-            picture, labelled_rows([("original", to_uint8(found.pixels[:_SHOWN])), ("decoded", to_uint8(again))])
-        )
-    bits = [float(value) for value in session.bits_per_dim(found.log_prob)]
-    lines = [
-        f"{name}: {value:.3f} bits/dim (plug-in estimate)"
-        for name, value in list(zip(found.names, bits, strict=True))[:_SHOWN]
-    ]
-    lines.append(f"latents of {len(bits)} images: {output}" + (f"; reconstruction: {picture}" if picture else ""))
-    following = f"hflow-rt decode {quoted(output)}{asked.again} -o decoded.png"
-    asked.finish(about | {"bits_per_dim": bits}, lines, following)
+        again = to_uint8(session.forward(select(found.latents, 0, _SHOWN)))
+        save_image(picture, labelled_rows([("original", to_uint8(found.pixels[:_SHOWN])), ("decoded", again)]))
+    measured = LOG_PROB in scores
+    bits = session.bits_per_dim(found.scores[LOG_PROB]).tolist() if measured else []
+    lines = [f"{name}: {value:.3f} bits/dim (plug-in estimate)" for name, value in zip(found.names, bits, strict=False)]
+    what = f"latents of {len(found.names)} images: {output}" + (f"; reconstruction: {picture}" if picture else "")
+    report = about | ({"bits_per_dim": bits} if measured else {})
+    asked.finish(report, [*lines[:_SHOWN], what], f"hflow-rt decode {quoted(output)}{asked.again} -o decoded.png")
 
 
 @latent_command("decoded.png", about=GRID, panel=None)

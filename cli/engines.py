@@ -40,7 +40,7 @@ def build_engines(
     need_extra("rtx", "onnx")
     from hflow_rt.export.making import fail_on
     from hflow_rt.export.tensorrt import add_engines, parse_batch, parse_capabilities, target
-    from hflow_rt.export.tensorrt_bundle import bundle_with, plans_of
+    from hflow_rt.export.tensorrt_bundle import bundle_with
     from hflow_rt.runtime.bundle import find_bundle
 
     # everything that can be refused is refused before the graphs are exported, which takes a while
@@ -59,7 +59,7 @@ def build_engines(
             capabilities,
             batch,
             options.workspace,
-            plans_of(graphs),
+            graphs.direction or "both",
             options.refit,
             progress,
             progress if sys.stderr.isatty() else lambda text: None,

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -39,13 +39,13 @@ LATENTS = "Latents"  # heading in the help of the commands that look into latent
 class Start:
     """What is looked into: names, pixels `[N, 3, R, R]` in [0, 1] and latents of images or samples.
 
-    log_prob: `[N]` in nats, of images.
+    scores: `[N]` by name, of images, such as log_prob in nats.
     """
 
     names: list[str]
     pixels: "NDArray[np.float32]"
     latents: "dict[str, NDArray[np.float32]]"
-    log_prob: "NDArray[np.float32] | None" = None
+    scores: "Mapping[str, NDArray[np.float32]]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Asked:
 
         told = self.conditions(session, names) if conditions is None else conditions
         found = encoded(session, pixels, told, lambda parts: tracked(parts, len(pixels), len, "encoding"))
-        return Start(names, pixels, found.latents, found.log_prob)
+        return Start(names, pixels, found.latents, found.scores)
 
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":
         """Conditions of the images called `names`: of `label`, or of their folders. Raises `DataError`."""
@@ -177,7 +177,7 @@ def latent_command(
         "model": model,
         "output": Annotated[Path, typer.Option("-o", "--output", help=about)],
     }
-    defaults = {field.name: field.default for field in fields(Asked)} | {"output": Path(output), "number": number}
+    defaults = {one.name: one.default for one in fields(Asked)} | {"output": Path(output), "number": number}
     names = [name for name in hints if name in (*shared, "model", "output", "backend", "device", "json")]
 
     def register(function: Callable[..., None]) -> Callable[..., None]:

@@ -86,9 +86,10 @@ def export_graph(
     module = spec.module.eval()
     examples = tuple(_example(tensor) for tensor in spec.inputs)
     batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
+    dynamic = tuple(None if tensor.role == "schedule" else batch for tensor in spec.inputs)
     # a module of `*args` takes its shapes as one tuple
     variadic = module.forward.__code__.co_flags & 0x04
-    shapes = (tuple(batch for _ in examples),) if variadic else tuple(batch for _ in examples)
+    shapes = (dynamic,) if variadic else dynamic
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -141,9 +142,9 @@ def _example(tensor: TensorSpec) -> torch.Tensor:
     """Two samples of plausible input: batch 1 would be specialised."""
     generator = torch.Generator().manual_seed(0)
     if tensor.range is None:
-        return torch.randn(2, *tensor.shape, generator=generator)
+        return torch.randn(tensor.batched(2), generator=generator)
     low, high = tensor.range
-    return low + (high - low) * torch.rand(2, *tensor.shape, generator=generator)
+    return low + (high - low) * torch.rand(tensor.batched(2), generator=generator)
 
 
 def _described(tensor: TensorSpec) -> Tensor:

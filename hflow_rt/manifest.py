@@ -1,7 +1,7 @@
 """The manifest of a bundle: what an exported model is, so that it can be run without its training code."""
 
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -9,6 +9,7 @@ from hflow_rt.errors import BundleError
 
 __all__ = [
     "HALF",
+    "LOG_PROB",
     "MANIFEST",
     "MODEL",
     "MODULE",
@@ -25,15 +26,19 @@ __all__ = [
     "Prior",
     "Role",
     "Route",
+    "Routes",
     "Space",
     "Tensor",
     "Tuning",
+    "graphs_of",
     "read_manifest",
+    "routes_of",
 ]
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 HALF = "float16"  # what a model file says of its weights if they were rounded
+LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 MODULE = "module"  # key under which a node of a graph names the module it came from
 SCHEMA = 2
 STD = ("0.7",)
@@ -48,6 +53,7 @@ Tuning = Literal["any", "cpu"]
 #   score      one number an image, such as its log-probability
 Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score"]
 Route = Literal["forward", "inverse"]  # latents to image, image to latents
+Routes = Literal["forward", "inverse", "both"]  # one by name, or all that a model has
 # where a latent of a sample comes from: standard normal numbers times its std, the same without a temperature, or a row
 # of a table of latents of real images
 Prior = Literal["normal", "unscaled", "bank"]
@@ -210,7 +216,7 @@ class Manifest(_Entry):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
         for route, found in self.routes.items():
-            for name in (found,) if isinstance(found, str) else found.graphs:
+            for name in graphs_of(found):
                 if name not in self.graphs:
                     raise ValueError(f"route '{route}' needs graph '{name}', which is not among the graphs")
             if isinstance(found, Loop) and found.schedule not in self.files:
@@ -235,6 +241,22 @@ class Manifest(_Entry):
     def dump(self) -> str:
         """The JSON text of the manifest file."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def routes_of(choice: Routes) -> tuple[Route, ...]:
+    """The routes that a choice names."""
+    every: tuple[Route, ...] = get_args(Route)
+    return every if choice == "both" else (choice,)
+
+
+class _Looped(Protocol):
+    @property
+    def graphs(self) -> tuple[str, ...]: ...
+
+
+def graphs_of(way: str | _Looped) -> tuple[str, ...]:
+    """The graphs of a route, which is one by name or a loop of several."""
+    return (way,) if isinstance(way, str) else way.graphs
 
 
 def _from_schema_1(values: dict[str, Any]) -> Any:

@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 
 from hflow_rt.errors import DataError
+from hflow_rt.manifest import Tensor
 from hflow_rt.runtime.images.pictures import check_pixels, from_uint8
 from hflow_rt.runtime.noise import Stream
 
-__all__ = ["as_kind", "as_pixels", "check_tensors", "concatenated", "filled", "library", "stacked", "to_numpy"]
+__all__ = ["as_kind", "as_pixels", "check_tensors", "concatenated", "filled", "given", "library", "stacked", "to_numpy"]
+
+_MEANS = {"noise": 0.0, "uniform": 0.5}
 
 
 def library(array: Any) -> str:
@@ -29,6 +32,16 @@ def as_kind(like: Any, array: Any) -> Any:
 def filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
     """A float32 array, or a tensor where `like` is."""
     return like.new_full(shape, value) if library(like) == "torch" else np.full(shape, value, np.float32)
+
+
+def given(tensor: Tensor, values: Mapping[str, Any], count: int) -> Any:
+    """An input by name; where nobody gave it, of a control its default, of noise its mean. Raises `DataError`."""
+    if tensor.name in values:
+        return values[tensor.name]
+    unset = tensor.default if tensor.role == "control" else _MEANS.get(tensor.role)
+    if unset is None:
+        raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
+    return filled(next(iter(values.values())), tensor.batched(count), unset)
 
 
 def concatenated(parts: Sequence[Any]) -> Any:

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.manifest import Graph
-from hflow_rt.runtime.arrays import stacked
+from hflow_rt.runtime.arrays import as_kind, given, stacked
+from hflow_rt.runtime.backends import Engine
+from hflow_rt.runtime.in_flight import in_flight
 from hflow_rt.runtime.noise import Stream
 
-__all__ = ["called", "drawn_by_call", "follow", "looped", "row_of"]
+__all__ = ["called", "calls_of", "drawn_by_call", "follow", "looped", "mean_draws", "row_of"]
 
 Values = Mapping[str, Any]
 
@@ -21,6 +23,10 @@ Values = Mapping[str, Any]
 class _Loop(Protocol):
     """What the contract's `Loop` and the manifest's have in common."""
 
+    @property
+    def step(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
     @property
     def carry(self) -> Mapping[str, str]: ...
     @property
@@ -84,6 +90,36 @@ def looped(
         state |= {entered: outputs[left] for left, entered in carry.items()}
     if outputs is not None:
         yield outputs
+
+
+def calls_of(
+    engine: Engine, loop: _Loop, step: Graph, schedule: Mapping[str, NDArray[np.float32]], values: Values
+) -> Callable[[dict[str, Any]], Iterator[Values]]:
+    """The calls of a loop as `follow` takes them, on a backend; what one takes anew is made while the one before runs.
+
+    values: what the route was given, the draws of all calls among it.
+    """
+    drawn, like = drawn_by_call(step.inputs), next(iter(values.values()))
+
+    def row(index: int) -> dict[str, Any]:
+        return {name: as_kind(like, array) for name, array in row_of(schedule, drawn, values, index).items()}
+
+    def calls(first: dict[str, Any]) -> Iterator[Values]:
+        others = [tensor for tensor in step.inputs if tensor.name not in {*schedule, *drawn}]
+        fixed = {tensor.name: given(tensor, first, len(like)) for tensor in others}
+        return engine.loop(loop.step, fixed, in_flight(row, range(loop.steps), 2), loop.carry, loop.every.keys())
+
+    return calls
+
+
+def mean_draws(step: Graph, steps: int, values: Values) -> dict[str, Any]:
+    """The mean in place of what is drawn in every call and was not given, `[B, steps, *shape]` each."""
+    like = next(iter(values.values()))
+    return {
+        tensor.name: stacked([given(tensor, values, len(like))] * steps)
+        for tensor in step.inputs
+        if tensor.name in drawn_by_call(step.inputs) and tensor.name not in values
+    }
 
 
 def follow(

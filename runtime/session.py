@@ -15,35 +15,40 @@ from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import Graph, Loop, Manifest, Precision, Role, Route, Space, Tensor
+from hflow_rt.manifest import LOG_PROB, Graph, Loop, Manifest, Precision, Route, Space
 from hflow_rt.memory import guarded, need
-from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, concatenated, filled, library, stacked, to_numpy
+from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
+from hflow_rt.runtime.drawing import Drawing
 from hflow_rt.runtime.images.pictures import check_folder, save_image, to_uint8, write_pictures
-from hflow_rt.runtime.in_flight import in_flight
 from hflow_rt.runtime.latents.operations import check_latents
-from hflow_rt.runtime.loops import drawn_by_call, follow, row_of
-from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows, parse_std
+from hflow_rt.runtime.loops import calls_of, follow, mean_draws
+from hflow_rt.runtime.noise import parse_std
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
-_MEANS = {"noise": 0.0, "uniform": 0.5}
+_FEWER = "take fewer images together (--batch or -n)"
 LATENT_SPACE = "z"  # the space of the latents themselves
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + bits).
+    """Latents by name `[B, *shape]`, and numbers `[B]` that the model yields beside them.
 
     Conditions that were given are among the latents, so that `forward` is told the same.
     """
 
     latents: dict[str, Any]
-    log_prob: Any
+    scores: dict[str, Any]
+
+    @property
+    def log_prob(self) -> Any:
+        """Log-probability in nats (bits/dim = -log_prob / (D ln 2) + bits); None where the model knows none."""
+        return self.scores.get(LOG_PROB)
 
 
 class Session:
@@ -59,7 +64,7 @@ class Session:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self._engine = engine
-        self._tables: dict[str, dict[str, Array]] = {}
+        self.drawing = Drawing(bundle)
 
     def __repr__(self) -> str:
         """What is loaded, what runs it, whether that was proved, and what the latents are."""
@@ -130,16 +135,13 @@ class Session:
 
         Of what is random in every call of a loop `[K, *shape]`.
         """
-        noise = {
-            name: shape if steps is None else (steps, *shape)
-            for name, (_, shape, steps) in self._forward_draws().items()
-        }
+        noise = {name: draw.whole for name, draw in self.drawing.beside().items()}
         return self.latent_shapes | noise | {name: (len(options),) for name, options in self.choices.items()}
 
     @property
     def controls(self) -> dict[str, float]:
         """Numbers that `forward` can be given, by name, and their defaults."""
-        return {tensor.name: float(tensor.default or 0) for tensor in self._forward_inputs("control")}
+        return {tensor.name: float(tensor.default or 0) for tensor in self.drawing.inputs("control")}
 
     @property
     def std(self) -> list[str]:
@@ -225,7 +227,8 @@ class Session:
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_told(self.choices, arrays)
         outputs = self.run("inverse", {"image": pixels, **arrays}) | arrays
-        return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
+        latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
+        return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
 
     def sample(
         self,
@@ -300,16 +303,13 @@ class Session:
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
         """
         check_count("the batch", batch)
-        scaled = [latent.name for latent in self.manifest.latents if latent.prior == "normal"]
-        stds = parse_std(self.std if std is None else std, scaled)
+        if std is not None and not self.drawing.scaled:
+            controls = f"; it has {', '.join(self.controls)} to set instead" if self.controls else ""
+            raise DataError(f"no std applies to the latents of this {self.manifest.family} model; omit it{controls}")
+        stds = parse_std(self.std if std is None else std, self.drawing.scaled)
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
-            drawn = self._drawn_latents(seed, part, stds)
-            for name, (kind, shape, steps) in self._forward_draws().items():
-                if steps is None:
-                    drawn[name] = draw_noise(kind, name, shape, seed, part)
-                else:
-                    drawn[name] = Stream(kind, name, shape, seed, part, steps)
+            drawn = self.drawing.latents(seed, part, stds) | self.drawing.noise(seed, part)
             told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
             yield drawn | told
 
@@ -330,7 +330,7 @@ class Session:
         return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
     def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Array:
-        """Images `[B, 3, R, R]` in [0, 1] of what `into_space` yields. controls: as of `forward`. Raises `DataError`."""
+        """Images `[B, 3, R, R]` in [0, 1] of what `into_space` yields; controls as of `forward`. Raises `DataError`."""
         found = None if space == LATENT_SPACE else self._space(space)
         if found is None or found.decode is None:
             return self.forward(self.from_space(space, values), controls)
@@ -357,54 +357,9 @@ class Session:
         self._graph(graph)
         return str(graph)
 
-    def _forward_graphs(self) -> list[Graph]:
-        """What `forward` runs; nothing where the bundle lacks it."""
-        route = self.manifest.routes.get("forward")
-        names = () if route is None else (route,) if isinstance(route, str) else route.graphs
-        return [self.manifest.graphs[name] for name in names]
-
-    def _forward_inputs(self, *roles: Role) -> list[Tensor]:
-        """The inputs of these roles of all that `forward` runs, each once."""
-        found = {tensor.name: tensor for graph in self._forward_graphs() for tensor in graph.inputs}
-        return [tensor for tensor in found.values() if tensor.role in roles]
-
-    def _forward_draws(self) -> dict[str, tuple[Literal["noise", "uniform"], tuple[int, ...], int | None]]:
-        """What is random in `forward`, by name: its kind, its shape, and how often it is drawn if in every call."""
-        route = self.manifest.routes.get("forward")
-        steps = route.steps if isinstance(route, Loop) else None
-        by_call = () if steps is None else drawn_by_call(self._forward_graphs()[1].inputs)
-        return {
-            tensor.name: (
-                "uniform" if tensor.role == "uniform" else "noise",
-                tensor.shape,
-                steps if tensor.name in by_call else None,
-            )
-            for tensor in self._forward_inputs("noise", "uniform")
-        }
-
-    def _drawn_latents(self, seed: int, indices: Sequence[int], stds: Mapping[str, float]) -> dict[str, Array]:
-        """Latents of the prior, each from where its own says. Raises `DataError`."""
-        latents = {latent.name: latent for latent in self.manifest.latents}
-        shapes = {name: latent.shape for name, latent in latents.items() if latent.prior != "bank"}
-        own = {name: stds.get(name, 1.0) for name in shapes}
-        drawn = draw_latents(shapes, self.manifest.prior_std, seed, indices, own) if shapes else {}
-        if self.manifest.bank is not None:
-            bank = self._table(self.manifest.bank)
-            rows = draw_rows(len(next(iter(bank.values()))), seed, indices)
-            drawn |= {name: table[rows] for name, table in bank.items()}
-        return {name: drawn[name] for name in latents}
-
-    def _table(self, file: str) -> dict[str, Array]:
-        """The arrays of a file of the bundle by name. Raises `BundleError` for one that is missing or changed."""
-        from safetensors.numpy import load_file
-
-        if file not in self._tables:
-            self._tables[file] = load_file(self.bundle.file(file))
-        return self._tables[file]
-
     def _set(self, controls: Mapping[str, float], like: Any) -> dict[str, Any]:
         """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
-        known = {tensor.name: tensor for tensor in self._forward_inputs("control")}
+        known = {tensor.name: tensor for tensor in self.drawing.inputs("control")}
         values = {}
         for name, value in controls.items():
             if name not in known:
@@ -432,28 +387,12 @@ class Session:
         return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
 
     def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
-        """One batch through a loop; what changes from call to call is made while the call before runs."""
-        step, schedule = self._graph(loop.step), self._table(loop.schedule)
-        drawn = drawn_by_call(step.inputs)
-        like = next(iter(values.values()))
-
-        def row(index: int) -> dict[str, Any]:
-            made = row_of(schedule, drawn, values, index)
-            return {name: as_kind(like, array) for name, array in made.items()}
-
-        def calls(first: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
-            by_row = {*schedule, *drawn}
-            inputs = [tensor for tensor in step.inputs if tensor.name not in by_row]
-            fixed = {tensor.name: _given(tensor, first, len(like)) for tensor in inputs}
-            rows = in_flight(row, range(loop.steps), 2)
-            return self._engine.loop(loop.step, fixed, rows, loop.carry, loop.every.keys())
-
-        for tensor in step.inputs:
-            if tensor.name in drawn and tensor.name not in values:
-                draws = filled(like, (len(like), *tensor.shape), _MEANS[tensor.role])
-                values = {**values, tensor.name: stacked([draws] * loop.steps)}
-        with guarded(f"at {len(like):,} images a call", "take fewer images together (--batch or -n)"):
-            return follow(loop, values, self.run_graph(loop.start, values), calls, self.latent_shapes)
+        """One batch through a loop."""
+        step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
+        values = {**mean_draws(step, loop.steps, values), **values}
+        begun = self.run_graph(loop.start, values)
+        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
+            return follow(loop, values, begun, calls_of(self._engine, loop, step, schedule, values), self.latent_shapes)
 
     def _graph(self, name: str) -> Graph:
         if name not in self.manifest.graphs:
@@ -466,9 +405,9 @@ class Session:
         graph = self._graph(name)
         batched = [tensor for tensor in graph.inputs if tensor.role != "schedule"]
         count = len(next(values[tensor.name] for tensor in batched if tensor.name in values))
-        inputs = [_given(tensor, values, count) for tensor in graph.inputs]
+        inputs = [given(tensor, values, count) for tensor in graph.inputs]
         largest = self._largest(name)
-        with guarded(f"at {count:,} images a call", "take fewer images together (--batch or -n)"):
+        with guarded(f"at {count:,} images a call", _FEWER):
             parts = [
                 self._engine.run(
                     name,
@@ -531,13 +470,3 @@ def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool |
     module = importlib.import_module(BACKENDS[backend][0])
     settings = {} if cuda_graph is None else {"cuda_graph": cuda_graph}
     return Session(bundle, module.open_engine(bundle, device, **settings))
-
-
-def _given(tensor: Tensor, values: Mapping[str, Any], count: int) -> Any:
-    """An input by name; where nobody gave it, of a control its default, of noise its mean. Raises `DataError`."""
-    if tensor.name in values:
-        return values[tensor.name]
-    unset = tensor.default if tensor.role == "control" else _MEANS.get(tensor.role)
-    if unset is None:
-        raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
-    return filled(next(iter(values.values())), tensor.batched(count), unset)

@@ -45,7 +45,7 @@ def main() -> None:
 
 def _first(running: Running, graph: str, batch: int) -> dict[str, Any]:
     """The first call at this batch size, and the peak of memory from here on."""
-    placed = running.place(inputs_of(running.manifest, graph, batch, 0))
+    placed = running.place(inputs_of(running.bundle, graph, batch, 0))
     _forget_peak()
     started = time.perf_counter()
     running.call(graph, placed)
@@ -54,7 +54,7 @@ def _first(running: Running, graph: str, batch: int) -> dict[str, Any]:
 
 def _time(running: Running, graph: str, batch: int, seed: int, calls: int) -> dict[str, Any]:
     """Seconds of each call."""
-    placed = running.place(inputs_of(running.manifest, graph, batch, seed))
+    placed = running.place(inputs_of(running.bundle, graph, batch, seed))
     seconds = []
     for _ in range(calls):
         started = time.perf_counter()
@@ -65,7 +65,7 @@ def _time(running: Running, graph: str, batch: int, seed: int, calls: int) -> di
 
 def _overheads(running: Running, graph: str, batch: int) -> dict[str, Any]:
     """On a GPU: seconds of queueing a call without waiting, and of copying its inputs there and its outputs back."""
-    arrays = inputs_of(running.manifest, graph, batch, 0)
+    arrays = inputs_of(running.bundle, graph, batch, 0)
     placed = running.place(arrays)
     outputs = running.call(graph, placed)
     started = time.perf_counter()
@@ -92,7 +92,7 @@ def _outputs(running: Running, graph: str, batch: int, path: str) -> dict[str, A
     """Write the outputs for the inputs of seed 0 to `path`."""
     import numpy as np
 
-    outputs = running.host(running.call(graph, running.place(inputs_of(running.manifest, graph, batch, 0))))
+    outputs = running.host(running.call(graph, running.place(inputs_of(running.bundle, graph, batch, 0))))
     np.savez(path, *outputs)
     return {}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.conditions import Choices, by_folder
-from hflow_rt.manifest import Prior, Role, Route
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
 from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ __all__ = [
 
 # of bits per dimension: the true upper bound, and what the family's authors published
 BoundKind = Literal["strict", "paper"]
-LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
 Conditions = Mapping[str, Tensor]
 
@@ -158,6 +157,11 @@ class Loop:
     def graphs(self) -> tuple[str, str]:
         """What it runs."""
         return self.start, self.step
+
+    @property
+    def steps(self) -> int:
+        """How often `step` runs."""
+        return len(next(iter(self.schedule.values())))
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def _race(
     names = list(ways)
     try:
         for turn in range(rounds + 1):
-            inputs = list(inputs_of(bundle.manifest, graph, batch, turn).values())
+            inputs = list(inputs_of(bundle, graph, batch, turn).values())
             for what in names[turn % len(names) :] + names[: turn % len(names)]:
                 calls, started = 0, time.perf_counter()
                 while calls == 0 or time.perf_counter() - started < _FILL:

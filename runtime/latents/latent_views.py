@@ -84,7 +84,7 @@ def encoded(
     for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
         part = slice(rows.start, rows.stop)
         parts.append(session.inverse(pixels[part], {name: values[part] for name, values in conditions.items()}))
-    return Encoded(concatenate([part.latents for part in parts]), np.concatenate([part.log_prob for part in parts]))
+    return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
 
 
 def between(

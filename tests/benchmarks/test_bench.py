@@ -117,14 +117,14 @@ def test_the_chart_is_a_picture_of_every_case(tmp_path: Path) -> None:
 
 
 def test_inputs_differ_between_rounds_and_not_between_processes(tiny_run: Path) -> None:
-    manifest = find_bundle(tiny_run).manifest
+    bundle = find_bundle(tiny_run)
     for graph in ("forward", "inverse"):
-        one, same, other = (inputs_of(manifest, graph, 3, seed) for seed in (1, 1, 2))
+        one, same, other = (inputs_of(bundle, graph, 3, seed) for seed in (1, 1, 2))
         for name, array in one.items():
             assert np.array_equal(array, same[name])
             assert not np.array_equal(array, other[name])
             assert array.dtype == np.float32
-    pictures = inputs_of(manifest, "inverse", 3, 1)["image"]
+    pictures = inputs_of(bundle, "inverse", 3, 1)["image"]
     assert pictures.shape == (3, 3, 16, 16)
     assert pictures.min() >= 0
     assert pictures.max() <= 1
@@ -186,7 +186,7 @@ def test_operations_are_those_that_torch_counts(tiny_run: Path, tiny_model: Any)
     from torch.utils.flop_counter import FlopCounterMode
 
     bundle = find_bundle(tiny_run)
-    latents = {name: torch.from_numpy(a) for name, a in inputs_of(bundle.manifest, "forward", 1, 0).items()}
+    latents = {name: torch.from_numpy(a) for name, a in inputs_of(bundle, "forward", 1, 0).items()}
     folded = tiny_model.folded()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         folded.decode(latents)

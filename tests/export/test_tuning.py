@@ -69,7 +69,7 @@ def test_tuned_graphs_are_the_model(tiny_run: Path, tuned: Path) -> None:
 def test_rewriting_changes_nothing_in_float64(tiny_run: Path, name: str) -> None:
     bundle = find_bundle(tiny_run)
     plain = in_double(onnx.load(str(bundle.graph(name))))
-    inputs = inputs_of(bundle.manifest, name, 2, seed=3)
+    inputs = inputs_of(bundle, name, 2, seed=3)
     feeds = {key: value.astype(np.float64) for key, value in inputs.items()}
     expected = ReferenceEvaluator(plain).run(None, feeds)
     worth = nearly_all()

@@ -140,7 +140,7 @@ class FakeTensorRT:
         fake = self
         sessions = {
             name: onnxruntime.InferenceSession(str(bundle.graph(name)), providers=["CPUExecutionProvider"])
-            for name in ("forward", "inverse")
+            for name in bundle.manifest.graphs
         }
 
         class ILogger:
@@ -175,7 +175,7 @@ class FakeTensorRT:
                     )
                 self.refittable = "refittable" not in fake.refuse
                 graph = bundle.manifest.graphs[name]
-                self.tensors = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+                self.tensors = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
                 self.inputs = {tensor.name for tensor in graph.inputs}
                 self.num_io_tensors = len(self.tensors)
 
@@ -183,7 +183,7 @@ class FakeTensorRT:
                 return "other" if "names" in fake.refuse else list(self.tensors)[index]
 
             def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-                return (-1, *self.tensors[name], *((2,) if "shapes" in fake.refuse else ()))
+                return (*self.tensors[name].batched(-1), *((2,) if "shapes" in fake.refuse else ()))
 
             def get_tensor_dtype(self, name: str) -> Any:
                 return SimpleNamespace(name="HALF" if "types" in fake.refuse else "FLOAT")
@@ -235,7 +235,7 @@ class FakeTensorRT:
                 return sorted(self.engine.inputs - self.shapes.keys())
 
             def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-                return (next(iter(self.shapes.values()))[0], *self.engine.tensors[name])
+                return self.engine.tensors[name].batched(max(shape[0] for shape in self.shapes.values()))
 
             def set_tensor_address(self, name: str, address: int) -> bool:
                 self.addresses[name] = address

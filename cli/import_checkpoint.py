@@ -15,7 +15,10 @@ from hflow_rt.names import quoted
 @app.command("import")
 def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint, or a state dict.")],
-    family: Annotated[str, typer.Option(help="The kind of model it holds.")] = "hflow",
+    family: Annotated[
+        str | None,
+        typer.Option(help="The kind of model it holds; by default what the project began with.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -40,16 +43,17 @@ def import_checkpoint(
 
     Reads the original's own format, and .safetensors or .pt files of its weights.
 
-    Example: hflow-rt import model_iter_900000.bin --family hflow -o runs/published
+    Example: hflow-rt import model_iter_900000.bin -o runs/published
     """
     need_extra("train", "torch")
     from hflow_rt.foreign.importing import import_published
     from hflow_rt.foreign.parts import WHOLE
+    from hflow_rt.models.registry import DEFAULT_FAMILY
     from hflow_rt.runs import ROOT
 
     run = output or ROOT / checkpoint.stem
     with status(quiet=json) as progress:
-        found = import_published(checkpoint, family, run, settings, images, part, progress)
+        found = import_published(checkpoint, family or DEFAULT_FAMILY, run, settings, images, part, progress)
     if json:
         print_json(found.dump())
         return

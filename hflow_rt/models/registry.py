@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hflow_rt.models.family import LatentModel
 
-__all__ = ["DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "family"]
+__all__ = ["DEFAULT_FAMILY", "DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "family"]
 
 
 class ModelConfig(BaseModel):
@@ -73,6 +73,7 @@ FAMILIES = {
     "glow": "hflow_rt.models.glow",
     "hflow": "hflow_rt.models.hflow",
 }
+DEFAULT_FAMILY = "hflow"  # of a published checkpoint, where --family is omitted
 DEFAULT_PRESET = "hflow-demo"  # of `hflow-rt train` and `demo`: small enough to be trained while somebody waits
 
 

@@ -142,7 +142,7 @@ class _Trainer:
             raise DataError(f"the model needs images [3, {side}, {side}]; found {list(found[1:])}; open them at {side}")
         self.model.to(processes.device).train()
         if processes.device.type == "cpu":
-            # oneDNN then skips reordering: 1.12 to 1.15 times the steps of hflow-demo; not measured on CUDA
+            # oneDNN then skips reordering: 1.12 to 1.15 times the steps of the demo preset; not measured on CUDA
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_batch(self.model, data, self.trained_on, self.training, processes.accelerator.autocast)
         self.average = averaged_copy(self.model)

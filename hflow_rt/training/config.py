@@ -84,7 +84,7 @@ class TrainingConfig(BaseModel):
     sample_every_images: _Images = 20_000
     evaluate_every_images: _Images = 20_000
     evaluate_images: _Images = 200  # held-out images, at most
-    evaluate_draws: _Count = 1  # of every posterior, for the strict bound
+    evaluate_draws: _Count = 1  # of an image, for every bound but a published one
     checkpoint_every_images: _Images = 20_000
     keep_last: _Count = 3  # checkpoints
 

@@ -118,7 +118,7 @@ class Run:
                 "last": None if self.last is None else self.last.dump(),
             }
             place = {"step": self.place.step, "images": self.place.images}
-            origin = {"data": self.data.hash, "version": hflow_rt.__version__}
+            origin: dict[str, Any] = {"data": self.data.hash, "version": hflow_rt.__version__}
             if self.started_from is not None:
                 origin["from"] = self.started_from
             about = {"family": self.config.family, **place, **evaluated, **origin}

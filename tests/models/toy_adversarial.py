@@ -74,7 +74,8 @@ class AdversarialPlan(TrainingPlan):
         return LossTerms((F.softplus(fake) + F.softplus(-judged)).mean(), None, {"sure": sure})
 
     def after_step(self, terms: Mapping[str, Mapping[str, float]], place: Place) -> None:
-        self.confidence.lerp_(torch.tensor(terms["discriminator"]["sure"]), 0.5)
+        if "discriminator" in terms:
+            self.confidence.lerp_(torch.tensor(terms["discriminator"]["sure"]), 0.5)
 
     def figures(self, average: Any, held_out: Any) -> dict[str, Figure]:
         image = average.decode({"z": torch.zeros(1, 6)}).numpy()[0]

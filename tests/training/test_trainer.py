@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -49,6 +49,46 @@ def test_resume_is_exact(images: Any, tmp_path: Path) -> None:
     assert parts.final == whole.final
     files = [tmp_path / run / "model.safetensors" for run in ("whole", "parts")]
     assert _equal(load_file(files[0]), load_file(files[1]))
+
+
+# settings that runs did not have before optimizers had names
+_LATER = [
+    "eps",
+    "weight_decay",
+    "optimizers",
+    "decay",
+    "decay_end_images",
+    "final_rates",
+    "ema_growing",
+    "ema_half_life_images",
+    "ema_ramp",
+]
+
+
+def test_a_run_of_before_goes_on_to_the_bit(images: Any, tmp_path: Path) -> None:
+    """As it was written then: moments of one optimizer without a name, settings and evaluations of then."""
+    train(load_config("toy"), images, tmp_path / "whole", images=160)
+    run = tmp_path / "former"
+    train(load_config("toy"), images, run, images=80)
+    settings = read_run(run)
+    for name in _LATER:
+        del settings["training"][name]
+    (run / "run.json").write_text(json.dumps(settings))
+    checkpoint = checkpoints(run)[-1]
+    moments = "optimizer/flow/"
+    former = {
+        f"adam/{name.removeprefix(moments).replace('/model.', '/')}" if name.startswith(moments) else name: value
+        for name, value in _state(run).items()
+    }
+    assert "adam/exp_avg/encoder.weight" in former
+    save_file(former, checkpoint / "state.safetensors")
+    about = json.loads((checkpoint / "state.json").read_text())
+    evaluation = {"images": 0, "strict": 9.5, "standard_error": 0.5, "held_out": 6, "paper": None, "reason": None}
+    (checkpoint / "state.json").write_text(json.dumps({**about, "initial": evaluation, "last": None}))
+    found = train(load_config(file=read_run(run)), images, run, images=160, resume=True)
+    assert _equal(_state(run), _state(tmp_path / "whole"))
+    assert found.initial is not None
+    assert found.initial.quoted == ("strict bound", (9.5, 0.5, 6), "bits/dim")
 
 
 def test_adamax_resumes_exactly(images: Any, tmp_path: Path) -> None:

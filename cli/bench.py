@@ -6,7 +6,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle
+from hflow_rt.cli.opening import locate_bundle
+from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.limits import check_count
 from hflow_rt.names import quoted

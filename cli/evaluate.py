@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import Commands, app
-from hflow_rt.cli.common import (
-    BackendOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    StdOption,
-    locate,
-    named,
-    open_session,
-)
+from hflow_rt.cli.opening import locate, named, open_session
+from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelArgument, StdOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file

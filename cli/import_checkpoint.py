@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption
+from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted

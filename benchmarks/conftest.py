@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from measuring import RESULTS, exported_like, spread, take_turns
 
-from hflow_rt.runtime.bench.machine import machine
-from hflow_rt.runtime.bench.measure import UNSTABLE
-from hflow_rt.runtime.bench.report import markdown, write_report
+from hflow_rt.bench.machine import machine
+from hflow_rt.bench.measure import UNSTABLE
+from hflow_rt.bench.report import markdown, write_report
 
 _ROWS: list[dict[str, Any]] = []
 _TABLES: list[str] = []

@@ -23,7 +23,7 @@ def measure(preset: str, batch: int, steps: int | None, invertible: bool) -> dic
     import torch
 
     from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.family import family
+    from hflow_rt.models.registry import family
 
     settings = {**family("glow").presets[preset]["model"], "invertible_backward": invertible}
     if steps is not None:

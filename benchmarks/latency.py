@@ -17,10 +17,10 @@ from typing import Any
 
 from measuring import RESULTS, exported_like
 
+from hflow_rt.bench.measure import measure
+from hflow_rt.bench.report import write_report
+from hflow_rt.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.manifest import MANIFEST
-from hflow_rt.runtime.bench.measure import measure
-from hflow_rt.runtime.bench.report import write_report
-from hflow_rt.runtime.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.runtime.bundle import find_bundle
 
 PRESETS = {"cpu": ("hflow-demo", "hflow-128", "glow-64", "hflow-256"), "cuda": ("hflow-128", "hflow-256")}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hflow_rt.bench.machine import machine
+from hflow_rt.bench.measure import UNSTABLE
 from hflow_rt.files import atomic_file
-from hflow_rt.runtime.bench.machine import machine
-from hflow_rt.runtime.bench.measure import UNSTABLE
 
 __all__ = [
     "RESULTS",

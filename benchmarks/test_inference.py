@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from hflow_rt.bench.measure import measure
+from hflow_rt.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.runtime import load
-from hflow_rt.runtime.bench.measure import measure
-from hflow_rt.runtime.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.runtime.bundle import find_bundle
 
 # preset -> batch sizes and rounds; hflow-256 in full takes an hour of proofs, so it has its forward engine alone

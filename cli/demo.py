@@ -24,7 +24,7 @@ def demo(
     minutes: Annotated[float, typer.Option(help="How long to train.")] = 2.0,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run's folder; by default runs/hflow-demo-DATE-TIME.", show_default=False),
+        typer.Option(help="The run's folder; by default runs/PRESET-DATE-TIME.", show_default=False),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Images; by default the bundled ones.", show_default=False)] = None,
 ) -> None:
@@ -34,15 +34,16 @@ def demo(
     """
     from hflow_rt.cli.export import export
     from hflow_rt.cli.train import train
+    from hflow_rt.models.registry import DEFAULT_PRESET
     from hflow_rt.runs import new_run, read_run
     from hflow_rt.runtime import load
 
-    run = out or new_run("hflow-demo")
+    run = out or new_run(DEFAULT_PRESET)
     for name in _FILES:
         if is_file(run / _PAGE / name) and not is_ours(run / _PAGE / name):
             raise DataError(f"{run / _PAGE / name} is there and not of hflow-rt; choose another --out")
     with removed_if_empty(run):
-        train(preset="hflow-demo", data=data, out=run, minutes=minutes)
+        train(preset=DEFAULT_PRESET, data=data, out=run, minutes=minutes)
     export(run=run)
     session = load(run, "onnx", "cpu")
     page = run / _PAGE
@@ -63,9 +64,9 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     from hflow_rt.assets import demo_images
     from hflow_rt.conditions import by_folder
     from hflow_rt.data.dataset import open_dataset
-    from hflow_rt.runtime.latents import concatenate, interpolate, ping_pong
-    from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
-    from hflow_rt.runtime.video import save_animation
+    from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.images.video import save_animation
+    from hflow_rt.runtime.latents.operations import concatenate, interpolate, ping_pong
 
     rows = [(f"std {std}", to_uint8(session.sample(_COLUMNS, std))) for std in _STDS]
     save_image(page / "samples.png", labelled_rows(rows))

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hflow_rt.cli.common import named
 from hflow_rt.cli.graphs import export_graphs, print_report
+from hflow_rt.cli.opening import named
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
@@ -40,7 +40,7 @@ def build_engines(
     need_extra("rtx", "onnx")
     from hflow_rt.export.making import fail_on
     from hflow_rt.export.tensorrt import add_engines, parse_batch, parse_capabilities, target
-    from hflow_rt.export.tensorrt_bundle import bundle_with, plans_of
+    from hflow_rt.export.tensorrt_bundle import bundle_with
     from hflow_rt.runtime.bundle import find_bundle
 
     # everything that can be refused is refused before the graphs are exported, which takes a while
@@ -59,7 +59,7 @@ def build_engines(
             capabilities,
             batch,
             options.workspace,
-            plans_of(graphs),
+            graphs.direction or "both",
             options.refit,
             progress,
             progress if sys.stderr.isatty() else lambda text: None,
@@ -114,7 +114,7 @@ def update_engines(
 def _prove(bundle: "Bundle", key: str, where: str, images: "Sequence[Path] | None", quiet: bool) -> None:
     """Check new engines where there is a GPU, and tell of them; `where` is how commands name their bundle."""
     from hflow_rt.runtime.bundle import find_bundle
-    from hflow_rt.runtime.cuda import chosen_gpu
+    from hflow_rt.runtime.engines.cuda import chosen_gpu
 
     folder, report = bundle.path, None
     if chosen_gpu() is not None:
@@ -144,7 +144,7 @@ def _prove(bundle: "Bundle", key: str, where: str, images: "Sequence[Path] | Non
 
 def describe_engines(manifest: "Manifest") -> list[str]:
     """Lines about every set of engines that a manifest lists, for `info`."""
-    from hflow_rt.runtime.plans import FLAVORS
+    from hflow_rt.runtime.engines.plans import FLAVORS
 
     lines = []
     for key, engines in manifest.engines.items():
@@ -173,7 +173,7 @@ def describe_layers(bundle: "Bundle") -> list[str]:
     """Lines about every layer of every plan, and whose layers they are. Raises `BundleError`."""
     import json
 
-    from hflow_rt.runtime.plans import build_command
+    from hflow_rt.runtime.engines.plans import build_command
 
     lines = []
     for key, engines in bundle.manifest.engines.items():

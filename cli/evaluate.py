@@ -7,26 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import Commands, app
-from hflow_rt.cli.common import (
-    BackendOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    StdOption,
-    locate,
-    named,
-    open_session,
-)
+from hflow_rt.cli.opening import locate, named, open_session
+from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelArgument, StdOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
 
 if TYPE_CHECKING:
     from hflow_rt.data.selection import Selection
+    from hflow_rt.evaluation.batches import Track
     from hflow_rt.evaluation.bits import BitsReport, BoundBits
     from hflow_rt.evaluation.distance import DistanceReport
     from hflow_rt.evaluation.figures import Estimate
-    from hflow_rt.evaluation.shares import Track
     from hflow_rt.training.processes import Processes
 
 evaluation = Commands(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named
 from hflow_rt.cli.engines import describe_engines, describe_layers
+from hflow_rt.cli.opening import locate, named
+from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
@@ -251,8 +252,8 @@ def _print_proofs(proofs: "list[Standing]") -> None:
 def _trt_backend() -> str:
     """Which TensorRT is there and what for; its runtime, which takes a process without a GPU down, is not touched."""
     from hflow_rt.errors import BackendUnavailable
-    from hflow_rt.runtime.cuda import find_gpus
-    from hflow_rt.runtime.plans import FLAVORS, installed, product
+    from hflow_rt.runtime.engines.cuda import find_gpus
+    from hflow_rt.runtime.engines.plans import FLAVORS, installed, product
 
     gpus = find_gpus()
     machine = ", ".join(f"{gpu.name} (compute capability {gpu.capability})" for gpu in gpus)

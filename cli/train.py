@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption
+from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next
 from hflow_rt.extras import need_extra
 from hflow_rt.files import removed_if_empty
@@ -34,7 +34,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Named settings; by default hflow-demo.", show_default=False),
+        typer.Option(help="Named settings; by default the small model's.", show_default=False),
     ] = None,
     config: Annotated[
         Path | None,

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, named, warn_if_busy
+from hflow_rt.cli.opening import locate_bundle, named, warn_if_busy
+from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import print_json, say, say_next, status
 from hflow_rt.limits import check_count
 
@@ -24,9 +25,9 @@ def tune(
 
     Example: hflow-rt tune runs/my-run
     """
-    from hflow_rt.runtime.bench.variants import DIRECTIONS
-    from hflow_rt.runtime.tune import forget as forget_all
-    from hflow_rt.runtime.tune import tune as measure
+    from hflow_rt.bench.variants import DIRECTIONS
+    from hflow_rt.runtime.engines.tune import forget as forget_all
+    from hflow_rt.runtime.engines.tune import tune as measure
 
     check_count("--batch", batch)
     check_count("--rounds", rounds)

@@ -5,12 +5,14 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from hflow_rt import __version__
+from hflow_rt import manifest as schema
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
@@ -25,27 +27,31 @@ from hflow_rt.manifest import (
     Latent,
     Manifest,
     Precision,
+    Route,
+    Routes,
     Tuning,
+    graphs_of,
     read_manifest,
+    routes_of,
 )
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
-from hflow_rt.models.family import LatentModel
+from hflow_rt.models.family import LatentModel, Loop
 from hflow_rt.runtime.bundle import REPORT, Bundle
-from hflow_rt.runtime.cpu import threads
+from hflow_rt.runtime.engines.cpu import threads
+from hflow_rt.runtime.engines.plans import PLANS, graph_sha256
 from hflow_rt.runtime.noise import parse_std
-from hflow_rt.runtime.plans import PLANS, graph_sha256
 from hflow_rt.runtime.session import open_bundle
 
-__all__ = ["Direction", "check_bundle", "export_bundle"]
+__all__ = ["check_bundle", "export_bundle"]
 
-Direction = Literal["forward", "inverse", "both"]
+BANK, SCHEDULE = "bank.safetensors", "schedule.safetensors"
 
 
 def export_bundle(
     checkpoint: Path,
     output: Path,
     images: NDArray[np.float32],
-    direction: Direction = "both",
+    routes: Routes = "both",
     progress: Callable[[str], None] = lambda text: None,
     *,
     bound: bool = False,
@@ -57,17 +63,20 @@ def export_bundle(
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
     images: `[N, 3, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
-    failure leaves the bundle in place, marked unverified in its manifest. bound: also write the graph that measures
-    bits per dimension. half: first round the weights to half precision, in which `model.safetensors` then keeps
-    them; it is this rounded model, computed in float32 as ever, that the bundle holds and that its engines are held
-    against. std: what samples are drawn at by default, in the form of `parse_std`. precision: of the
-    arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come out the same.
-    tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU. Raises
-    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`.
+    failure leaves the bundle in place, marked unverified in its manifest. routes: those to write. bound: also write the
+    graph that measures bits per dimension. half: first round the weights to half precision, in which
+    `model.safetensors` then keeps them; it is this rounded model, computed in float32 as ever, that the bundle holds
+    and that its engines are held against. std: what samples are drawn at by default, in the form of `parse_std`.
+    precision: of the arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come
+    out the same. tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU.
+    Raises `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `NoInverse`.
     """
     _check_replaceable(output)
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
-    parse_std(std, model.latent_shapes())
+    latents = _latents(model)
+    scaled = [latent.name for latent in latents if latent.prior == "normal"]
+    std = std if scaled else ()
+    parse_std(std, scaled)
     with atomic_directory(output) as folder:
         if half and metadata.get("weights") != HALF:
             model, metadata = _write_half(model, metadata, folder / MODEL)
@@ -77,12 +86,12 @@ def export_bundle(
             metadata |= _origin(checkpoint)
         weights = sha256(folder / MODEL)
         specs = model.graphs()
-        routes = _routes(model, direction)
-        needed = {*routes.values(), *(["bound"] if bound else [])}
+        ways = _routes(model, routes)
+        needed = {name for way in ways.values() for name in graphs_of(way)} | ({"bound"} if bound else set())
         if missing := sorted(needed - specs.keys()):
             raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
-        if "forward" in routes:  # the graphs of other spaces serve interpolation
-            needed |= {name for pair in model.spaces().values() for name in pair}
+        if "forward" in ways:  # the graphs of other spaces serve interpolation
+            needed |= {name for space in model.spaces().values() for name in space.graphs}
         specs = {name: spec for name, spec in specs.items() if name in needed}
         if precision == "mixed" and tuning == "cpu":
             raise ConfigError("mixed precision is for GPUs and --tune cpu for CPUs; choose one of them")
@@ -91,23 +100,32 @@ def export_bundle(
         worth = Stopwatch(threads()).worth if tuning == "cpu" else None
         graphs, shared = {}, SharedWeights(folder / WEIGHTS)
         for name, spec in specs.items():
-            scales = spec.scales if metadata.get("weights") == HALF else ()
+            gains = spec.gains if metadata.get("weights") == HALF else ()
             progress(f"{'writing' if worth is None else 'measuring'} {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, scales, precision, worth)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, gains, precision, worth)
+        described = {
+            route: way if isinstance(way, str) else _described(way, folder / f"{route}.{SCHEDULE}")
+            for route, way in ways.items()
+        }
+        bank = {name: rows.detach().float().contiguous().numpy() for name, rows in model.bank().items()}
+        if bank:
+            save_file(bank, folder / BANK)
         manifest = Manifest(
             family=metadata["family"],
             config=metadata["config"],
             resolution=model.resolution,
-            latents=tuple(
-                Latent(name=name, shape=shape, prior_std=model.prior_std()[name])
-                for name, shape in model.latent_shapes().items()
-            ),
+            latents=latents,
             std=tuple(std),
             choices=dict(model.choices()),
-            routes=routes,
-            absent=model.absent(),
-            spaces={n: pair for n, pair in model.spaces().items() if set(pair) <= graphs.keys()},
+            routes=described,
+            absent=dict(model.absent()),
+            bank=BANK if bank else None,
+            spaces={
+                name: schema.Space(into=space.into, back=space.back, decode=space.decode)
+                for name, space in model.spaces().items()
+                if {*space.graphs} <= graphs.keys()
+            },
             graphs=graphs,
             precision=precision,
             tuning=tuning,
@@ -160,14 +178,34 @@ def check_bundle(
     return report
 
 
-def _routes(model: LatentModel, direction: Direction) -> dict[str, str]:
-    """The graphs of the routes that were asked for; of both, those there are. Raises `NoInverse` for an absent one."""
+def _latents(model: LatentModel) -> tuple[Latent, ...]:
+    stds, prior = model.prior_std(), model.prior()
+    return tuple(
+        Latent(name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"))
+        for name, shape in model.latent_shapes().items()
+    )
+
+
+def _routes(model: LatentModel, choice: Routes) -> dict[Route, str | Loop]:
+    """The routes that were asked for; of both, those there are. Raises `NoInverse` for one that the family lacks."""
     routes = model.routes()
-    if direction == "both":
-        return routes
-    if direction not in routes:
-        raise NoInverse(model.absent()[direction])
-    return {direction: routes[direction]}
+    if choice != "both" and choice not in routes:
+        raise NoInverse(model.absent()[choice])
+    return {route: routes[route] for route in routes_of(choice) if route in routes}
+
+
+def _described(loop: Loop, schedule: Path) -> schema.Loop:
+    """A loop as the manifest has it; its tables go into the file `schedule`."""
+    save_file({name: np.ascontiguousarray(table, np.float32) for name, table in loop.schedule.items()}, schedule)
+    return schema.Loop(
+        start=loop.start,
+        step=loop.step,
+        steps=loop.steps,
+        schedule=schedule.name,
+        carry=dict(loop.carry),
+        last=loop.last,
+        every=dict(loop.every),
+    )
 
 
 def _check_replaceable(output: Path) -> None:
@@ -177,7 +215,8 @@ def _check_replaceable(output: Path) -> None:
     if not is_file(output / MANIFEST):
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
     names = {path.name for path in output.iterdir()}
-    others = {name for name in names if not name.endswith(".onnx")} - {MANIFEST, MODEL, WEIGHTS, PLANS, *REPORT}
+    tables = {BANK, *(f"{route}.{SCHEDULE}" for route in get_args(Route))}
+    others = {n for n in names - tables if not n.endswith(".onnx")} - {MANIFEST, MODEL, WEIGHTS, PLANS, *REPORT}
     if others:
         raise BundleError(
             f"{output} holds {min(others)}, which is no part of a bundle; move it, or choose another --out"

@@ -15,11 +15,11 @@ from hflow_rt.assets import demo_images, pretrained
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
-from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, read_manifest
+from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, Routes, read_manifest, routes_of
 from hflow_rt.runs import resolve_run
 from hflow_rt.runtime.backends import check_backend
 from hflow_rt.runtime.bundle import BUNDLE, Bundle
-from hflow_rt.runtime.reading import read_pictures
+from hflow_rt.runtime.images.reading import read_pictures
 
 __all__ = [
     "ENGINES",
@@ -52,7 +52,7 @@ class GraphOptions:
     """What `export` was asked for of the graphs; None where nothing was asked."""
 
     images: Sequence[Path] | None = None
-    direction: Literal["forward", "inverse", "both"] | None = None
+    direction: Routes | None = None
     bound: bool | None = None
     std: Sequence[str] | None = None
     half: bool | None = None
@@ -63,9 +63,9 @@ class GraphOptions:
         """With all that was not asked for as it is in the bundle that is there, else by default."""
         known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
         if there is not None:
-            both = {"forward", "inverse"} <= there.graphs.keys()
+            whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
-                direction="both" if both else "forward" if "forward" in there.graphs else "inverse",
+                direction="both" if whole else next(iter(there.routes)),
                 bound="bound" in there.graphs,
                 std=list(there.std),
                 half=there.checkpoint.get("weights") == HALF,
@@ -164,7 +164,7 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
     Raises `CheckpointError` and `ConfigError`.
     """
     from hflow_rt.models.checkpoint import parse_config, read_metadata
-    from hflow_rt.models.family import family
+    from hflow_rt.models.registry import family
 
     metadata = read_metadata(source)
     config: Any = parse_config(family(metadata["family"]).config, metadata["config"])

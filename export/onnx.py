@@ -15,11 +15,11 @@ import torch
 from onnx.external_data_helper import set_external_data
 
 from hflow_rt.errors import HFlowError
-from hflow_rt.export.half import halve
-from hflow_rt.export.precision import mix
+from hflow_rt.export.half_weights import halve
+from hflow_rt.export.mixed_precision import mix
 from hflow_rt.export.tuning import Worth, tune
 from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
-from hflow_rt.models.family import GraphSpec, Scale, TensorSpec
+from hflow_rt.models.family import Gain, GraphSpec, TensorSpec
 
 __all__ = ["MAX_BATCH", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
 
@@ -73,22 +73,23 @@ def export_graph(
     path: Path,
     metadata: dict[str, str],
     weights: SharedWeights,
-    scales: Collection[Scale] = (),
+    gains: Collection[Gain] = (),
     precision: Precision = "fp32",
     worth: Worth | None = None,
 ) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
 
-    scales: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
+    gains: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
     `mixed` computes the nets of `spec` in float16 (see `mix`). worth: which rewrites to take (see `tune`), by default
     none. Raises `HFlowError` if the result is not valid.
     """
     module = spec.module.eval()
     examples = tuple(_example(tensor) for tensor in spec.inputs)
     batch = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}
+    dynamic = tuple(None if tensor.role == "schedule" else batch for tensor in spec.inputs)
     # a module of `*args` takes its shapes as one tuple
     variadic = module.forward.__code__.co_flags & 0x04
-    shapes = (tuple(batch for _ in examples),) if variadic else tuple(batch for _ in examples)
+    shapes = (dynamic,) if variadic else dynamic
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -109,8 +110,8 @@ def export_graph(
     if precision == "mixed" and not mix(proto, spec.nets, spec.heads):
         raise HFlowError(f"graph '{spec.name}' has no nets to compute in half precision; export with --precision fp32")
     rewrites = {} if worth is None else tune(proto, worth)
-    if scales:
-        halve(proto, scales)
+    if gains:
+        halve(proto, gains)
     onnx.checker.check_model(proto, full_check=True)
     counts = operator_counts(proto)
     if leftover := sorted(_UNFOLDED & counts.keys()):
@@ -141,9 +142,9 @@ def _example(tensor: TensorSpec) -> torch.Tensor:
     """Two samples of plausible input: batch 1 would be specialised."""
     generator = torch.Generator().manual_seed(0)
     if tensor.range is None:
-        return torch.randn(2, *tensor.shape, generator=generator)
+        return torch.randn(tensor.batched(2), generator=generator)
     low, high = tensor.range
-    return low + (high - low) * torch.rand(2, *tensor.shape, generator=generator)
+    return low + (high - low) * torch.rand(tensor.batched(2), generator=generator)
 
 
 def _described(tensor: TensorSpec) -> Tensor:

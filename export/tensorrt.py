@@ -18,10 +18,21 @@ from typing import IO, Any
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, EngineMismatch
 from hflow_rt.export.tensorrt_build import BuildRequest, difference, prepared
 from hflow_rt.files import atomic_directory, atomic_file, removed_if_empty, sha256
-from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Graph, Manifest, Plan, read_manifest
+from hflow_rt.manifest import (
+    MANIFEST,
+    BundledFile,
+    Engines,
+    Graph,
+    Manifest,
+    Plan,
+    Routes,
+    graphs_of,
+    read_manifest,
+    routes_of,
+)
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.cuda import Gpu, chosen_gpu
-from hflow_rt.runtime.plans import (
+from hflow_rt.runtime.engines.cuda import Gpu, chosen_gpu
+from hflow_rt.runtime.engines.plans import (
     FLAVORS,
     PLANS,
     Flavor,
@@ -33,9 +44,8 @@ from hflow_rt.runtime.plans import (
     product,
 )
 
-__all__ = ["GRAPHS", "add_engines", "parse_batch", "parse_capabilities", "refit_engines", "refittable", "target"]
+__all__ = ["add_engines", "parse_batch", "parse_capabilities", "refit_engines", "refittable", "target"]
 
-GRAPHS = ("forward", "inverse")
 BATCH = (1, 16, 64)
 _TIMING_CACHE = "timing.cache"
 _COMMAND = [sys.executable, "-P", "-m", "hflow_rt.export.tensorrt_build"]
@@ -51,12 +61,14 @@ def add_engines(
     capabilities: Sequence[str] | None = None,
     batch: tuple[int, int, int] | None = None,
     workspace: int | None = None,
-    graphs: Sequence[str] = GRAPHS,
+    routes: Routes = "both",
     refit: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     detail: Callable[[str], None] = lambda text: None,
 ) -> tuple[Bundle, str]:
-    """Build plans of `graphs`, as far as the bundle has them, into `trt/KEY/`; the bundle as it is then, and the key.
+    """Build plans of all that `routes` need into `trt/KEY/`; the bundle as it is then, and the key.
+
+    routes: `both` for every graph of the bundle.
 
     flavor: as of `product`. capabilities: GPUs to build for, such as `8.9`, with TensorRT for RTX; else this machine's
     GPU, or without one `_PORTABLE`. batch: smallest, likeliest and largest of one call, see `parse_batch`.
@@ -71,9 +83,10 @@ def add_engines(
             " with --tune any, to another --out if this bundle is to stay"
         )
     built_by, gpu, capabilities = target(flavor, capabilities, refit)
-    names = [name for name in graphs if name in bundle.manifest.graphs]
+    ways = [bundle.manifest.routes[route] for route in routes_of(routes) if route in bundle.manifest.routes]
+    names = list(bundle.manifest.graphs) if routes == "both" else [name for way in ways for name in graphs_of(way)]
     if not names:
-        raise BundleError(f"{bundle.path} has neither of {', '.join(graphs)}; export them with 'hflow-rt export'")
+        raise BundleError(f"{bundle.path} has no {routes} route; export it with 'hflow-rt export'")
     batch = _batch(batch, [bundle.manifest.graphs[name] for name in names])
     digests = {name: graph_sha256(bundle.manifest, name) for name in names}
     gpu_name = gpu.name if built_by.flavor == "tensorrt" and gpu is not None else None

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from hflow_rt.export.tensorrt_engine import EngineError, engine_layers, loaded, refitted, write_layers
 from hflow_rt.manifest import MODULE
-from hflow_rt.runtime.tensorrt import error_logger
+from hflow_rt.runtime.engines.tensorrt import error_logger
 
 __all__ = ["BuildRequest", "difference", "main", "prepared"]
 
@@ -265,6 +265,7 @@ def _member(capability: str) -> str:
 def _set_batch(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:
     """One batch size becomes part of the shapes; a range becomes the optimisation profile."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    inputs = [tensor for tensor in inputs if tensor.shape[0] < 0]  # but for rows that all images share
     if batch[0] == batch[2]:
         for tensor in inputs:
             tensor.shape = (batch[0], *tuple(tensor.shape)[1:])

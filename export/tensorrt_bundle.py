@@ -8,14 +8,14 @@ from pathlib import Path
 from hflow_rt.assets import PRETRAINED, pretrained
 from hflow_rt.errors import BundleError, CheckpointError
 from hflow_rt.export.making import GraphOptions, checked, fail_on, model_and_bundle
-from hflow_rt.export.tensorrt import GRAPHS, add_engines
+from hflow_rt.export.tensorrt import add_engines
 from hflow_rt.files import atomic_directory, exists, is_file
-from hflow_rt.manifest import MANIFEST, read_manifest
+from hflow_rt.manifest import MANIFEST, read_manifest, routes_of
 from hflow_rt.runs import ROOT, latest_run
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.cuda import chosen_gpu
+from hflow_rt.runtime.engines.cuda import chosen_gpu
 
-__all__ = ["Make", "add_plans", "bundle_with", "is_of", "plans_of"]
+__all__ = ["Make", "add_plans", "bundle_with", "is_of"]
 
 Make = Callable[[Path, Path, GraphOptions], object]
 
@@ -34,15 +34,10 @@ def add_plans(
     Without a GPU they stay unverified.
     """
     folder = bundle_with(run, output, graphs, make, progress)
-    bundle, _ = add_engines(find_bundle(folder), graphs=plans_of(graphs), progress=progress)
+    bundle, _ = add_engines(find_bundle(folder), routes=graphs.direction or "both", progress=progress)
     if chosen_gpu() is not None:
         fail_on(checked(bundle, graphs.images, "trt", "cuda", None, progress, note))
     return folder
-
-
-def plans_of(graphs: GraphOptions) -> tuple[str, ...]:
-    """The graphs to build engines of."""
-    return GRAPHS if graphs.direction in (None, "both") else (graphs.direction,)
 
 
 def bundle_with(
@@ -100,10 +95,11 @@ def _lacking(folder: Path, graphs: GraphOptions) -> tuple[str, GraphOptions]:
     manifest = read_manifest(folder)
     known = GraphOptions().filled(manifest)
     wanted = graphs.filled(manifest)
-    one_more = known.direction not in ("both", wanted.direction)
-    wanted = replace(wanted, direction="both" if one_more else known.direction)
-    if one_more:
-        return f"the graph {'inverse' if known.direction == 'forward' else 'forward'}", wanted
+    lacking = [route for route in routes_of(wanted.direction or "both") if route not in manifest.routes]
+    lacking = [route for route in lacking if route not in manifest.absent]
+    wanted = replace(wanted, direction="both" if lacking else known.direction)
+    if lacking:
+        return f"the route {lacking[0]}", wanted
     if wanted.bound and not known.bound:
         return "the graph bound", wanted
     if wanted.precision != known.precision:

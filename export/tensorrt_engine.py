@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.runtime.cuda import Cuda, chosen_gpu
+from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
 
 __all__ = ["EngineError", "engine_layers", "loaded", "refitted", "write_layers"]
 

@@ -13,7 +13,7 @@ from hflow_rt.export.algebra import branches, concatenation, resampling, sizes, 
 from hflow_rt.export.rewriting import Pass, Rewrite, View, apply
 from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
-from hflow_rt.runtime.cpu import Settings
+from hflow_rt.runtime.engines.cpu import Settings
 
 __all__ = ["PASSES", "Stopwatch", "Worth", "tune"]
 

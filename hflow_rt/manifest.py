@@ -1,7 +1,7 @@
 """The manifest of a bundle: what an exported model is, so that it can be run without its training code."""
 
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -9,6 +9,7 @@ from hflow_rt.errors import BundleError
 
 __all__ = [
     "HALF",
+    "LOG_PROB",
     "MANIFEST",
     "MODEL",
     "MODULE",
@@ -18,18 +19,26 @@ __all__ = [
     "Engines",
     "Graph",
     "Latent",
+    "Loop",
     "Manifest",
     "Plan",
     "Precision",
+    "Prior",
     "Role",
+    "Route",
+    "Routes",
+    "Space",
     "Tensor",
     "Tuning",
+    "graphs_of",
     "read_manifest",
+    "routes_of",
 ]
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 HALF = "float16"  # what a model file says of its weights if they were rounded
+LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 MODULE = "module"  # key under which a node of a graph names the module it came from
 SCHEMA = 2
 STD = ("0.7",)
@@ -40,8 +49,14 @@ Tuning = Literal["any", "cpu"]
 #   noise      standard normal, beside either       uniform    in [0, 1), beside either
 #   condition  a one-hot choice among options       control    a number, its default unless the caller gives another
 #   value      what another graph yields: another space, or what a loop carries
+#   schedule   `[1, *shape]`, a row of a loop's table, the same for all images of a call
 #   score      one number an image, such as its log-probability
-Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "score"]
+Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score"]
+Route = Literal["forward", "inverse"]  # latents to image, image to latents
+Routes = Literal["forward", "inverse", "both"]  # one by name, or all that a model has
+# where a latent of a sample comes from: standard normal numbers times its std, the same without a temperature, or a row
+# of a table of latents of real images
+Prior = Literal["normal", "unscaled", "bank"]
 
 
 class _Entry(BaseModel):
@@ -49,7 +64,7 @@ class _Entry(BaseModel):
 
 
 class Tensor(_Entry):
-    """A named tensor of a graph; `shape` is without the batch axis, which is always first and dynamic."""
+    """A named tensor of a graph; `shape` is without the batch axis, which is first and dynamic (see `batched`)."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,9 +73,13 @@ class Tensor(_Entry):
     range: tuple[float, float] | None = None
     default: float | None = Field(default=None, description="of a control")
 
+    def batched(self, batch: int) -> tuple[int, ...]:
+        """Its shape in a call with `batch` images."""
+        return (1 if self.role == "schedule" else batch, *self.shape)
+
 
 class Graph(_Entry):
-    """One direction of the model."""
+    """One graph of the model."""
 
     file: str
     weights: str | None = Field(default=None, description="file beside it that holds its constants, shared by graphs")
@@ -77,6 +96,43 @@ class Latent(_Entry):
     name: str
     shape: tuple[int, ...]
     prior_std: float
+    prior: Prior = "normal"
+
+
+class Loop(_Entry):
+    """A route of several calls, see `Loop` in the contract of models."""
+
+    start: str
+    step: str
+    steps: int = Field(gt=0)
+    schedule: str = Field(description="file of the tables `[steps, *shape]`, by input of `step`")
+    carry: dict[str, str]
+    last: tuple[str, ...] = ()
+    every: dict[str, str] = {}
+
+    @property
+    def graphs(self) -> tuple[str, str]:
+        """What it runs."""
+        return self.start, self.step
+
+
+class Space(_Entry):
+    """Another space than that of the latents: the graphs into it, back, and from it straight to an image."""
+
+    into: str | None = None
+    back: str | None = None
+    decode: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, values: Any) -> Any:
+        """Former bundles have a pair: into it and back."""
+        return dict(zip(("into", "back"), values, strict=True)) if isinstance(values, list | tuple) else values
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Those that it has."""
+        return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
 
 
 class BundledFile(_Entry):
@@ -128,9 +184,10 @@ class Manifest(_Entry):
     choices: dict[str, tuple[str, ...]] = Field(
         default={}, description="what graphs are told beside image or latents: options by name, as one-hot vectors"
     )
-    routes: dict[str, str] = Field(description="forward, latents to image, and inverse, image to latents: their graphs")
-    absent: dict[str, str] = Field(default={}, description="route that the family lacks: why, in one sentence")
-    spaces: dict[str, tuple[str, str]] = Field(description="space: graph from latents into it, graph back")
+    routes: dict[Route, str | Loop] = Field(description="a graph each, or a loop of calls of two graphs")
+    absent: dict[Route, str] = Field(default={}, description="route that the family lacks: why, in one sentence")
+    bank: str | None = Field(default=None, description="file of the latents whose prior is a bank, `[rows, *shape]`")
+    spaces: dict[str, Space] = {}
     graphs: dict[str, Graph]
     precision: Precision = "fp32"
     tuning: Tuning = Field(default="any", description="machines that the graphs were written for")
@@ -158,6 +215,12 @@ class Manifest(_Entry):
             for file in (graph.file, graph.weights):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
+        for route, found in self.routes.items():
+            for name in graphs_of(found):
+                if name not in self.graphs:
+                    raise ValueError(f"route '{route}' needs graph '{name}', which is not among the graphs")
+            if isinstance(found, Loop) and found.schedule not in self.files:
+                raise ValueError(f"route '{route}' has its schedule in {found.schedule}, which is not among the files")
         for key, engines in self.engines.items():
             for plan in engines.plans.values():
                 for file in (plan.file, plan.layers):
@@ -178,6 +241,22 @@ class Manifest(_Entry):
     def dump(self) -> str:
         """The JSON text of the manifest file."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def routes_of(choice: Routes) -> tuple[Route, ...]:
+    """The routes that a choice names."""
+    every: tuple[Route, ...] = get_args(Route)
+    return every if choice == "both" else (choice,)
+
+
+class _Looped(Protocol):
+    @property
+    def graphs(self) -> tuple[str, ...]: ...
+
+
+def graphs_of(way: str | _Looped) -> tuple[str, ...]:
+    """The graphs of a route, which is one by name or a loop of several."""
+    return (way,) if isinstance(way, str) else way.graphs
 
 
 def _from_schema_1(values: dict[str, Any]) -> Any:
@@ -204,7 +283,7 @@ def _from_schema_1(values: dict[str, Any]) -> Any:
             name: graph | {side: told(name, graph[side]) for side in ("inputs", "outputs")}
             for name, graph in values["graphs"].items()
         }
-        routes = {name: name for name in ("forward", "inverse") if name in graphs}
+        routes = {name: name for name in get_args(Route) if name in graphs}
     except (KeyError, TypeError, AttributeError):
         return values
     return values | {"schema_version": SCHEMA, "graphs": graphs, "routes": routes}

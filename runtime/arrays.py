@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 
 from hflow_rt.errors import DataError
-from hflow_rt.runtime.pictures import check_pixels, from_uint8
+from hflow_rt.manifest import Tensor
+from hflow_rt.runtime.images.pictures import check_pixels, from_uint8
+from hflow_rt.runtime.noise import Stream
 
-__all__ = ["as_pixels", "check_tensors", "concatenated", "filled", "library", "to_numpy"]
+__all__ = ["as_kind", "as_pixels", "check_tensors", "concatenated", "filled", "given", "library", "stacked", "to_numpy"]
+
+_MEANS = {"noise": 0.0, "uniform": 0.5}
 
 
 def library(array: Any) -> str:
@@ -16,9 +20,28 @@ def library(array: Any) -> str:
     return type(array).__module__.partition(".")[0]
 
 
+def as_kind(like: Any, array: Any) -> Any:
+    """An array as a tensor where `like` is one, on its device."""
+    if library(like) != "torch" or library(array) == "torch":
+        return array
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
+
+
 def filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
     """A float32 array, or a tensor where `like` is."""
     return like.new_full(shape, value) if library(like) == "torch" else np.full(shape, value, np.float32)
+
+
+def given(tensor: Tensor, values: Mapping[str, Any], count: int) -> Any:
+    """An input by name; where nobody gave it, of a control its default, of noise its mean. Raises `DataError`."""
+    if tensor.name in values:
+        return values[tensor.name]
+    unset = tensor.default if tensor.role == "control" else _MEANS.get(tensor.role)
+    if unset is None:
+        raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
+    return filled(next(iter(values.values())), tensor.batched(count), unset)
 
 
 def concatenated(parts: Sequence[Any]) -> Any:
@@ -28,6 +51,15 @@ def concatenated(parts: Sequence[Any]) -> Any:
 
         return torch.cat(list(parts))
     return np.concatenate(parts)
+
+
+def stacked(parts: Sequence[Any]) -> Any:
+    """Arrays `[B, *shape]` of one library as `[B, len(parts), *shape]`."""
+    if library(parts[0]) == "torch":
+        import torch
+
+        return torch.stack(list(parts), 1)
+    return np.stack(parts, 1)
 
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
@@ -43,7 +75,7 @@ def to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     Raises `DataError` for a mixture, and for anything else.
     """
     kinds = {type(array).__name__: library(array) for array in arrays.values()}
-    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+    if all(isinstance(array, np.ndarray | Stream) for array in arrays.values()):
         return dict(arrays), lambda array: array
     if set(kinds.values()) != {"torch"}:
         raise DataError(f"arrays must be all numpy or all torch, not {' and '.join(sorted(kinds))}")

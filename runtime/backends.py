@@ -1,6 +1,6 @@
 """What a backend is, and which there are."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from hflow_rt.errors import BackendUnavailable
@@ -9,9 +9,9 @@ __all__ = ["BACKENDS", "DEVICES", "ONNX_DEVICES", "Engine", "check_backend"]
 
 # name -> (module with `open_engine`, what it is); also what the command line offers
 BACKENDS = {
-    "onnx": ("hflow_rt.runtime.onnx", "ONNX Runtime on the exported graphs"),
-    "trt": ("hflow_rt.runtime.tensorrt", "TensorRT, or TensorRT for RTX, on the engines built for this GPU"),
-    "torch": ("hflow_rt.runtime.torch", "PyTorch on the bundled weights, constants folded"),
+    "onnx": ("hflow_rt.runtime.engines.onnx", "ONNX Runtime on the exported graphs"),
+    "trt": ("hflow_rt.runtime.engines.tensorrt", "TensorRT, or TensorRT for RTX, on the engines built for this GPU"),
+    "torch": ("hflow_rt.runtime.engines.torch", "PyTorch on the bundled weights, constants folded"),
 }
 DEVICES = ("auto", "cpu", "cuda")
 # of the onnx backend only, for who asks for them: ONNX Runtime hands the graph to TensorRT, or to TensorRT for RTX
@@ -37,8 +37,22 @@ class Engine(Protocol):
     def tensors(self) -> str | None:
         """The device, such as `cuda:0`, whose torch tensors `run` takes and yields without a copy through the host."""
 
+    @property
+    def largest(self) -> int | None:
+        """The largest batch of one call, if it is smaller than that of the graphs."""
+
     def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         """Outputs of `graph`, of the kind of the inputs. Raises `BundleError` where the bundle lacks it."""
+
+    def loop(
+        self,
+        graph: str,
+        first: Mapping[str, Any],
+        rows: Iterable[Mapping[str, Any]],
+        carry: Mapping[str, str],
+        every: Collection[str],
+    ) -> Iterator[Mapping[str, Any]]:
+        """Calls of `graph`, one for each of `rows`, as `looped` says, on at most `largest` images."""
 
     def close(self) -> None:
         """Give back what it holds on a GPU. Once closed it does not run again."""

@@ -8,15 +8,16 @@ the same two keys that are told apart by name and step.
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
 from hflow_rt.memory import need
 
-__all__ = ["draw", "draw_latents", "draw_noise", "parse_std"]
+__all__ = ["Stream", "draw", "draw_latents", "draw_noise", "draw_rows", "parse_std"]
 
 _KEYS = 2**64  # Philox takes two 64-bit words as its key
 
@@ -61,10 +62,57 @@ def draw_noise(
     """The stream `name` at `step`, `[len(indices), *shape]`: standard normal `noise`, or `uniform` in [0, 1)."""
     rows = []
     for index in indices:
-        stream = _stream(seed, index, (0, 0, step, 1 + zlib.crc32(name.encode())))
+        stream = _stream(seed, index, (0, 0, step, _named(name)))
         draw = stream.standard_normal if kind == "noise" else stream.random
         rows.append(draw(shape, dtype=np.float32))
     return np.stack(rows)
+
+
+def draw_rows(rows: int, seed: int, indices: Sequence[int]) -> NDArray[np.int64]:
+    """For each image the row that it has of a table with `rows`, `[len(indices)]`."""
+    return np.array([_stream(seed, index, (0, 0, 0, _named("bank"))).integers(rows) for index in indices])
+
+
+class Stream(NDArrayOperatorsMixin):
+    """Draws of the images `indices` for the steps 0 .. `steps` - 1 of a loop, an array `[B, steps, *shape]`.
+
+    It is made a step at a time by who asks for one, and as a whole only where numpy needs the values.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self,
+        kind: Literal["noise", "uniform"],
+        name: str,
+        shape: tuple[int, ...],
+        seed: int,
+        indices: Sequence[int],
+        steps: int,
+    ) -> None:
+        self._what, self._seed, self._indices, self._steps = (kind, name, shape), seed, indices, steps
+        self.shape = (len(indices), steps, *shape)
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def step(self, index: int) -> NDArray[np.float32]:
+        """The draws `[B, *shape]` of one step."""
+        return draw_noise(*self._what, self._seed, self._indices, index)
+
+    def __getitem__(self, rows: Any) -> Any:
+        if isinstance(rows, slice):
+            return Stream(*self._what, self._seed, self._indices[rows], self._steps)
+        return np.asarray(self)[rows]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        need(8 * math.prod(self.shape), f"the noise of {len(self):,} images", "take fewer images together (--batch)")
+        return np.stack([self.step(index) for index in range(self._steps)], 1).astype(dtype or self.dtype, copy=False)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **settings: Any) -> Any:
+        made = (np.asarray(value) if isinstance(value, Stream) else value for value in inputs)
+        return getattr(ufunc, method)(*made, **settings)
 
 
 def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
@@ -109,6 +157,11 @@ def _positive(name: str | None, number: float | str, names: Sequence[str]) -> fl
             f"give a number, or NAME=NUMBER for one of the latents {', '.join(names)}"
         )
     return value
+
+
+def _named(name: str) -> int:
+    """The last word of a counter; that of the latents is 0."""
+    return 1 + zlib.crc32(name.encode())
 
 
 def _stream(seed: int, index: int, counter: Sequence[int] = (0, 0, 0, 0)) -> np.random.Generator:

@@ -15,32 +15,40 @@ from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import Graph, Manifest, Precision, Role, Tensor
+from hflow_rt.manifest import LOG_PROB, Graph, Loop, Manifest, Precision, Route, Space
 from hflow_rt.memory import guarded, need
-from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, library, to_numpy
+from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.latents import check_latents
-from hflow_rt.runtime.noise import draw_latents, draw_noise, parse_std
-from hflow_rt.runtime.pictures import check_folder, save_image, to_uint8, write_pictures
+from hflow_rt.runtime.drawing import Drawing
+from hflow_rt.runtime.images.pictures import check_folder, save_image, to_uint8, write_pictures
+from hflow_rt.runtime.latents.operations import check_latents
+from hflow_rt.runtime.loops import calls_of, follow, mean_draws
+from hflow_rt.runtime.noise import parse_std
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
+_FEWER = "take fewer images together (--batch or -n)"
 LATENT_SPACE = "z"  # the space of the latents themselves
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Latents by name `[B, *shape]` and log-probability `[B]` in nats (bits/dim = -log_prob / (D ln 2) + bits).
+    """Latents by name `[B, *shape]`, and numbers `[B]` that the model yields beside them.
 
     Conditions that were given are among the latents, so that `forward` is told the same.
     """
 
     latents: dict[str, Any]
-    log_prob: Any
+    scores: dict[str, Any]
+
+    @property
+    def log_prob(self) -> Any:
+        """Log-probability in nats (bits/dim = -log_prob / (D ln 2) + bits); None where the model knows none."""
+        return self.scores.get(LOG_PROB)
 
 
 class Session:
@@ -56,6 +64,7 @@ class Session:
         self.bundle = bundle
         self.manifest: Manifest = bundle.manifest
         self._engine = engine
+        self.drawing = Drawing(bundle)
 
     def __repr__(self) -> str:
         """What is loaded, what runs it, whether that was proved, and what the latents are."""
@@ -122,14 +131,17 @@ class Session:
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `forward` takes: the latents, what is random beside them, and a one-hot vector for every choice."""
-        noise = {tensor.name: tensor.shape for tensor in self._forward_inputs("noise", "uniform")}
+        """What `forward` takes: the latents, what is random beside them, and a one-hot vector for every choice.
+
+        Of what is random in every call of a loop `[K, *shape]`.
+        """
+        noise = {name: draw.whole for name, draw in self.drawing.beside().items()}
         return self.latent_shapes | noise | {name: (len(options),) for name, options in self.choices.items()}
 
     @property
     def controls(self) -> dict[str, float]:
         """Numbers that `forward` can be given, by name, and their defaults."""
-        return {tensor.name: float(tensor.default or 0) for tensor in self._forward_inputs("control")}
+        return {tensor.name: float(tensor.default or 0) for tensor in self.drawing.inputs("control")}
 
     @property
     def std(self) -> list[str]:
@@ -144,7 +156,8 @@ class Session:
     @property
     def spaces(self) -> tuple[str, ...]:
         """The latents' own space and the others of the family, see `into_space`."""
-        return (LATENT_SPACE, *self.manifest.spaces)
+        ways = self.manifest.spaces.items()
+        return (LATENT_SPACE, *(name for name, space in ways if space.into and (space.back or space.decode)))
 
     @property
     def bits(self) -> int:
@@ -160,7 +173,7 @@ class Session:
         shapes = self.input_shapes
         if space == LATENT_SPACE:
             return shapes
-        into = self._graph(self._space(space)[0])
+        into = self._graph(self._way(space, "into"))
         replaced = {tensor.name for tensor in into.inputs}
         others = {name: shape for name, shape in shapes.items() if name not in replaced}
         return {tensor.name: tensor.shape for tensor in into.outputs} | others
@@ -168,8 +181,8 @@ class Session:
     def joined(self, space: str = LATENT_SPACE) -> tuple[tuple[str, ...], ...]:
         """Groups of the tensors of `space` that are one vector in it or in another, which slerp turns together."""
         if space != LATENT_SPACE:
-            return (tuple(tensor.name for tensor in self._graph(self._space(space)[0]).outputs),)
-        graphs = [self.manifest.graphs.get(into) for into, _ in self.manifest.spaces.values()]
+            return (tuple(tensor.name for tensor in self._graph(self._way(space, "into")).outputs),)
+        graphs = [self.manifest.graphs.get(found.into or "") for found in self.manifest.spaces.values()]
         return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
 
     def forward(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Any:
@@ -188,7 +201,7 @@ class Session:
         check_latents(arrays, self.input_shapes, "these latents")
         check_told(self.choices, arrays)
         arrays |= self._set(controls or {}, next(iter(arrays.values())))
-        return restore(self.run_graph(self._route("forward"), arrays)["image"])
+        return restore(self.run("forward", arrays)["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
         """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability.
@@ -213,8 +226,9 @@ class Session:
             )
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_told(self.choices, arrays)
-        outputs = self.run_graph(self._route("inverse"), {"image": pixels, **arrays}) | arrays
-        return Encoded({name: restore(outputs[name]) for name in self.input_shapes}, restore(outputs["log_prob"]))
+        outputs = self.run("inverse", {"image": pixels, **arrays}) | arrays
+        latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
+        return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
 
     def sample(
         self,
@@ -248,7 +262,7 @@ class Session:
         >>> hflow_rt.load().read("photo.png").shape
         (1, 3, 64, 64)
         """
-        from hflow_rt.runtime.reading import read_pictures
+        from hflow_rt.runtime.images.reading import read_pictures
 
         def warn(line: str) -> None:
             warnings.warn(line, stacklevel=4)
@@ -289,13 +303,13 @@ class Session:
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
         """
         check_count("the batch", batch)
-        stds = parse_std(self.std if std is None else std, self.latent_shapes)
+        if std is not None and not self.drawing.scaled:
+            controls = f"; it has {', '.join(self.controls)} to set instead" if self.controls else ""
+            raise DataError(f"no std applies to the latents of this {self.manifest.family} model; omit it{controls}")
+        stds = parse_std(self.std if std is None else std, self.drawing.scaled)
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
-            drawn = draw_latents(self.latent_shapes, self.manifest.prior_std, seed, part, stds)
-            for tensor in self._forward_inputs("noise", "uniform"):
-                kind: Literal["noise", "uniform"] = "uniform" if tensor.role == "uniform" else "noise"
-                drawn[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, part)
+            drawn = self.drawing.latents(seed, part, stds) | self.drawing.noise(seed, part)
             told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
             yield drawn | told
 
@@ -306,32 +320,46 @@ class Session:
         """
         shapes = self.space_shapes(space)
         check_latents(latents, self.input_shapes, "these latents")
-        made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[0], latents)
+        made = {} if space == LATENT_SPACE else self.run_graph(self._way(space, "into"), latents)
         return {name: made[name] if name in made else latents[name] for name in shapes}
 
     def from_space(self, space: str, values: Mapping[str, Array]) -> dict[str, Array]:
-        """The inverse of `into_space`."""
+        """The inverse of `into_space`. Raises `DataError`, also for a space that leads to images only."""
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
-        made = {} if space == LATENT_SPACE else self.run_graph(self._space(space)[1], values)
+        made = {} if space == LATENT_SPACE else self.run_graph(self._way(space, "back"), values)
         return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
-    def _space(self, space: str) -> tuple[str, str]:
+    def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Array:
+        """Images `[B, 3, R, R]` in [0, 1] of what `into_space` yields; controls as of `forward`. Raises `DataError`."""
+        found = None if space == LATENT_SPACE else self._space(space)
+        if found is None or found.decode is None:
+            return self.forward(self.from_space(space, values), controls)
+        check_latents(values, self.space_shapes(space), f"these values of space {space}")
+        taken = {tensor.name for tensor in self._graph(found.decode).inputs}
+        given = {name: value for name, value in (controls or {}).items() if name in taken}
+        image: Array = self.run_graph(found.decode, {**values, **self._set(given, next(iter(values.values())))})[
+            "image"
+        ]
+        return image
+
+    def _space(self, space: str) -> Space:
         if space not in self.manifest.spaces:
             known = ", ".join(self.spaces)
             raise DataError(f"unknown space '{space}' for this {self.manifest.family} model; known: {known}")
-        pair = self.manifest.spaces[space]
-        for graph in pair:
-            self._graph(graph)
-        return pair
+        return self.manifest.spaces[space]
 
-    def _forward_inputs(self, *roles: Role) -> list[Tensor]:
-        """The inputs of these roles of the graph that leads to the image."""
-        graph = self.manifest.graphs.get(self.manifest.routes.get("forward", ""))
-        return [] if graph is None else [tensor for tensor in graph.inputs if tensor.role in roles]
+    def _way(self, space: str, way: Literal["into", "back"]) -> str:
+        """The graph into a space, or back."""
+        graph = getattr(self._space(space), way)
+        if graph is None:
+            lead = "cannot be entered from latents" if way == "into" else "leads to images only"
+            raise DataError(f"space {space} of this {self.manifest.family} model {lead}; choose another --space")
+        self._graph(graph)
+        return str(graph)
 
     def _set(self, controls: Mapping[str, float], like: Any) -> dict[str, Any]:
         """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
-        known = {tensor.name: tensor for tensor in self._forward_inputs("control")}
+        known = {tensor.name: tensor for tensor in self.drawing.inputs("control")}
         values = {}
         for name, value in controls.items():
             if name not in known:
@@ -343,11 +371,28 @@ class Session:
             values[name] = filled(like, (len(like), *known[name].shape), value)
         return values
 
-    def _route(self, route: str) -> str:
-        """The graph of `forward` or `inverse`. Raises `NoInverse` where the family has none."""
+    def run(self, route: Route, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none."""
         if route in self.manifest.absent:
             raise NoInverse(self.manifest.absent[route])
-        return self.manifest.routes.get(route, route)
+        found = self.manifest.routes.get(route, route)
+        if isinstance(found, str):
+            return self.run_graph(found, values)
+        largest = min(self._largest(name) for name in found.graphs)
+        count = len(next(iter(values.values())))
+        parts = [
+            self._follow(found, {name: value[start : start + largest] for name, value in values.items()})
+            for start in range(0, count, largest)
+        ]
+        return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
+
+    def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
+        """One batch through a loop."""
+        step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
+        values = {**mean_draws(step, loop.steps, values), **values}
+        begun = self.run_graph(loop.start, values)
+        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
+            return follow(loop, values, begun, calls_of(self._engine, loop, step, schedule, values), self.latent_shapes)
 
     def _graph(self, name: str) -> Graph:
         if name not in self.manifest.graphs:
@@ -358,18 +403,28 @@ class Session:
     def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run one graph by name, unchecked, on any batch size: batches beyond its largest are split."""
         graph = self._graph(name)
-        count = len(next(values[tensor.name] for tensor in graph.inputs if tensor.name in values))
-        inputs = [
-            values[tensor.name] if tensor.name in values else _unset(tensor, count, values) for tensor in graph.inputs
-        ]
-        largest = graph.batch[1]
-        with guarded(f"at {count:,} images a call", "take fewer images together (--batch or -n)"):
+        batched = [tensor for tensor in graph.inputs if tensor.role != "schedule"]
+        count = len(next(values[tensor.name] for tensor in batched if tensor.name in values))
+        inputs = [given(tensor, values, count) for tensor in graph.inputs]
+        largest = self._largest(name)
+        with guarded(f"at {count:,} images a call", _FEWER):
             parts = [
-                self._engine.run(name, [array[start : start + largest] for array in inputs])
+                self._engine.run(
+                    name,
+                    [
+                        array if tensor.role == "schedule" else array[start : start + largest]
+                        for tensor, array in zip(graph.inputs, inputs, strict=True)
+                    ],
+                )
                 for start in range(0, count, largest)
             ]
         joined = [outputs[0] if len(outputs) == 1 else concatenated(outputs) for outputs in zip(*parts, strict=True)]
         return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
+
+    def _largest(self, name: str) -> int:
+        """The largest batch of one call of a graph."""
+        largest = self._graph(name).batch[1]
+        return largest if self._engine.largest is None else min(largest, self._engine.largest)
 
     def _received(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         """The inputs as the engine takes them, and a function that gives results their kind and device."""
@@ -383,19 +438,10 @@ class Session:
 def load(
     path: Path | str | None = None, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool | None = None
 ) -> Session:
-    """Open the bundle, or the exported run, at `path`; by default the bundled model, which draws 64x64 emoji.
+    """Open the bundle, or the exported run, at `path`; by default the bundled model. See `hflow_rt.load`.
 
-    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works; `onnx` also knows
-    `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; by default `trt` does and `onnx`
-    does not. Raises `BundleError` for a missing or changed bundle, and for a run or a checkpoint that is none yet, with
-    the command that makes it one; `EngineMismatch` for engines of another machine and `BackendUnavailable` for a
-    backend or device that is not there; there is no fallback. Warns where the weights of a run are newer than its
-    bundle.
-
-    >>> import hflow_rt
-    >>> hflow_rt.load(backend="onnx", device="cpu")
-    <Session: hflow 64x64 on onnxruntime CPUExecutionProvider, verified
-     latents ...>
+    device: `onnx` also knows `ONNX_DEVICES`. Raises `BundleError` also for a run or a checkpoint that is none yet, with
+    the command that makes it one.
     """
     from hflow_rt.assets import pretrained
 
@@ -415,11 +461,3 @@ def open_bundle(bundle: Bundle, backend: str, device: str, *, cuda_graph: bool |
     module = importlib.import_module(BACKENDS[backend][0])
     settings = {} if cuda_graph is None else {"cuda_graph": cuda_graph}
     return Session(bundle, module.open_engine(bundle, device, **settings))
-
-
-def _unset(tensor: Tensor, count: int, values: Mapping[str, Any]) -> Any:
-    """What an input has that nobody gave: a control its default, noise its mean. Raises `DataError` for others."""
-    means = {"control": tensor.default, "noise": 0.0, "uniform": 0.5}
-    if means.get(tensor.role) is None:
-        raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
-    return filled(next(iter(values.values())), (count, *tensor.shape), means[tensor.role])

@@ -22,8 +22,8 @@ from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file, is_folder, removed_if_empty
 from hflow_rt.manifest import MODEL
 from hflow_rt.runs import CHECKPOINTS, ROOT, RUN, SAMPLES, latest_run, new_run, read_run
+from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
 from hflow_rt.runtime.noise import draw_latents
-from hflow_rt.runtime.pictures import labelled_rows, save_image, to_uint8
 
 if TYPE_CHECKING:
     from hflow_rt.data.dataset import ImageSet
@@ -58,9 +58,9 @@ def train(
 ) -> TrainResult:
     """Train a model, by default the small one on the bundled images, and return how that ended; `.run` is its folder.
 
-    preset: named settings, by default `hflow-demo`. config: a file or dict of settings, alone or on top of the preset.
-    settings: single changes such as `training.batch_size=8`. data: a folder, archive or array of images. out: the
-    run's folder, by default runs/PRESET-DATE-TIME. start: a run, bundle or model file whose weights to start from.
+    preset: named settings, by default the small model's. config: a file or dict of settings, alone or on top of the
+    preset. settings: single changes such as `training.batch_size=8`. data: a folder, archive or array of images. out:
+    the run's folder, by default runs/PRESET-DATE-TIME. start: a run, bundle or model file whose weights to start from.
     resume: a run to go on with, or one of its checkpoints; True for the latest run. minutes, images: when to stop, as
     Ctrl-C does; by default when the preset says. on_progress: hears of every step. Raises `ConfigError`, `DataError`,
     `CheckpointError`, `TrainingError`, `OutOfMemory` and `BackendUnavailable`; warns of images that cannot be used.
@@ -129,6 +129,7 @@ def prepare(
 ) -> Training:
     """Everything of `train` before the first step."""
     from hflow_rt.data.dataset import open_dataset
+    from hflow_rt.models.registry import DEFAULT_PRESET
     from hflow_rt.training.config import load_config
 
     about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
@@ -149,7 +150,7 @@ def prepare(
             raise ConfigError(f"{start} holds no settings of a training run; name some with --preset or --config")
         chosen = load_config(file=read_run(begin), overrides=settings)
     else:
-        chosen = load_config(preset or ("hflow-demo" if config is None else None), config, settings)
+        chosen = load_config(preset or (DEFAULT_PRESET if config is None else None), config, settings)
     weights = None if begin is None else begin / MODEL if is_folder(begin) else begin
     source = about["source"]
     opened = open_dataset(demo_images() if source is None else Path(source), chosen.resolution)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hflow_rt.models.family import Family
+from hflow_rt.models.registry import Family
 
 # Tiny tensors gain nothing from threads, and spinning ones make the suite crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from hflow_rt.data.selection import Selection
-from hflow_rt.draws import generator
 from hflow_rt.errors import BundleError, ConfigError, DataError
+from hflow_rt.evaluation.batches import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.figures import BITS, Estimate, Evaluation, Figure
 from hflow_rt.evaluation.session import Session
-from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.limits import check_count, check_seed
 from hflow_rt.models.checkpoint import load_model
 from hflow_rt.models.family import Bound, LatentModel, NoiseScale, conditions_by_folder
+from hflow_rt.streams import generator
 
 __all__ = [
     "BitsReport",

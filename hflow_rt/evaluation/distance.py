@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hflow_rt.data.selection import Selection
 from hflow_rt.errors import DataError
+from hflow_rt.evaluation.batches import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.cache import FeatureCache, cache_key
 from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.evaluation.session import Session, Stds, sample_pixels
-from hflow_rt.evaluation.shares import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.statistics import Statistics, need_two, statistics
 from hflow_rt.extras import needed
 

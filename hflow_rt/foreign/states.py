@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,7 +18,9 @@ from hflow_rt.foreign.pickles import Vocabulary, unpickle
 from hflow_rt.foreign.source import Source, open_source, shown
 from hflow_rt.foreign.tensors import Storage, Storages, StoredTensor, torch_vocabulary
 
-__all__ = ["read_stream", "read_weights", "skip_stream"]
+__all__ = ["Choose", "read_part", "read_stream", "read_weights", "skip_stream"]
+
+T = TypeVar("T")
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _SHARED = 8  # how often the same values may stand under several names
@@ -26,22 +28,33 @@ _SHARED = 8  # how often the same values may stand under several names
 _SAFETENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
+class Choose(Protocol):
+    """Which tensors of a file are taken: of what it holds, where an instance of `kind` stands for a tensor."""
+
+    def __call__(self, value: Any, kind: type[T]) -> Part[T]:
+        """The tensors, by name. Raises `CheckpointError`."""
+
+
 def read_weights(
     path: Path, modules: Sequence[str] = (), naming: Naming | None = None, part: str | None = None
 ) -> Part[Tensor]:
-    """The weights in a `.safetensors`, a `.pt`/`.pth` of either format, or a pickled module of `modules`.
+    """The weights in a file, see `part_of` and `read_part`. Raises `CheckpointError`."""
+    return read_part(path, lambda value, kind: part_of(value, kind, str(path), naming, part), modules)
 
-    What the file is is told from its first bytes; which of its tensors are taken, see `part_of`. No others are read.
-    Raises `CheckpointError`.
+
+def read_part(path: Path, choose: Choose, modules: Sequence[str] = ()) -> Part[Tensor]:
+    """The chosen tensors of a `.safetensors`, a `.pt`/`.pth` of either format, or a pickled module of `modules`.
+
+    What the file is is told from its first bytes. No other tensors are read. Raises `CheckpointError`.
     """
     with open_source(path) as source:
         start = source.peek(9)
         if start.startswith(b"PK"):
-            return _read_zip(path, source, modules, naming, part)
+            return _read_zip(path, source, modules, choose)
         if start.startswith(b"\x80"):
-            return read_stream(source, modules, naming, part)
+            return _read_stream(source, modules, choose)
     if start[8:] == b"{":
-        return _read_safetensors(path, naming, part)
+        return _read_safetensors(path, choose)
     raise CheckpointError(
         f"{path} is no model file: it must be .safetensors or made by torch.save, and begins with {start[:4].hex(' ')}"
     )
@@ -54,8 +67,12 @@ def read_stream(
 
     Raises `CheckpointError`.
     """
+    return _read_stream(source, modules, lambda value, kind: part_of(value, kind, source.name, naming, part))
+
+
+def _read_stream(source: Source, modules: Sequence[str], choose: Choose) -> Part[Tensor]:
     value, storages = _begin_stream(source, modules)
-    found = part_of(value, StoredTensor, source.name, naming, part)
+    found = choose(value, StoredTensor)
     _pass_storages(source, storages, found.weights.values())
     return _loaded(found, source)
 
@@ -111,9 +128,7 @@ def _loaded(part: Part[StoredTensor], source: Source) -> Part[Tensor]:
     return Part(views, part.name, part.prefix, part.passed_over)
 
 
-def _read_zip(
-    path: Path, source: Source, modules: Sequence[str], naming: Naming | None, part: str | None
-) -> Part[Tensor]:
+def _read_zip(path: Path, source: Source, modules: Sequence[str], choose: Choose) -> Part[Tensor]:
     """torch's newer format: `NAME/data.pkl` and `NAME/data/KEY`, stored without compression."""
     with open(path, "rb") as file:
         if _count(file, b"PK\x01\x02") > MOST_ENTRIES:
@@ -121,7 +136,7 @@ def _read_zip(
         with _zip_errors(source):
             archive = zipfile.ZipFile(file)
         with archive:
-            return _read_archive(archive, source, torch_vocabulary(modules), naming, part)
+            return _read_archive(archive, source, torch_vocabulary(modules), choose)
 
 
 @contextmanager
@@ -133,9 +148,7 @@ def _zip_errors(source: Source) -> Iterator[None]:
         raise source.broken(shown(str(error)) or "its zip cannot be read") from error
 
 
-def _read_archive(
-    archive: zipfile.ZipFile, source: Source, vocabulary: Vocabulary, naming: Naming | None, part: str | None
-) -> Part[Tensor]:
+def _read_archive(archive: zipfile.ZipFile, source: Source, vocabulary: Vocabulary, choose: Choose) -> Part[Tensor]:
     entries = {entry.filename: entry for entry in archive.infolist()}
     programs = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(programs) != 1:
@@ -159,7 +172,7 @@ def _read_archive(
         _check_byte_order(member(root + "byteorder").peek(10) == b"little", source)
     storages = Storages()
     value = unpickle(member(programs[0]), vocabulary, storages.find)
-    found = part_of(value, StoredTensor, source.name, naming, part)
+    found = choose(value, StoredTensor)
     wanted = {id(tensor.storage) for tensor in found.weights.values()}
     for key, storage in storages.by_key.items():
         if id(storage) in wanted:
@@ -179,11 +192,11 @@ def _count(file: BinaryIO, mark: bytes) -> int:
     return total
 
 
-def _read_safetensors(path: Path, naming: Naming | None, part: str | None) -> Part[Tensor]:
+def _read_safetensors(path: Path, choose: Choose) -> Part[Tensor]:
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            found = part_of(dict(zip(names, names, strict=True)), str, str(path), naming, part)
+            found = choose(dict(zip(names, names, strict=True)), str)
             for name in found.weights.values():
                 if (kind := file.get_slice(name).get_dtype()) not in _SAFETENSORS:
                     raise CheckpointError(

@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from hflow_rt.errors import CheckpointError, ConfigError
 from hflow_rt.files import atomic_file, is_file
-from hflow_rt.models.family import LatentModel, ModelConfig, family
+from hflow_rt.models.registry import ModelConfig, family
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from hflow_rt.models.family import LatentModel
 
 __all__ = [
     "METADATA_KEY",

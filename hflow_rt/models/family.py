@@ -1,69 +1,54 @@
-"""The contract every model family keeps, and the registry that finds a family by name.
-
-A family is a folder `hflow_rt/models/<name>/` whose package exposes one `Family` object. Everything else in the
-project (training, export, runtime, command line) knows families only through this file.
+"""The contract every model family keeps. Training, export, runtime and commands know a model only through this file.
 
 `forward` always means latents to image, `inverse` image to latents.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from torch import Tensor, nn
 
 from hflow_rt.conditions import Choices, by_folder
-from hflow_rt.errors import ConfigError
-from hflow_rt.manifest import Role
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
+from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
-    import torch
     from numpy.typing import NDArray
-    from torch import Tensor, nn
 
     from hflow_rt.models.plan import TrainingPlan
     from hflow_rt.training.config import TrainingConfig
 
-    Scale = float | NDArray[np.float64]
+    Gain = float | NDArray[np.float64]
 else:
-    Scale = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
+    Gain = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
 
 __all__ = [
-    "FAMILIES",
     "LOG_PROB",
     "Bound",
     "Conditions",
     "Encoding",
-    "Family",
+    "Gain",
     "GraphSpec",
     "LatentModel",
+    "Loop",
     "LossTerms",
-    "ModelConfig",
     "NoiseScale",
-    "Published",
+    "Prior",
     "Role",
-    "Scale",
+    "Route",
+    "Space",
     "TensorSpec",
     "conditions_by_folder",
-    "family",
 ]
 
-LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
-Conditions = Mapping[str, "Tensor"]
-
-
-class ModelConfig(BaseModel):
-    """Base of every family's settings: typed, closed, immutable. `resolution` is the side of the square image."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Conditions = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,7 +104,7 @@ class TensorSpec:
     """A named float32 tensor of a graph: `shape` without the batch axis, `role` (see the manifest's `Role`), and its
     values' range if bounded.
 
-    std: of a latent's prior at temperature 1. default: of a control.
+    std: of a latent's prior at temperature 1. default: of a control. A `schedule` has one row for all images.
     """
 
     name: str
@@ -128,6 +113,10 @@ class TensorSpec:
     range: tuple[float, float] | None = None
     std: float = 1.0
     default: float | None = None
+
+    def batched(self, batch: int) -> tuple[int, ...]:
+        """Its shape in a call with `batch` images."""
+        return (1 if self.role == "schedule" else batch, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,7 @@ class GraphSpec:
     parity runs in float64 and float32. Both take the inputs in order and return the outputs in order as a tuple.
     nets: modules that mixed precision computes in float16, as patterns of paths within `module` that end in a dot,
     such as `*.decoder.*`. heads: those of them that stay in float32, because what they yield bounds the flow.
-    scales: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
+    gains: what folding multiplied weights by, layer by layer, so that rounded ones are found again.
     """
 
     name: str
@@ -148,23 +137,56 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     nets: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
-    scales: tuple[Scale, ...] = ()
+    gains: tuple[Gain, ...] = ()
 
 
-if TYPE_CHECKING:
-    _Module = nn.Module
-else:
-    try:
-        from torch.nn import Module as _Module
-    except ModuleNotFoundError as error:  # reading settings or a manifest needs no torch
-        if error.name != "torch":
-            raise
+@dataclass(frozen=True)
+class Loop:
+    """A route of several calls: the graph `start` once, then `step` once a row of the schedule.
 
-        class _Module:
-            """Stands in for torch's module."""
+    schedule: float32 tables `[K, *shape]` by input of `step`, K calls, at least one table. carry: output that both
+    graphs have, to the input of `step` that it becomes in the next call. Every other input of `step` is, by name, a
+    draw of its own for each call (roles noise and uniform, `[B, K, *shape]` as inputs of the route), what `start`
+    yielded, or what the route was given. The route yields outputs of the `last` call by name, those of `every` call
+    stacked `[B, K, *shape]` under the names of this mapping, and what of `start` is a latent. K is never unrolled.
+    """
+
+    start: str
+    step: str
+    schedule: Mapping[str, NDArray[np.float32]]
+    carry: Mapping[str, str]
+    last: tuple[str, ...] = ()
+    every: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[str, str]:
+        """What it runs."""
+        return self.start, self.step
+
+    @property
+    def steps(self) -> int:
+        """How often `step` runs."""
+        return len(next(iter(self.schedule.values())))
 
 
-class LatentModel(_Module, ABC):
+@dataclass(frozen=True)
+class Space:
+    """Another space than the latents' own, by the graphs into it, back, and from it straight to the image.
+
+    One without `back` is left through `decode` only; one without `into` is reached by projection only.
+    """
+
+    into: str | None = None
+    back: str | None = None
+    decode: str | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Those that it has."""
+        return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
+
+
+class LatentModel(nn.Module, ABC):
     """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
 
     An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
@@ -240,12 +262,24 @@ class LatentModel(_Module, ABC):
         """
         raise NotImplementedError
 
-    def routes(self) -> dict[str, str]:
-        """The graph that leads from latents to image, `forward`, and that from image to latents, `inverse`."""
+    def routes(self) -> Mapping[Route, str | Loop]:
+        """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""
         return {"forward": "forward", "inverse": "inverse"}
 
-    def absent(self) -> dict[str, str]:
+    def absent(self) -> Mapping[Route, str]:
         """Why there is no such route, in one sentence, for those of `forward` and `inverse` that are not there."""
+        return {}
+
+    def round_trip(self) -> Literal["exact", "lossy"] | None:
+        """Whether an image comes back from its latents: within rounding, about, or not at all for want of a route."""
+        return None if self.absent() else "exact"
+
+    def prior(self) -> Mapping[str, Prior]:
+        """Where each latent of a sample comes from, by name; normal where nothing is said."""
+        return {}
+
+    def bank(self) -> Mapping[str, Tensor]:
+        """Latents of real images, `[rows, *shape]`, of those whose prior is a bank; a sample takes one row of all."""
         return {}
 
     @abstractmethod
@@ -259,65 +293,11 @@ class LatentModel(_Module, ABC):
     def folded(self) -> LatentModel:
         """A float32 inference copy of the same map with every constant folded in float64."""
 
-    def spaces(self) -> dict[str, tuple[str, str]]:
-        """Other spaces to interpolate in, by name: the graph from some latents into it and the graph back."""
+    def spaces(self) -> Mapping[str, Space]:
+        """Other spaces than that of the latents, by name."""
         return {}
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a family's reader makes of a checkpoint that others published.
-
-    state: weights under our names, float32; all that `LatentModel.state_dict` has. dropped: tensors that are not
-    needed, by kind. notes: what the user has to know. part, prefix, passed_over: where in the file they lie, see
-    `hflow_rt.foreign.parts.Part`.
-    """
-
-    config: ModelConfig
-    state: Mapping[str, Tensor]
-    dropped: Mapping[str, int]
-    notes: tuple[str, ...] = ()
-    part: str = "."
-    prefix: str = ""
-    passed_over: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the rest of the project finds a family: its settings class, presets, model class.
-
-    tiny: settings like a preset's, of a model with every part that others have and as small as can be, on which the
-    contract is tested. read_published: reads a published checkpoint and, where that does not hold them, its settings
-    from another file; of a checkpoint that holds several networks the part that the third argument names. Executes
-    nothing. Raises `CheckpointError` and `ConfigError`.
-    """
-
-    name: str
-    title: str
-    config: type[ModelConfig]
-    presets: Mapping[str, Mapping[str, Any]]
-    tiny: Mapping[str, Any]
-    build: Callable[[Any], LatentModel]
-    read_published: Callable[[Path, Path | None, str | None], Published] | None = None
-
-
-# name -> module that holds `FAMILY`; one line a family
-FAMILIES = {
-    "glow": "hflow_rt.models.glow",
-    "hflow": "hflow_rt.models.hflow",
-}
 
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:
     """Conditions of images of a set by their names, see `by_folder`. Raises `DataError`."""
-    import torch
-
     return {name: torch.from_numpy(rows) for name, rows in by_folder(model.choices(), names).items()}
-
-
-def family(name: str) -> Family:
-    """The family called `name`. Raises `ConfigError` for an unknown one."""
-    if name not in FAMILIES:
-        raise ConfigError(f"unknown model family '{name}'; known: {', '.join(sorted(FAMILIES))}")
-    found: Family = importlib.import_module(FAMILIES[name]).FAMILY
-    return found

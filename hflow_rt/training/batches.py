@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hflow_rt.draws import generator
 from hflow_rt.models.family import conditions_by_folder
 from hflow_rt.models.plan import Batch, Place, TrainingPlan, draw
+from hflow_rt.streams import generator
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.processes import Processes
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import FAMILIES, ModelConfig, family
+from hflow_rt.models.registry import FAMILIES, ModelConfig, family
 
 __all__ = ["OptimizerConfig", "RunConfig", "TrainingConfig", "load_config", "preset_names"]
 

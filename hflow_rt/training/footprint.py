@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hflow_rt.draws import generator
 from hflow_rt.memory import available, need
-from hflow_rt.models.checkpoint import build_model
+from hflow_rt.models.checkpoint import skeleton
 from hflow_rt.models.family import conditions_by_folder
 from hflow_rt.models.plan import Batch, Place, TrainingPlan, draw
+from hflow_rt.streams import generator
 from hflow_rt.training.batches import Images
 from hflow_rt.training.config import RunConfig, TrainingConfig
 
@@ -29,7 +29,7 @@ _FEW, _MORE = 2, 3  # images that are tried; a single one has no spread
 def check_model(config: RunConfig, device: torch.device) -> None:
     """Raise `OutOfMemory` unless the weights of such a plan can be trained on `device`. Nothing is built."""
     with torch.device("meta"):
-        plan = build_model(config.family, config.model).plan(config.training)
+        plan = skeleton(config.family, config.model).plan(config.training)
     weights, averaged = (sum(parameter.nbytes for parameter in module.parameters()) for module in (plan, plan.model))
     masks = sum(buffer.nbytes for module in (plan, plan.model) for buffer in module.buffers())
     size = _COPIES * weights + averaged + masks

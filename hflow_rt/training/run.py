@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 import hflow_rt
-from hflow_rt.draws import generator
 from hflow_rt.errors import CheckpointError, DataError, TrainingError
 from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.files import atomic_file, exists, sha256
@@ -18,6 +17,7 @@ from hflow_rt.models.checkpoint import build_model, load_state, read_metadata, r
 from hflow_rt.models.plan import Place
 from hflow_rt.names import quoted
 from hflow_rt.runs import RUN, checkpoints, read_run
+from hflow_rt.streams import generator
 from hflow_rt.training.batches import Images, Shuffle
 from hflow_rt.training.config import RunConfig
 from hflow_rt.training.ema import averaged_copy, update_average

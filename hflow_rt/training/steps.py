@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.draws import stream_seed
 from hflow_rt.models.family import LossTerms
 from hflow_rt.models.plan import Phase
 from hflow_rt.runs import checkpoints
+from hflow_rt.streams import stream_seed
 from hflow_rt.training.batches import MicroBatches
+from hflow_rt.training.divergence import TERM, broken_values, diverged
 from hflow_rt.training.ema import average_weight, update_average
-from hflow_rt.training.finite import TERM, broken_values, diverged
 from hflow_rt.training.optimizers import named_parameters
 from hflow_rt.training.run import Run
 from hflow_rt.training.schedule import learning_rates

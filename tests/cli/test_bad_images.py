@@ -14,7 +14,7 @@ from outcomes import ok, refused, tree
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from hflow_rt.runtime.latents import load_latents, save_latents
+from hflow_rt.runtime.latents.files import load_latents, save_latents
 
 Command = Callable[..., Any]
 

@@ -15,9 +15,9 @@ from hflow_rt.cli import engines as command
 from hflow_rt.export import tensorrt as builder
 from hflow_rt.files import sha256
 from hflow_rt.manifest import read_manifest
-from hflow_rt.runtime import cuda
 from hflow_rt.runtime.bundle import find_bundle
-from hflow_rt.runtime.cuda import find_gpus
+from hflow_rt.runtime.engines import cuda
+from hflow_rt.runtime.engines.cuda import find_gpus
 
 Command = Callable[..., Any]
 

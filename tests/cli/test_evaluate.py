@@ -238,7 +238,7 @@ def test_distances_by_hand(hflow: Command, run: Path, pictures: Path, features: 
     assert report["frechet"]["name"] == "FD (colours.pt)"
     assert report["n"] == {"samples": 9, "data": 12}
     from hflow_rt.runtime import load
-    from hflow_rt.runtime.pictures import to_uint8
+    from hflow_rt.runtime.images.pictures import to_uint8
 
     real = select(pictures, 16, "train").pixels()
     fake = to_uint8(load(run, "onnx", "cpu").sample(9, 0.7, 2)).transpose(0, 3, 1, 2)

@@ -125,7 +125,7 @@ def test_ctrl_c_anywhere_is_one_line(hflow: Command, run: Path, monkeypatch: pyt
     if when == "before":
         monkeypatch.setattr(sample_command, "open_session", interrupt)
     else:
-        monkeypatch.setattr("hflow_rt.runtime.pictures.write_pictures", interrupt)
+        monkeypatch.setattr("hflow_rt.runtime.images.pictures.write_pictures", interrupt)
     result = hflow("sample")
     assert result.code == 130
     assert result.out == ""

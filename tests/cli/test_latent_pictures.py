@@ -13,9 +13,10 @@ from outcomes import ok, pixels
 from PIL import Image
 
 from hflow_rt.manifest import BundledFile, Graph, Latent, Manifest, Tensor
-from hflow_rt.runtime import Session, explore, load
+from hflow_rt.runtime import Session, load
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.pictures import heat_colours, to_uint8
+from hflow_rt.runtime.images.pictures import heat_colours, to_uint8
+from hflow_rt.runtime.latents import latent_views as views
 
 Command = Callable[..., Any]
 
@@ -66,7 +67,7 @@ def test_heatmap_colours_what_each_latent_changes(hflow: Command, run: Path) -> 
     latents = next(session.draw([0, 1], 0.7))
     maps = np.array(
         [
-            [explore.heat_map(session, explore.select(latents, base), name, 5, std=0.8, first=2) for name in NAMES]
+            [views.heat_map(session, views.select(latents, base), name, 5, std=0.8, first=2) for name in NAMES]
             for base in (0, 1)
         ]
     )
@@ -160,7 +161,7 @@ def test_mix_of_seeds(hflow: Command, run: Path) -> None:
     }  # fmt: skip
     picture = pixels("mix.png")
     left, session = label_width(picture, 4), load(run)
-    latents = explore.latents_of_seeds(session, [0, 1, 2, 3])
+    latents = views.latents_of_seeds(session, [0, 1, 2, 3])
     images = to_uint8(session.forward(latents))
     assert (picture[:98, left : left + 98] == 255).all()
     below = picture.shape[0] - 200
@@ -220,7 +221,7 @@ def test_mix_with_a_single_latent(hflow: Command, tmp_path: Path, monkeypatch: p
     )
     monkeypatch.chdir(tmp_path)
     session = Session(Bundle(tmp_path, manifest), OneLatent())
-    monkeypatch.setattr("hflow_rt.cli.mix.open_session", lambda *_, **__: session)
+    monkeypatch.setattr("hflow_rt.cli.latents.open_session", lambda *_, **__: session)
     result = ok(hflow("mix", "--rows", 0, "--columns", "1-2"))
     assert "1 x 2 mixes, z of the row, nothing of the column: mix.png" in result.out
     assert "next: hflow-rt mix --cut z -o finer.png" in result.out

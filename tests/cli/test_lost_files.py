@@ -13,7 +13,7 @@ import pytest
 from outcomes import ok, pixels, refused, tree
 from PIL import Image
 
-from hflow_rt.runtime.latents import load_latents
+from hflow_rt.runtime.latents.files import load_latents
 
 Command = Callable[..., Any]
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from hflow_rt.manifest import read_manifest
 from hflow_rt.runtime import load
-from hflow_rt.runtime.latents import load_latents
-from hflow_rt.runtime.pictures import to_uint8
+from hflow_rt.runtime.images.pictures import to_uint8
+from hflow_rt.runtime.latents.files import load_latents
 
 Command = Callable[..., Any]
 R = 16
@@ -166,7 +166,7 @@ def test_encode_an_archive(hflow: Command, run: Path, photo: Command, name: str)
 
 
 def test_decode_latents_of_another_training_state(hflow: Command, run: Path) -> None:
-    from hflow_rt.runtime.latents import save_latents
+    from hflow_rt.runtime.latents.files import save_latents
 
     ok(hflow("sample", "-n", 1, "--latents", "z.safetensors"))
     values, about = load_latents("z.safetensors")

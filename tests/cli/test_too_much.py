@@ -99,7 +99,7 @@ def test_whatever_runs_out_of_memory_is_one_line(
     def fail(*arguments: object, **options: object) -> object:
         raise error
 
-    monkeypatch.setattr("hflow_rt.runtime.onnx.OnnxEngine.run", fail)
+    monkeypatch.setattr("hflow_rt.runtime.engines.onnx.OnnxEngine.run", fail)
     refused(
         hflow("sample", "-n", 2, "--batch", 2),
         "out of memory at 2 images a call; take fewer images together (--batch or -n)",
@@ -150,7 +150,7 @@ def test_a_png_takes_what_others_do_not(hflow: Command, run: Path) -> None:
 FLAT = """
 import resource, sys
 import numpy as np
-from hflow_rt.runtime.video import kept, save_animation
+from hflow_rt.runtime.images.video import kept, save_animation
 from pathlib import Path
 count, path = int(sys.argv[1]), Path(sys.argv[2])
 batches = (np.full((10, 64, 64, 3), index % 251, np.uint8) for index in range(count // 10))

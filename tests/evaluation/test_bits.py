@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from hflow_rt.draws import generator
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.evaluation.bits import evaluate, measure
 from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.models.family import Bound, LatentModel
+from hflow_rt.streams import generator
 
 
 class UniformModel(torch.nn.Module):

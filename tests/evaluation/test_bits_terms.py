@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from tiny_networks import selection
 
-from hflow_rt.draws import generator
 from hflow_rt.errors import BundleError, ConfigError, DataError
 from hflow_rt.evaluation.bits import evaluate, measure, open_reference
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.family import Bound, LatentModel, NoiseScale
 from hflow_rt.models.plan import Batch, Place, draw
+from hflow_rt.streams import generator
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (7, 3, 16, 16), dtype=np.uint8)
 D = 3 * 16 * 16

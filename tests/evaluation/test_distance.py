@@ -19,7 +19,7 @@ from hflow_rt.evaluation.distance import (
 )
 from hflow_rt.evaluation.statistics import MAX_ROWS, Statistics, statistics
 from hflow_rt.runtime import load
-from hflow_rt.runtime.pictures import to_uint8
+from hflow_rt.runtime.images.pictures import to_uint8
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> Any:

@@ -21,9 +21,9 @@ from hflow_rt.export.tensorrt import add_engines, parse_batch, parse_capabilitie
 from hflow_rt.export.tensorrt_build import prepared
 from hflow_rt.files import sha256
 from hflow_rt.manifest import read_manifest
-from hflow_rt.runtime import plans
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.cuda import Gpu
+from hflow_rt.runtime.engines import plans
+from hflow_rt.runtime.engines.cuda import Gpu
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'hflow-rt[rtx]'")
 
@@ -91,7 +91,7 @@ def test_two_plans_and_a_manifest(bundle: Bundle) -> None:
 
 
 def test_one_batch_size_is_part_of_the_shapes(bundle: Bundle) -> None:
-    added, key = add_engines(bundle, "rtx", ["8.6", "12.0"], (4, 4, 4), graphs=["forward"])
+    added, key = add_engines(bundle, "rtx", ["8.6", "12.0"], (4, 4, 4), routes="forward")
     assert "-sm86-sm120-fp32-b4-4-4-" in key
     plan = added.manifest.engines[key].plans["forward"]
     layers = [json.loads(line) for line in (bundle.path / plan.layers).read_text().splitlines()]
@@ -118,16 +118,16 @@ def test_mixed_precision_is_that_of_the_graph(
 def test_every_generation(bundle: Bundle, capability: str) -> None:
     """Turing, which has no float32 matrix product, too."""
     graph = "inverse" if capability == "7.5" else "end_inverse"  # the smaller, for time
-    added, key = add_engines(bundle, "rtx", [capability], graphs=[graph])
+    added, key = add_engines(bundle, "rtx", [capability], routes=graph)
     assert added.manifest.engines[key].plans[graph].types["float"] > 50
 
 
 def test_several_engines_of_one_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", lambda request, *rest: _made(request))
-    one, first = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), graphs=["forward"])
-    two, second = add_engines(one, "rtx", ["8.9"], (3, 3, 3), graphs=["forward"])
+    one, first = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), routes="forward")
+    two, second = add_engines(one, "rtx", ["8.9"], (3, 3, 3), routes="forward")
     assert list(two.manifest.engines) == [first, second]
-    again, third = add_engines(two, "rtx", ["8.9"], (2, 2, 2), graphs=["forward"])
+    again, third = add_engines(two, "rtx", ["8.9"], (2, 2, 2), routes="forward")
     assert third == first
     assert list(again.manifest.engines) == [second, first]
     for name in again.manifest.files:
@@ -224,7 +224,7 @@ def test_which_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_of_a_real_size(tmp_path: Path) -> None:
     """Both precisions, a range of batches and one, a GPU alone and several together."""
     from hflow_rt.assets import pretrained
-    from hflow_rt.export.precision import mix
+    from hflow_rt.export.mixed_precision import mix
     from hflow_rt.models.checkpoint import load_model
 
     spec = load_model(pretrained() / "model.safetensors").graphs()["forward"]
@@ -259,7 +259,7 @@ def test_the_model_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(module, "chosen_gpu", lambda: None)
     bundle = find_bundle(shutil.copytree(pretrained(), tmp_path / "bundle"))
-    added, key = add_engines(bundle, "rtx", ["8.9"], graphs=["inverse"])
+    added, key = add_engines(bundle, "rtx", ["8.9"], routes="inverse")
     plan = added.manifest.engines[key].plans["inverse"]
     assert plan.types.keys() == {"float"}
     layers = [json.loads(line) for line in (added.path / plan.layers).read_text().splitlines()]
@@ -302,7 +302,7 @@ def test_a_process_that_crashes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
 
 def test_ctrl_c(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second plan is interrupted: the first goes too, and so does the process."""
-    _, key = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), graphs=["forward"])
+    _, key = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), routes="forward")
     bundle, before = find_bundle(bundle.path), tree(bundle.path)
     children = []
     popen = subprocess.Popen

@@ -15,8 +15,8 @@ from hflow_rt.export.bundle import check_bundle
 from hflow_rt.export.tensorrt import add_engines, refit_engines, refittable
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.cuda import Cuda, chosen_gpu
-from hflow_rt.runtime.plans import Flavor, installed
+from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
+from hflow_rt.runtime.engines.plans import Flavor, installed
 
 pytestmark = pytest.mark.gpu
 

@@ -20,13 +20,13 @@ from hflow_rt.export.tensorrt_build import BuildRequest, difference, prepared
 from hflow_rt.files import sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Plan, read_manifest
 from hflow_rt.runtime import load
-from hflow_rt.runtime import tensorrt as runtime
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.cuda import Gpu
-from hflow_rt.runtime.plans import graph_sha256
+from hflow_rt.runtime.engines import tensorrt as runtime
+from hflow_rt.runtime.engines.cuda import Gpu
+from hflow_rt.runtime.engines.plans import graph_sha256
 
 pytest.importorskip("onnxruntime")
-sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "runtime" / "engines"))
 from fake_tensorrt import FakeCuda, FakeTensorRT
 
 ADA = Gpu(0, "NVIDIA GeForce RTX 4090", "8.9", 24 << 30)

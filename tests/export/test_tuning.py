@@ -17,8 +17,8 @@ from hflow_rt.export.tuning import PASSES, Stopwatch, Worth, tune
 from hflow_rt.export.winograd import winograd
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.runtime import load
-from hflow_rt.runtime.bench.inputs import inputs_of
 from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.inputs import inputs_of
 
 
 def nearly_all() -> Worth:
@@ -69,7 +69,7 @@ def test_tuned_graphs_are_the_model(tiny_run: Path, tuned: Path) -> None:
 def test_rewriting_changes_nothing_in_float64(tiny_run: Path, name: str) -> None:
     bundle = find_bundle(tiny_run)
     plain = in_double(onnx.load(str(bundle.graph(name))))
-    inputs = inputs_of(bundle.manifest, name, 2, seed=3)
+    inputs = inputs_of(bundle, name, 2, seed=3)
     feeds = {key: value.astype(np.float64) for key, value in inputs.items()}
     expected = ReferenceEvaluator(plain).run(None, feeds)
     worth = nearly_all()

@@ -19,9 +19,9 @@ from hflow_rt.layers.actnorm import ActNorm, data_init
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.hflow.bound import BoundTerm, evaluate, noise_shapes, terms
 from hflow_rt.models.hflow.network import Decoded, HFlow
-from hflow_rt.models.hflow.original import read_settings
+from hflow_rt.models.hflow.published_settings import read_settings
 from hflow_rt.models.hflow.weights import from_original, to_original_name
-from hflow_rt.runtime.latents import lerp, slerp
+from hflow_rt.runtime.latents.operations import lerp, slerp
 
 FAMILY = "hflow"
 # How far the original itself parts in float32 once an activation changes side (golden README, point 9).

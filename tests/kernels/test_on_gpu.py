@@ -39,7 +39,7 @@ def smooth_images(count: int, side: int) -> Tensor:
 def trained_model(request: pytest.FixtureRequest) -> Any:
     """Seeded, its heads small and its actnorms fitted to smooth images."""
     from hflow_rt.models.checkpoint import build_model
-    from hflow_rt.models.family import family
+    from hflow_rt.models.registry import family
 
     torch.manual_seed(0)
     name = request.param.partition("-")[0]

@@ -21,9 +21,10 @@ from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError, DataError, NoInverse
 from hflow_rt.evaluation.bits import BitsReport, measure
 from hflow_rt.export.bundle import export_bundle
-from hflow_rt.manifest import Manifest, read_manifest
+from hflow_rt.manifest import Manifest, graphs_of, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
-from hflow_rt.models.family import FAMILIES, LOG_PROB, Family, LatentModel, family
+from hflow_rt.models.family import LatentModel, Loop
+from hflow_rt.models.registry import FAMILIES, Family, family
 from hflow_rt.runs import checkpoints
 from hflow_rt.runtime import load
 from hflow_rt.runtime.session import Session
@@ -31,7 +32,12 @@ from hflow_rt.training.config import RunConfig, load_config
 from hflow_rt.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))  # the toys are found by name
-TOYS = {"toy-generator": "toy_generator", "toy-adversarial": "toy_adversarial", "colour": "family_of_the_docs"}
+TOYS = {
+    "toy-generator": "toy_generator",
+    "toy-adversarial": "toy_adversarial",
+    "toy-loop": "toy_loop",
+    "colour": "family_of_the_docs",
+}
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 NAMES = [*FAMILIES, *TOYS]
 
@@ -120,7 +126,8 @@ def test_graphs_are_described(made: Made) -> None:
     routes = model.routes()
     assert routes.keys() | model.absent().keys() == {"forward", "inverse"}
     assert not routes.keys() & model.absent().keys()
-    assert {*routes.values(), *(name for pair in model.spaces().values() for name in pair)} <= graphs.keys()
+    ways = (*routes.values(), *(space for space in model.spaces().values()))
+    assert {name for way in ways for name in graphs_of(way)} <= graphs.keys()
     latents, conditions = model.latent_shapes(), model.choices()
     for name, spec in graphs.items():
         assert spec.name == name
@@ -132,15 +139,25 @@ def test_graphs_are_described(made: Made) -> None:
             assert (tensor.role == "image") == (tensor.name == "image")
             assert (tensor.role == "score") <= (tensor.shape == ())
             assert (tensor.role == "control") == (tensor.default is not None)
-    forward = graphs[routes["forward"]]
-    roles = {tensor.role for tensor in forward.inputs}
-    assert {"latent"} <= roles <= {"latent", "noise", "uniform", "condition", "control"}
-    assert [tensor.name for tensor in forward.outputs] == ["image"]
-    assert forward.outputs[0].range == (0, 1)
-    if "inverse" in routes:
-        inverse = graphs[routes["inverse"]]
-        assert inverse.inputs[0].name == "image"
-        assert [tensor.name for tensor in inverse.outputs] == [*latents, LOG_PROB]
+    enter = {"forward": "latent", "inverse": "image"}
+    for route, way in routes.items():
+        first, last = (graphs[graphs_of(way)[place]] for place in (0, -1))
+        roles = {tensor.role for tensor in first.inputs}
+        assert {enter[route]} <= roles <= {enter[route], "noise", "uniform", "condition", "control"}
+        if isinstance(way, Loop):
+            inputs, outputs = ({t.name: t for t in tensors} for tensors in (last.inputs, last.outputs))
+            assert {name for name, tensor in inputs.items() if tensor.role == "schedule"} == way.schedule.keys()
+            assert all(table.shape == (way.steps, *inputs[name].shape) for name, table in way.schedule.items())
+            assert all(inputs[entered].shape == outputs[left].shape for left, entered in way.carry.items())
+            assert {*way.carry, *way.last, *way.every} <= outputs.keys()
+            yielded = [*(t.name for t in first.outputs if t.name in latents), *way.last, *way.every.values()]
+        else:
+            yielded = [tensor.name for tensor in last.outputs]
+        if route == "forward":
+            assert yielded == ["image"]
+            assert last.outputs[-1].range == (0, 1)
+        else:
+            assert yielded[: len(latents)] == list(latents)
 
 
 def test_every_graph_is_proved(made: Made) -> None:
@@ -150,9 +167,13 @@ def test_every_graph_is_proved(made: Made) -> None:
     for name, graph in manifest.graphs.items():
         assert manifest.parity["pooled"][name].keys() == {tensor.name for tensor in graph.outputs}
         assert all(entry["scale"] > 0 for entry in manifest.parity["pooled"][name].values())
-    assert ("round_trip" in manifest.parity["pooled"]) == ("inverse" in made.model.routes())
+    assert ("round_trip" in manifest.parity["pooled"]) == (made.model.round_trip() == "exact")
+    for route, way in made.model.routes().items():
+        assert (f"{route} loop" in manifest.parity["pooled"]) == isinstance(way, Loop)
     assert read_manifest(made.folder / "bundle") == manifest
-    assert manifest.routes == made.model.routes()
+    assert {route: graphs_of(way) for route, way in manifest.routes.items()} == {
+        route: graphs_of(way) for route, way in made.model.routes().items()
+    }
     specs = made.model.graphs()
     for name, graph in manifest.graphs.items():
         spec = specs[name]
@@ -160,17 +181,45 @@ def test_every_graph_is_proved(made: Made) -> None:
 
 
 def test_an_image_of_a_seed_is_the_same_in_any_batch(made: Made, session: Session) -> None:
-    whole = session.sample(5, std=1, seed=3)
+    std = 1 if session.drawing.scaled else None
+    whole = session.sample(5, std=std, seed=3)
     side = made.model.resolution
     assert whole.shape == (5, 3, side, side)
     assert whole.dtype == np.float32
     assert whole.min() >= 0
     assert whole.max() <= 1
     assert np.std(whole, axis=0).max() > 1e-3  # images differ
-    parts = np.concatenate([session.forward(part) for part in session.draw([4, 1], 1, 3, batch=1)])
+    parts = np.concatenate([session.forward(part) for part in session.draw([4, 1], std, 3, batch=1)])
     np.testing.assert_allclose(parts, whole[[4, 1]], atol=2e-4)
     with load(made.folder, backend="torch") as reference:
-        np.testing.assert_allclose(reference.sample(5, std=1, seed=3), whole, atol=2e-3)
+        np.testing.assert_allclose(reference.sample(5, std=std, seed=3), whole, atol=2e-3)
+
+
+def test_std_is_for_priors_with_a_temperature(made: Made, session: Session) -> None:
+    prior = made.model.prior()
+    scaled = [name for name in session.latent_shapes if prior.get(name, "normal") == "normal"]
+    for name in session.latent_shapes:
+        if name in scaled:
+            one, other = (session.sample(2, std={name: std}, seed=1) for std in (0.2, 1.0))
+            assert np.abs(one - other).max() > 1e-4
+    if not scaled:
+        with pytest.raises(DataError, match="no std applies"):
+            session.sample(2, std=0.7)
+    if made.model.bank():
+        bank = {name: rows.numpy() for name, rows in made.model.bank().items()}
+        for name, values in next(iter(session.draw(range(9)))).items():
+            if name in bank:
+                assert all(any(np.array_equal(value, row) for row in bank[name]) for value in values)
+                assert len({value.tobytes() for value in values}) > 1
+
+
+def test_spaces_lead_to_the_same_image(session: Session) -> None:
+    (latents,) = session.draw([0, 1])
+    image = session.forward(latents)
+    for space in session.spaces:
+        values = session.into_space(space, latents)
+        assert {name: tuple(value.shape[1:]) for name, value in values.items()} == session.space_shapes(space)
+        np.testing.assert_allclose(session.decode(space, values), image, atol=1e-4)
 
 
 def test_controls(session: Session) -> None:
@@ -178,9 +227,10 @@ def test_controls(session: Session) -> None:
     plain = session.forward(latents)
     assert np.array_equal(session.forward(latents, session.controls), plain)
     for name in session.controls:
-        changed = session.forward(latents, {name: 0.0})
+        low = {control.name: control.range[0] for control in session.drawing.inputs("control") if control.range}[name]
+        changed = session.forward(latents, {name: low})
         assert np.abs(changed - plain).max() > 1e-2
-        np.testing.assert_array_equal(session.sample(2, controls={name: 0.0}), changed)
+        np.testing.assert_array_equal(session.sample(2, controls={name: low}), changed)
         for impossible in (-1e9, float("nan")):
             with pytest.raises(DataError, match=f"control {name} must be a number in"):
                 session.forward(latents, {name: impossible})

@@ -15,12 +15,12 @@ from hflow_rt.layers.actnorm import ActNorm
 from hflow_rt.layers.fold import fold_children
 from hflow_rt.models.bins import in_bins, public_levels, to_model
 from hflow_rt.models.checkpoint import build_model
-from hflow_rt.models.family import family
 from hflow_rt.models.glow import coupling as coupling_file
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.folded import FOLDS
 from hflow_rt.models.glow.network import Glow
 from hflow_rt.models.glow.prior import Gaussian
+from hflow_rt.models.registry import family
 
 BASE: dict[str, Any] = {
     "resolution": 8, "levels": 2, "steps": 2, "hidden_channels": 7, "invertible_backward": False,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from hflow_rt.errors import CheckpointError, ConfigError, DataError
 from hflow_rt.foreign.importing import import_published
 from hflow_rt.models.checkpoint import load_model, read_metadata
-from hflow_rt.models.family import FAMILIES, Published
 from hflow_rt.models.hflow.published import read_published
+from hflow_rt.models.registry import FAMILIES, Published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hflow"
 ATTACKS = Path(__file__).parents[1] / "attacks"

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from toy_generator import ToyConfig, ToyGenerator
 
 from hflow_rt.evaluation.figures import Estimate, Figure
-from hflow_rt.models.family import Family, LossTerms, TensorSpec
+from hflow_rt.models.family import LossTerms, TensorSpec
 from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
+from hflow_rt.models.registry import Family
 
 
 class AdversarialConfig(ToyConfig):

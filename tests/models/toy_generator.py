@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hflow_rt.errors import NoInverse
-from hflow_rt.models.family import Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig, TensorSpec
+from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms, Space, TensorSpec
 from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
+from hflow_rt.models.registry import Family, ModelConfig
 
 NO_INVERSE = "a toy generator maps latents to images only"
 
@@ -24,7 +25,8 @@ class ToyGenerator(LatentModel):
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
         self.config = config
-        self.plane = nn.Linear(6, 3 * config.resolution**2)
+        self.mapping = nn.Linear(6, 5)
+        self.plane = nn.Linear(5, 3 * config.resolution**2)
 
     @property
     def resolution(self) -> int:
@@ -36,9 +38,15 @@ class ToyGenerator(LatentModel):
     def prior_std(self) -> dict[str, float]:
         return {"z": 1.0}
 
+    def prior(self) -> dict[str, Any]:
+        return {"z": "unscaled"}
+
+    def spaces(self) -> dict[str, Space]:
+        return {"w": Space(into="map", decode="paint")}
+
     def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        z = latents["z"]
-        image = self.plane(z).tanh().unflatten(1, (3, self.resolution, self.resolution))
+        w = latents["w"] if "w" in latents else self.mapping(latents["z"]).tanh()
+        image = self.plane(w).tanh().unflatten(1, (3, self.resolution, self.resolution))
         if "contrast" in latents:
             image = image * latents["contrast"][:, None, None, None]
         if "dither" in latents:
@@ -59,12 +67,16 @@ class ToyGenerator(LatentModel):
 
     def graphs(self) -> dict[str, GraphSpec]:
         image = TensorSpec("image", (3, self.resolution, self.resolution), "image", (0.0, 1.0))
-        inputs = (
-            TensorSpec("z", (6,), "latent"),
+        z, w = TensorSpec("z", (6,), "latent"), TensorSpec("w", (5,), "value")
+        beside = (
             TensorSpec("contrast", (), "control", (0.0, 1.0), default=0.8),
             TensorSpec("dither", image.shape, "uniform", (0.0, 1.0)),
         )
-        return {"generate": GraphSpec("generate", Generate(self), Generate(self), inputs, (image,))}
+        made = {"generate": ((z, *beside), image), "map": ((z,), w), "paint": ((w, *beside), image)}
+        return {
+            name: GraphSpec(name, Part(self, inputs, output), Part(self, inputs, output), inputs, (output,))
+            for name, (inputs, output) in made.items()
+        }
 
     def folded(self) -> "ToyGenerator":
         return self
@@ -93,13 +105,14 @@ class ToyPlan(TrainingPlan):
         return LossTerms(error, None, {"error": error.detach()})
 
 
-class Generate(nn.Module):
-    def __init__(self, model: ToyGenerator) -> None:
+class Part(nn.Module):
+    def __init__(self, model: ToyGenerator, inputs: tuple[TensorSpec, ...], output: TensorSpec) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names, self.maps = model, [spec.name for spec in inputs], output.name == "w"
 
-    def forward(self, z: Tensor, contrast: Tensor, dither: Tensor) -> tuple[Tensor]:
-        return (self.model.decode({"z": z, "contrast": contrast, "dither": dither}),)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        given = dict(zip(self.names, inputs, strict=True))
+        return (self.model.mapping(given["z"]).tanh() if self.maps else self.model.decode(given),)
 
 
 TINY: dict[str, Any] = {

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError
 from hflow_rt.runtime import BACKENDS, Session, load
 from hflow_rt.runtime.bundle import find_bundle
-from hflow_rt.runtime.onnx import OnnxEngine
-from hflow_rt.runtime.pictures import to_uint8
+from hflow_rt.runtime.engines.onnx import OnnxEngine
+from hflow_rt.runtime.images.pictures import to_uint8
 
 ON_CPU = sorted(BACKENDS.keys() - {"trt"})  # TensorRT needs a GPU
 

@@ -11,7 +11,7 @@ from PIL import Image
 import hflow_rt
 from hflow_rt.errors import BundleError, DataError
 from hflow_rt.runtime import Session, load
-from hflow_rt.runtime.pictures import grid, to_uint8
+from hflow_rt.runtime.images.pictures import grid, to_uint8
 
 R = 16
 

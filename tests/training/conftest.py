@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hflow_rt.models.family import FAMILIES
+from hflow_rt.models.registry import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).parent))  # toy_family is found by name, also by the processes tests start
 

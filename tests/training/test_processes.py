@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hflow_rt.draws import generator
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.plan import Place
+from hflow_rt.streams import generator
 from hflow_rt.training.batches import MicroBatches, Shuffle
 from hflow_rt.training.config import load_config
 from hflow_rt.training.schedule import learning_rates

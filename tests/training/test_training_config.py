@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import FAMILIES, family
+from hflow_rt.models.registry import FAMILIES, family
 from hflow_rt.training.config import load_config, preset_names
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import Bound, Encoding, Family, GraphSpec, LatentModel, LossTerms, ModelConfig
+from hflow_rt.models.family import Bound, Encoding, GraphSpec, LatentModel, LossTerms
 from hflow_rt.models.flow import FlowModel
+from hflow_rt.models.registry import Family, ModelConfig
 
 SIDE = 8
 PIXELS = 3 * SIDE * SIDE

@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import ToyImages
 from safetensors.torch import save_file
 
-from hflow_rt.models.family import FAMILIES
+from hflow_rt.models.registry import FAMILIES
 from hflow_rt.training import trainer
 from hflow_rt.training.config import load_config
 from hflow_rt.training.run import Run

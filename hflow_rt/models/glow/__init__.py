@@ -1,11 +1,16 @@
 """Glow: a multi-scale flow with invertible 1x1 convolutions (Kingma & Dhariwal, NeurIPS 2018)."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from hflow_rt.models.family import Family, LatentModel, Published
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.presets import PRESETS, TINY
+from hflow_rt.models.registry import Family, Published
+
+if TYPE_CHECKING:
+    from hflow_rt.models.family import LatentModel
 
 __all__ = ["FAMILY"]
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hflow_rt.models.family import ModelConfig
+from hflow_rt.models.registry import ModelConfig
 
 __all__ = ["Edge", "GlowConfig"]
 

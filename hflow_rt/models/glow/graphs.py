@@ -23,5 +23,5 @@ def graphs(model: "Glow") -> dict[str, GraphSpec]:
     terms = [f"{name}.{part}" for name in model.latent_shapes() for part in ("prior", "log_det")]
     specs = flow_graphs(model, model.folded(), terms=[*terms, "z0.bins"])
     layers = [copy.deepcopy(m).double() for m in model.modules() if isinstance(m, (HiddenConv2d, ZeroConv2d))]
-    scales = tuple(layer.gain().detach().cpu().numpy() for layer in layers)
-    return {name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS, scales=scales) for name, spec in specs.items()}
+    gains = tuple(layer.gain().detach().cpu().numpy() for layer in layers)
+    return {name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS, gains=gains) for name, spec in specs.items()}

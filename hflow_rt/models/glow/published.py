@@ -20,9 +20,9 @@ from hflow_rt.foreign.settings import read_settings_file
 from hflow_rt.foreign.source import shown
 from hflow_rt.foreign.states import read_weights
 from hflow_rt.models.checkpoint import parse_config
-from hflow_rt.models.family import Published
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.weights import Layout, from_original, ignored_kind, layout_of
+from hflow_rt.models.registry import Published
 
 __all__ = ["infer_settings", "read_published"]
 

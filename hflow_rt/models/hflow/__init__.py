@@ -1,11 +1,16 @@
 """hflow: an invertible hierarchical flow for images (Timonen, Aittala & Lehtinen, TMLR 2023)."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from hflow_rt.models.family import Family, LatentModel, Published
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from hflow_rt.models.hflow.config import HFlowConfig
 from hflow_rt.models.hflow.presets import PRESETS, TINY
+from hflow_rt.models.registry import Family, Published
+
+if TYPE_CHECKING:
+    from hflow_rt.models.family import LatentModel
 
 __all__ = ["FAMILY"]
 

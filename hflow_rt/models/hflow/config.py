@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hflow_rt.layers.masks import PERIODS, split_steps
-from hflow_rt.models.family import ModelConfig
+from hflow_rt.models.registry import ModelConfig
 
 __all__ = ["CouplingNet", "EndConfig", "HFlowConfig", "LevelConfig", "unet_widths"]
 

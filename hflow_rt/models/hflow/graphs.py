@@ -53,5 +53,5 @@ def graphs(model: "HFlow") -> dict[str, GraphSpec]:
     specs["end_forward"] = GraphSpec("end_forward", _EndForward(folded), _EndForward(model), ends, parts)
     specs["end_inverse"] = GraphSpec("end_inverse", _EndInverse(folded), _EndInverse(model), parts, ends)
     layers = (module for module in model.modules() if isinstance(module, (EqualizedConv2d, EqualizedLinear)))
-    scales = tuple({layer.weight_scale for layer in layers})
-    return {name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS, scales=scales) for name, spec in specs.items()}
+    gains = tuple({layer.weight_scale for layer in layers})
+    return {name: dataclasses.replace(spec, nets=_NETS, heads=_HEADS, gains=gains) for name, spec in specs.items()}

@@ -11,7 +11,7 @@ from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import to_model, to_public
-from hflow_rt.models.family import Bound, Conditions, Encoding, GraphSpec, LossTerms, NoiseScale
+from hflow_rt.models.family import Bound, Conditions, Encoding, GraphSpec, LossTerms, NoiseScale, Space
 from hflow_rt.models.flow import FlowModel
 from hflow_rt.models.hflow import bound as bounding
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
@@ -272,8 +272,8 @@ class HFlow(FlowModel):
     def folded(self) -> "HFlow":
         return folded_copy(self, FOLDS)
 
-    def spaces(self) -> dict[str, tuple[str, str]]:
-        return {"y0": ("end_forward", "end_inverse")}
+    def spaces(self) -> dict[str, Space]:
+        return {"y0": Space(into="end_forward", back="end_inverse")}
 
     # -- spreads
 

@@ -1,0 +1,84 @@
+"""Which families there are: their settings and presets, read without torch, and the function that builds their models.
+
+A family is a folder `hflow_rt/models/<name>/` whose package exposes one `Family` object; `hflow_rt.models.family` says
+what its models do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from hflow_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from hflow_rt.models.family import LatentModel
+
+__all__ = ["DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "family"]
+
+
+class ModelConfig(BaseModel):
+    """Base of every family's settings: typed, closed, immutable. `resolution` is the side of the square image."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a family's reader makes of a checkpoint that others published.
+
+    state: weights under our names, float32; all that `LatentModel.state_dict` has. dropped: tensors that are not
+    needed, by kind. notes: what the user has to know. part, prefix, passed_over: where in the file they lie, see
+    `hflow_rt.foreign.parts.Part`.
+    """
+
+    config: ModelConfig
+    state: Mapping[str, Tensor]
+    dropped: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    part: str = "."
+    prefix: str = ""
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the rest of the project finds a family: its settings class, presets, model class.
+
+    tiny: settings like a preset's, of a model with every part that others have and as small as can be, on which the
+    contract is tested. read_published: reads a published checkpoint and, where that does not hold them, its settings
+    from another file; of a checkpoint that holds several networks the part that the third argument names. Executes
+    nothing. Raises `CheckpointError` and `ConfigError`.
+    """
+
+    name: str
+    title: str
+    config: type[ModelConfig]
+    presets: Mapping[str, Mapping[str, Any]]
+    tiny: Mapping[str, Any]
+    build: Callable[[Any], LatentModel]
+    read_published: Callable[[Path, Path | None, str | None], Published] | None = None
+
+
+# name -> module that holds `FAMILY`; one line a family
+FAMILIES = {
+    "glow": "hflow_rt.models.glow",
+    "hflow": "hflow_rt.models.hflow",
+}
+DEFAULT_PRESET = "hflow-demo"  # of `hflow-rt train` and `demo`: small enough to be trained while somebody waits
+
+
+def family(name: str) -> Family:
+    """The family called `name`. Raises `ConfigError` for an unknown one."""
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown model family '{name}'; known: {', '.join(sorted(FAMILIES))}")
+    found: Family = importlib.import_module(FAMILIES[name]).FAMILY
+    return found

@@ -1,0 +1,96 @@
+"""What is random in the samples of a bundle: latents by their priors, noise beside them and in every call of a loop."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.manifest import Graph, Loop, Role, Tensor, graphs_of
+from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.loops import drawn_by_call
+from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows
+
+__all__ = ["Draw", "Drawing"]
+
+Array = NDArray[np.float32]
+
+
+class Draw(NamedTuple):
+    """A tensor beside the latents, `[B, *shape]`; with `steps` `[B, steps, *shape]`, one draw for each call."""
+
+    kind: Literal["noise", "uniform"]
+    shape: tuple[int, ...]
+    steps: int | None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Its shape without batch, all calls together."""
+        return self.shape if self.steps is None else (self.steps, *self.shape)
+
+
+class Drawing:
+    """Draws what `forward` takes, and knows what that is."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._manifest = bundle, bundle.manifest
+        self._tables: dict[str, dict[str, Array]] = {}
+
+    @property
+    def scaled(self) -> list[str]:
+        """The latents that a std applies to."""
+        return [latent.name for latent in self._manifest.latents if latent.prior == "normal"]
+
+    def inputs(self, *roles: Role) -> list[Tensor]:
+        """The inputs of these roles of all that `forward` runs, each once; none where the bundle lacks the route."""
+        found = {tensor.name: tensor for graph in self._graphs() for tensor in graph.inputs}
+        return [tensor for tensor in found.values() if tensor.role in roles]
+
+    def beside(self) -> dict[str, Draw]:
+        """What is random beside the latents, by name."""
+        route = self._manifest.routes.get("forward")
+        steps = route.steps if isinstance(route, Loop) else None
+        by_call = () if steps is None else drawn_by_call(self._graphs()[-1].inputs)
+        return {
+            tensor.name: Draw(
+                "uniform" if tensor.role == "uniform" else "noise",
+                tensor.shape,
+                steps if tensor.name in by_call else None,
+            )
+            for tensor in self.inputs("noise", "uniform")
+        }
+
+    def latents(self, seed: int, indices: Sequence[int], stds: Mapping[str, float]) -> dict[str, Array]:
+        """Those of the images `indices` of `seed`, each from where its prior says. Raises `DataError`.
+
+        stds: of the `scaled` ones.
+        """
+        shapes = {latent.name: latent.shape for latent in self._manifest.latents if latent.prior != "bank"}
+        all_stds = {name: stds.get(name, 1.0) for name in shapes}
+        drawn = draw_latents(shapes, self._manifest.prior_std, seed, indices, all_stds) if shapes else {}
+        if self._manifest.bank is not None:
+            bank = self.table(self._manifest.bank)
+            rows = draw_rows(len(next(iter(bank.values()))), seed, indices)
+            drawn |= {name: table[rows] for name, table in bank.items()}
+        return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
+
+    def noise(self, seed: int, indices: Sequence[int]) -> dict[str, Array | Stream]:
+        """What is random beside latents; what every call draws is a stream, made as it is asked for."""
+        return {
+            name: draw_noise(draw.kind, name, draw.shape, seed, indices)
+            if draw.steps is None
+            else Stream(draw.kind, name, draw.shape, seed, indices, draw.steps)
+            for name, draw in self.beside().items()
+        }
+
+    def table(self, file: str) -> dict[str, Array]:
+        """The arrays of a file of the bundle by name. Raises `BundleError` for one that is missing or changed."""
+        from safetensors.numpy import load_file
+
+        if file not in self._tables:
+            self._tables[file] = load_file(self._bundle.file(file))
+        return self._tables[file]
+
+    def _graphs(self) -> list[Graph]:
+        route = self._manifest.routes.get("forward")
+        return [] if route is None else [self._manifest.graphs[name] for name in graphs_of(route)]

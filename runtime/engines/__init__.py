@@ -1,0 +1,1 @@
+"""What runs a graph: ONNX Runtime, TensorRT or torch, on the CPU or a GPU."""

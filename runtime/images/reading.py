@@ -1,0 +1,56 @@
+"""Images of people as a model takes them, wherever they lie: files, folders, archives and arrays."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.conditions import Choices, class_folder
+from hflow_rt.data.dataset import open_dataset
+from hflow_rt.errors import DataError
+from hflow_rt.memory import need
+from hflow_rt.names import shown
+from hflow_rt.runtime.images.pictures import read_image
+
+__all__ = ["read_pictures"]
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy", ".npz")
+
+
+def read_pictures(
+    paths: Sequence[Path],
+    resolution: int,
+    limit: int | None = None,
+    choices: Choices | None = None,
+    unused: dict[str, str] | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders, archives and arrays, the first `limit`.
+
+    choices: of the model; a file's or folder's name then tells its class, see `class_folder`.
+    unused: takes the names of images in folders and archives that cannot be used, and why; if there are several
+    sources, with the source before the name. note: takes a line with their number. Raises `DataError`.
+    """
+    names: list[str] = []
+    images: list[NDArray[np.float32]] = []
+    for path in paths:
+        folder = class_folder(choices or {}, path)
+        if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
+            found = open_dataset(path, resolution)
+            if found.unused:
+                note(f"{len(found)} images in {path}; not used: {found.left_out}")
+            if unused is not None:
+                above = f"{path}/" if len(paths) > 1 else folder
+                unused |= {above + name: reason for name, reason in found.unused.items()}
+            count = len(found) if limit is None else min(limit, len(found))
+            need(36 * count * resolution**2, f"{count:,} images", "take fewer together")  # thrice as float32
+            names += [folder + name for name in found.names[:limit]]
+            images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
+        else:
+            names.append(folder + shown(path.name))
+            images.append(read_image(path, resolution))
+    if not images:
+        raise DataError("no images given; name at least one file, folder or archive")
+    return names[:limit], np.stack(images[:limit])

@@ -1,0 +1,68 @@
+"""Latents files: safetensors that know their order and where they are from."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hflow_rt.errors import DataError
+from hflow_rt.files import atomic_file, is_file
+from hflow_rt.runtime.latents.operations import Latents
+from hflow_rt.runtime.session import Session
+
+__all__ = ["about_model", "check_latents_name", "load_latents", "save_latents"]
+
+_METADATA_KEY = "hflow_rt.latents"
+
+
+def about_model(session: Session) -> dict[str, Any]:
+    """What a file says of the model its latents are of."""
+    return {"family": session.manifest.family, "model": session.manifest.checkpoint["sha256"]}
+
+
+def check_latents_name(path: Path) -> None:
+    """Raise `DataError` unless the name is one of a latents file."""
+    if path.suffix.lower() != ".safetensors":
+        raise DataError(f"a latents file's name must end in .safetensors; found '{path.name}'; rename it")
+
+
+def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]) -> None:
+    """Write latents and what is known of them (family, model hash, seed, ...: JSON values) as safetensors.
+
+    Raises `DataError` if the file cannot be written.
+    """
+    # contiguous because safetensors writes the memory as it lies; the order because it sorts the names
+    arrays = {name: np.ascontiguousarray(values) for name, values in latents.items()}
+    header = json.dumps({"order": list(latents), "metadata": dict(metadata)})
+    content = save(arrays, {_METADATA_KEY: header})
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+    """Latents in the order they were saved, and their metadata.
+
+    Raises `DataError` for a missing or broken file and for one that `save_latents` did not write. Whether the
+    latents fit a model is for `check_latents` to say.
+    """
+    path = Path(path)
+    if not is_file(path):
+        raise DataError(f"no latents file at {path}; write one with 'hflow-rt encode' or 'hflow-rt sample'")
+    try:
+        with safe_open(path, "np") as file:
+            header = (file.metadata() or {}).get(_METADATA_KEY)
+            if header is None:
+                raise DataError(f"{path} holds tensors but no latents; give a file written by 'hflow-rt encode'")
+            described = json.loads(header)
+            order, metadata = described["order"], described["metadata"]
+            if sorted(order) != sorted(file.keys()) or not isinstance(metadata, dict):
+                raise ValueError("names differ from the header's")
+            return {name: file.get_tensor(name) for name in order}, metadata
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is not a whole latents file ({reason}); encode or copy it again") from error

@@ -1,0 +1,263 @@
+"""What the latents of a model hold, shown: walks, redrawn and zeroed latents, seeds side by side, mixed styles.
+
+Every function takes a `Session` and yields float32 images `[B, 3, R, R]` in [0, 1] a batch at a time, so that
+memory stays flat. Latents are those of `hflow_rt.runtime.latents.operations`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.errors import DataError
+from hflow_rt.limits import check_count
+from hflow_rt.memory import need
+from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, random_walk
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Encoded, Session, Stds
+
+__all__ = [
+    "RunningStd",
+    "batches",
+    "between",
+    "coarse_down_to",
+    "count",
+    "encoded",
+    "heat_map",
+    "latents_of_seeds",
+    "parse_seeds",
+    "repeat",
+    "samples",
+    "select",
+    "style_row",
+    "temperatures",
+    "walk",
+    "zeroing",
+]
+
+_BATCH = 16  # images per call: more is hardly faster on a CPU, and this fits beside a large model
+_MANY = 4096  # seeds, more than any picture shows
+_SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
+
+
+def select(latents: Latents, start: int, stop: int | None = None) -> dict[str, Array]:
+    """Items `start` .. `stop` - 1 of a batch; without `stop` the one item `start`, as a batch of 1."""
+    return {name: values[start : start + 1 if stop is None else stop] for name, values in latents.items()}
+
+
+def repeat(latents: Latents, times: int) -> dict[str, Array]:
+    """A batch of 1 as a batch of `times` equal items."""
+    return {name: values.repeat(times, axis=0) for name, values in latents.items()}
+
+
+def count(latents: Latents) -> int:
+    """How many items a batch has."""
+    return len(next(iter(latents.values())))
+
+
+def batches(latents: Latents, size: int = _BATCH) -> Iterator[dict[str, Array]]:
+    """A batch in parts of at most `size`."""
+    for start in range(0, count(latents), size):
+        yield select(latents, start, start + size)
+
+
+def samples(
+    session: Session, number: int, std: Stds | None = None, seed: int = 0, option: str | None = None
+) -> dict[str, Array]:
+    """Latents of the images 0 .. number - 1 of `seed`, one batch, drawn as `Session.draw` does. Raises `DataError`."""
+    size = 16 * number * sum(math.prod(shape) for shape in session.input_shapes.values())
+    need(size, f"the latents of {number:,} images", "ask for fewer (-n)")
+    return concatenate(list(session.draw(range(number), std, seed, option=option)))
+
+
+def encoded(
+    session: Session,
+    pixels: Array,
+    conditions: Mapping[str, Array],
+    track: Callable[[Sequence[range]], Iterable[range]] = lambda parts: parts,
+) -> Encoded:
+    """Images `[N, 3, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
+    starts = range(0, len(pixels), _BATCH)
+    parts = []
+    for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
+        part = slice(rows.start, rows.stop)
+        parts.append(session.inverse(pixels[part], {name: values[part] for name, values in conditions.items()}))
+    return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
+
+
+def between(
+    session: Session, ends: Latents, frames: int, mode: str = "lerp", space: str = LATENT_SPACE
+) -> Iterator[Array]:
+    """Images `[n, 3, R, R]`, `frames` of them in all, from the first of two items to the second through `space`.
+
+    Raises `DataError` as `interpolate` does.
+    """
+    there = session.into_space(space, ends)
+    first, last = (select(there, index) for index in (0, 1))
+    path = interpolate(first, last, frames, mode, session.joined(space), session.choices)
+    return _decoded(session, space, path, 1)
+
+
+def walk(
+    session: Session,
+    paths: int,
+    keyframes: int,
+    frames_per_segment: int,
+    *,
+    std: Stds | None = None,
+    seed: int = 0,
+    closed: bool = True,
+    mode: str = "slerp",
+    space: str = "z",
+    fixed: Iterable[str] = (),
+    option: str | None = None,
+) -> Iterator[Array]:
+    """Frames `[paths, 3, R, R]` of as many independent walks through random keyframes, see `random_walk`.
+
+    Path p passes through the images p * keyframes .. (p + 1) * keyframes - 1 of `seed`, drawn as `Session.draw` does;
+    between them it moves in `space`, whose names `fixed` takes. Raises `DataError` before the first frame.
+    """
+    check_count("the number of walks", paths)
+    check_count("the number of keyframes", keyframes)
+    check_count("the number of frames", frames_per_segment)
+    shapes = session.input_shapes.values()
+    size = 4 * paths * keyframes * sum(math.prod(shape) for shape in shapes)
+    need(size, f"{keyframes:,} keyframes of {paths:,} walks", "ask for fewer")
+    keys = []
+    for key in range(keyframes):
+        drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
+        keys.append(session.into_space(space, drawn))
+    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.choices)
+    return _decoded(session, space, frames, paths)
+
+
+def _decoded(session: Session, space: str, frames: Iterator[dict[str, Array]], paths: int) -> Iterator[Array]:
+    together = max(1, _BATCH // paths)
+    for first in frames:
+        part = [first, *islice(frames, together - 1)]
+        images = session.forward(session.from_space(space, concatenate(part)))
+        yield from np.split(images, len(part))
+
+
+class RunningStd:
+    """Standard deviation over items that come in batches, of which none is kept; float64 inside."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: NDArray[np.float64] | float = 0.0
+        self._squares: NDArray[np.float64] | float = 0.0  # sum of squared distances to the mean
+
+    def add(self, batch: Array) -> None:
+        """Count the items of `batch` `[B, ...]` in."""
+        values = batch.astype(np.float64)
+        mean, total = values.mean(0), self.count + len(values)
+        shift = mean - self._mean
+        self._squares = self._squares + ((values - mean) ** 2).sum(0) + shift**2 * self.count * len(values) / total
+        self._mean = self._mean + shift * len(values) / total
+        self.count = total
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """`[...]`, of the items so far as a whole population."""
+        return np.sqrt(np.asarray(self._squares) / max(self.count, 1))
+
+
+def heat_map(
+    session: Session,
+    base: Latents,
+    name: str,
+    draws: int = 32,
+    *,
+    std: Stds = 1.0,
+    seed: int = 0,
+    first: int = 1,
+    batch: int = _BATCH,
+) -> NDArray[np.float64]:
+    """How much each pixel depends on latent `name`: `[R, R]`, the std of its colour over `draws` redraws of that
+    latent alone, averaged over the channels, all others being as in `base` (a batch of 1).
+
+    The redraws are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the same seed must be an
+    image before them, for one that is its own redraw makes the std too small. Raises `DataError`.
+    """
+    if draws < 2:
+        raise DataError(f"a heat map needs at least 2 redraws, not {draws}")
+    check_count("the number of redraws", draws)
+    seen = RunningStd()
+    for drawn in session.draw(range(first, first + draws), std, seed, batch):
+        seen.add(session.forward(mix(repeat(base, len(drawn[name])), drawn, [name])))
+    mean: NDArray[np.float64] = seen.std.mean(0)
+    return mean
+
+
+def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...], Array]]:
+    """The images of `latents`, then again and again with one latent more set to zero, fine to coarse.
+
+    Yields the names that are zero, finest first, with the images `[B, 3, R, R]`: first none, last all.
+    """
+    current, zero = dict(latents), tuple[str, ...]()
+    yield zero, _images(session, current)
+    for name in reversed(list(session.latent_shapes)):
+        current[name] = np.zeros_like(current[name])
+        zero = (*zero, name)
+        yield zero, _images(session, current)
+
+
+def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
+    """The images `[B, 3, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
+    for factor in factors:
+        scaled = {name: np.float32(factor) * latents[name] for name in session.latent_shapes}
+        yield _images(session, dict(latents) | scaled)
+
+
+def latents_of_seeds(
+    session: Session, seeds: Sequence[int], std: Stds | None = None, option: str | None = None
+) -> dict[str, Array]:
+    """Latents of image 0 of each of `seeds`, one batch, drawn as `Session.draw` does. Raises `DataError`."""
+    return concatenate([next(session.draw([0], std, seed, option=option)) for seed in seeds])
+
+
+def parse_seeds(texts: Iterable[str]) -> list[int]:
+    """Seeds named as `7`, `0-15` (both included), or several of these with commas between, in their order.
+
+    Raises `DataError` for anything else, for a range that goes down, for none and for more than 4096.
+    """
+    seeds: list[int] = []
+    for text in (part.strip() for words in texts for part in words.split(",")):
+        match = _SEEDS.fullmatch(text)
+        if match is None:
+            raise DataError(f"seeds are numbers and ranges such as 7 or 0-15; found '{text}'")
+        start, stop = int(match[1]), int(match[2] or match[1])
+        if stop < start:
+            raise DataError(f"a range of seeds goes up; found '{text}'; write {stop}-{start}")
+        if len(seeds) + stop - start >= _MANY:
+            raise DataError(f"at most {_MANY} seeds fit a picture; '{text}' goes beyond; name fewer")
+        seeds += range(start, stop + 1)
+    if not seeds:
+        raise DataError("at least one seed must be named, e.g. 0-15; found none")
+    return seeds
+
+
+def coarse_down_to(session: Session, cut: str | None) -> list[str]:
+    """Names of the latents from the coarsest down to `cut`; without it the coarser half. Raises `DataError`."""
+    names = list(session.latent_shapes)
+    if cut is None:
+        return names[: max(1, len(names) // 2)]
+    if cut not in names:
+        raise DataError(f"unknown latent '{cut}'; choose among {', '.join(names)}")
+    return names[: names.index(cut) + 1]
+
+
+def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
+    """Images `[B, 3, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
+
+    What the model is told, such as a class, goes with the coarsest latent. Raises `DataError` for an unknown name.
+    """
+    taken = list(names)
+    told = session.choices if next(iter(session.latent_shapes)) in taken else ()
+    return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *told]))
+
+
+def _images(session: Session, latents: Latents) -> Array:
+    return np.concatenate([session.forward(part) for part in batches(latents)])

@@ -1,0 +1,144 @@
+"""Routes of several calls: one graph once, then another once a row of a schedule, its outputs fed back.
+
+A backend has `loop`, which keeps what is carried where it computes; `looped` is that for arrays that stay there anyway.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt.manifest import Graph
+from hflow_rt.runtime.arrays import as_kind, given, stacked
+from hflow_rt.runtime.backends import Engine
+from hflow_rt.runtime.in_flight import in_flight
+from hflow_rt.runtime.noise import Stream
+
+__all__ = ["called", "calls_of", "drawn_by_call", "follow", "looped", "mean_draws", "row_of"]
+
+Values = Mapping[str, Any]
+
+
+class _Loop(Protocol):
+    """What the contract's `Loop` and the manifest's have in common."""
+
+    @property
+    def step(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def carry(self) -> Mapping[str, str]: ...
+    @property
+    def last(self) -> tuple[str, ...]: ...
+    @property
+    def every(self) -> Mapping[str, str]: ...
+
+
+class _Tensor(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+
+
+def drawn_by_call(step: Iterable[_Tensor]) -> list[str]:
+    """Of the inputs of a loop's `step` those that every call has a draw of its own of."""
+    return [tensor.name for tensor in step if tensor.role in ("noise", "uniform")]
+
+
+def row_of(
+    schedule: Mapping[str, NDArray[np.float32]], drawn: Collection[str], values: Values, index: int
+) -> dict[str, Any]:
+    """What is new in call `index`, by input: rows `[1, *shape]` of the schedule, draws `[B, *shape]`.
+
+    drawn: names of arrays `[B, K, *shape]`, or streams of them, among `values`.
+    """
+    rows: dict[str, Any] = {name: table[index : index + 1] for name, table in schedule.items()}
+    for name in drawn:
+        draws = values[name]
+        rows[name] = draws.step(index) if isinstance(draws, Stream) else draws[:, index]
+    return rows
+
+
+def called(run: Callable[[str, list[Any]], list[Any]], name: str, graph: Graph) -> Callable[[dict[str, Any]], Values]:
+    """`run` of a graph as `looped` takes it: values by name to outputs by name."""
+
+    def call(values: dict[str, Any]) -> Values:
+        outputs = run(name, [values[tensor.name] for tensor in graph.inputs])
+        return {tensor.name: output for tensor, output in zip(graph.outputs, outputs, strict=True)}
+
+    return call
+
+
+def looped(
+    call: Callable[[dict[str, Any]], Values],
+    first: Values,
+    rows: Iterable[Values],
+    carry: Mapping[str, str],
+    every: Collection[str],
+) -> Iterator[Values]:
+    """Of every call the outputs that are among `every`; of the last all of them.
+
+    first: inputs of the first call beside its row. carry: output to the input that it becomes.
+    """
+    state, outputs = dict(first), None
+    for row in rows:
+        if outputs is not None:
+            yield {name: outputs[name] for name in every}
+        outputs = call({**state, **row})
+        state |= {entered: outputs[left] for left, entered in carry.items()}
+    if outputs is not None:
+        yield outputs
+
+
+def calls_of(
+    engine: Engine, loop: _Loop, step: Graph, schedule: Mapping[str, NDArray[np.float32]], values: Values
+) -> Callable[[dict[str, Any]], Iterator[Values]]:
+    """The calls of a loop as `follow` takes them, on a backend; what one takes anew is made while the one before runs.
+
+    values: what the route was given, the draws of all calls among it.
+    """
+    drawn, like = drawn_by_call(step.inputs), next(iter(values.values()))
+
+    def row(index: int) -> dict[str, Any]:
+        return {name: as_kind(like, array) for name, array in row_of(schedule, drawn, values, index).items()}
+
+    def calls(first: dict[str, Any]) -> Iterator[Values]:
+        others = [tensor for tensor in step.inputs if tensor.name not in {*schedule, *drawn}]
+        fixed = {tensor.name: given(tensor, first, len(like)) for tensor in others}
+        return engine.loop(loop.step, fixed, in_flight(row, range(loop.steps), 2), loop.carry, loop.every.keys())
+
+    return calls
+
+
+def mean_draws(step: Graph, steps: int, values: Values) -> dict[str, Any]:
+    """The mean in place of what is drawn in every call and was not given, `[B, steps, *shape]` each."""
+    like = next(iter(values.values()))
+    return {
+        tensor.name: stacked([given(tensor, values, len(like))] * steps)
+        for tensor in step.inputs
+        if tensor.name in drawn_by_call(step.inputs) and tensor.name not in values
+    }
+
+
+def follow(
+    loop: _Loop,
+    values: Values,
+    begun: Values,
+    calls: Callable[[dict[str, Any]], Iterator[Values]],
+    latents: Collection[str],
+) -> dict[str, Any]:
+    """The outputs of a route by name.
+
+    values: what it was given. begun: what its `start` made of that. calls: all calls of `step`, as `looped`, on the
+    inputs of the first. latents: names of what the route yields of `begun`.
+    """
+    first = {**values, **begun} | {entered: begun[left] for left, entered in loop.carry.items()}
+    each: dict[str, list[Any]] = {name: [] for name in loop.every}
+    outputs: Values = {}
+    for outputs in calls(first):
+        for name, parts in each.items():
+            parts.append(outputs[name])
+    found = {name: begun[name] for name in latents if name in begun} | {name: outputs[name] for name in loop.last}
+    return found | {loop.every[name]: stacked(parts) for name, parts in each.items()}

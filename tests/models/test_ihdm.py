@@ -1,0 +1,160 @@
+"""IHDM: sizes, the blur, what is trained, the bound, the sampler."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.models.checkpoint import parse_config
+from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
+from hflow_rt.models.ihdm.bound import bits_per_dim, pixel_cost, start_cost, step_cost
+from hflow_rt.models.ihdm.config import IHDMConfig
+from hflow_rt.models.ihdm.model import IHDM, levels_of
+from hflow_rt.models.ihdm.presets import PRESETS, TINY
+from hflow_rt.models.ihdm.sampling import blend, interpolation_weights, prior_state, sample
+
+# preset: numbers, tensors, and level biases of all blocks
+SIZES = {
+    "ihdm-mnist": (42_082_049, 400, 6272),
+    "ihdm-mnist-small": (3_704_129, 398, 1856),
+    "ihdm-cifar": (61_060_867, 558, 8576),
+    "ihdm-afhq-64": (88_217_219, 338, 7424),
+    "ihdm-ffhq-128": (159_981_443, 430, 10_880),
+    "ihdm-church-128": (261_828_227, 722, 18_560),
+    "ihdm-afhq-256": (210_904_835, 576, 14_720),
+    "ihdm-ffhq-256": (210_904_835, 576, 14_720),
+}
+
+
+def make(**changes: Any) -> IHDM:
+    """In float64, with nothing left at zero."""
+    torch.manual_seed(1)
+    model = IHDM(IHDMConfig(**TINY["model"] | changes)).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def images(count: int, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        network = IHDM(IHDMConfig(**PRESETS[name]["model"])).network
+    parameters = list(network.parameters())
+    widths = sum(block.width for block in network.blocks())
+    assert (sum(p.numel() for p in parameters), len(parameters), widths) == SIZES[name]
+
+
+def test_settings_that_no_network_has() -> None:
+    for changes, message in (
+        ({"blur_max": 0.1}, "blur_max must be at least blur_min = 0.5, not 0.1"),
+        ({"resolution": 7}, "resolution must be divisible by 2, for 2 stages, not 7"),
+        ({"widths": (8, 12)}, "base_width times every one of widths must be a multiple of 32, not 48"),
+        ({"attention": (0, 2)}, "attention must name stages 0 to 1, not 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_config(IHDMConfig, {**TINY["model"], **changes})
+
+
+def test_blur_is_the_damping_of_cosine_waves() -> None:
+    config = IHDMConfig(**TINY["model"])
+    x, lengths = images(4), blur_lengths(config)
+    assert lengths[[0, 1, -1]].tolist() == [0.0, 0.5, 4.0]
+    assert torch.allclose(lengths[2:] / lengths[1:-1], torch.full((3,), 2.0, dtype=torch.float64))
+    basis = cosine_basis(8)
+    assert torch.allclose(basis @ basis.T, torch.eye(8, dtype=torch.float64), atol=1e-14)
+    blur, frequency = Blur(config), torch.arange(8, dtype=torch.float64) * (math.pi / 8)
+    for level in range(5):
+        heat = torch.exp(-(frequency[:, None] ** 2 + frequency**2) * lengths[level] ** 2 / 2)
+        expected = basis.T @ (basis @ x @ basis.T * heat) @ basis
+        assert torch.allclose(blur(x, level), expected, atol=1e-13)
+    each = torch.tensor([3, 0, 4, 1])
+    assert torch.equal(blur(x, each)[2], blur(x[2:3], 4)[0])
+    assert torch.allclose(blur(x, 0), x, atol=1e-14)
+    assert torch.allclose(blur(torch.full_like(x, 0.3), 4), torch.full_like(x, 0.3), atol=1e-14)
+
+
+def test_a_fresh_network_adds_nothing() -> None:
+    model = IHDM(IHDMConfig(**TINY["model"]))
+    u = images(2).float()
+    assert torch.equal(model.mean(u, torch.tensor([1, 4])), u)
+
+
+def test_the_level_matters() -> None:
+    model, u = make(), images(1)
+    first, second = (model.mean(u, torch.tensor([level])) for level in (1, 4))
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_every_level_is_trained_unless_the_published_way_is_asked_for() -> None:
+    draws = torch.tensor([0.0, 0.24999, 0.25, 0.5, 0.75, 1 - 2**-24])
+    assert levels_of(draws, 4).tolist() == [1, 1, 2, 3, 4, 4]
+    x, noise = images(4), images(4, seed=3)
+    last = {"level": torch.full((4,), 0.99), "noise": noise}
+    for changes, level in (({}, 4), ({"train_last_level": False}, 3)):
+        model = make(**changes)
+        expected = model.errors(x, torch.full((4,), level), noise).mean()
+        assert torch.equal(model.loss(x, last).loss, expected)
+
+
+def test_the_loss_is_a_sum_over_the_image() -> None:
+    model = IHDM(IHDMConfig(**TINY["model"])).double()
+    x, zero = images(2), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    fresh = model.errors(x, torch.tensor([4, 2]), zero)
+    step = torch.stack([model.blur(x[:1], 3) - model.blur(x[:1], 4), model.blur(x[1:], 1) - model.blur(x[1:], 2)])
+    assert torch.allclose(fresh, step.square().sum((1, 2, 3, 4)))
+    assert {name: spec.shape for name, spec in model.draws().items()} == {"level": (), "noise": (3, 8, 8)}
+
+
+def test_start_cost_is_that_of_a_mixture() -> None:
+    """Against a sum over components, and of a test image that lies on a training image."""
+    model, delta = make(), 0.02
+    train, test = images(5, seed=4), images(2, seed=5)
+    test[1] = train[3]
+    found = start_cost(model, test, train.split(2), delta)
+    values, sigma = 3 * 64, model.config.sigma
+    squared = (model.blur(test, 4)[:, None] - model.blur(train, 4)[None]).square().flatten(2).sum(2)
+    ratio = sigma**2 / delta**2
+    divergence = (values * (ratio - 1 - math.log(ratio)) + squared / delta**2) / 2
+    assert torch.allclose(found, math.log(5) - torch.logsumexp(-divergence, 1), rtol=1e-12)
+    with pytest.raises(DataError, match="needs training images"):
+        start_cost(model, test, [], delta)
+
+
+def test_costs_of_a_perfect_step() -> None:
+    model, zero = make(), torch.zeros(1, dtype=torch.float64)
+    assert step_cost(model, zero, model.config.sigma).item() == 0
+    assert math.isclose(step_cost(model, zero + 1e-4, 0.01).item(), 0.5)
+    assert math.isclose(pixel_cost(model, zero, 0.01).item(), 192 * math.log(0.01 * math.sqrt(2 * math.pi)))
+    assert math.isclose(bits_per_dim(model, (zero - 192) * math.log(256)).item(), 0, abs_tol=1e-12)
+
+
+def test_sampling_ends_with_a_mean_and_ignores_the_last_noise() -> None:
+    model, noise = make(), images(4, seed=6)
+    start = prior_state(model, images(1), noise[:1])
+    assert torch.allclose(start, model.blur(images(1), 4) + 0.0125 * noise[:1])
+    u = start
+    for k in (4, 3, 2):
+        u = model.mean(u, torch.tensor([k])) + 0.02 * noise[k - 1 : k]
+    expected = model.mean(u, torch.tensor([1]))
+    assert torch.equal(sample(model, start, lambda k: noise[k - 1 : k], 0.02), expected)
+
+
+def test_interpolation_ends_at_both() -> None:
+    linear, angular = interpolation_weights(3, torch.float64)
+    assert linear.tolist() == [[1, 0.5, 0], [0, 0.5, 1]]
+    assert torch.allclose(angular.square().sum(0), torch.ones(3, dtype=torch.float64))
+    first, second = images(2)
+    ends = blend(first, second, angular)
+    assert torch.allclose(ends[0], first)
+    assert torch.allclose(ends[-1], second)
+    with pytest.raises(ConfigError, match="at least 2 points, not 1"):
+        interpolation_weights(1)

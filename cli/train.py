@@ -129,8 +129,9 @@ def _line(progress: Progress) -> str:
     parts = [f"{progress.images:,} images"]
     if progress.images_per_second:
         parts.append(f"{progress.images_per_second:.1f} images/s")
-    if progress.evaluation is not None:
-        parts.append(f"held-out {_figures(progress.evaluation)}")
+    found = progress.evaluation
+    if found is not None and (found.figures or found.reasons):
+        parts.append(f"held-out {_figures(found)}")
     elif not math.isnan(progress.bits_per_dim):
         parts.append(f"{progress.bits_per_dim:.3f} bits/dim (train)")
     elif not math.isnan(progress.loss):
@@ -150,10 +151,20 @@ def _figures(found: Evaluation) -> str:
         error = "" if parts or estimate.n < 2 else f" ± {estimate.standard_error:.3f}"
         parts.append(f"{'' if of == unit else f'{of} '}{estimate.mean:.3f}{error} {title}")
         unit = of
-    parts += [f"{name}: none, because {reason}" for name, reason in found.reasons.items()]
-    if not found.figures and found.reason is not None:
-        parts.append(found.reason)
-    return ", ".join(parts)
+    return ", ".join([*parts, *(f"{name}: none, because {reason}" for name, reason in found.reasons.items())])
+
+
+def _evaluated(result: TrainResult) -> list[str]:
+    """What was found at both ends, or in one line why nothing was."""
+    last = result.final or result.initial
+    if last is not None and last.reason is not None and not last.figures:
+        return [f"nothing was measured: {last.reason}"]
+    lines = [] if last is None or last.quoted is None else [f"on {last.quoted.estimate.n} held-out images:"]
+    for when, found in (("at initialisation", result.initial), ("now", result.final)):
+        if found is not None and (when != "now" or found.images):
+            at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
+            lines.append(f"  {when}{at}: {_figures(found)}")
+    return lines
 
 
 def _finish(result: TrainResult, json: bool) -> None:
@@ -177,13 +188,8 @@ def _finish(result: TrainResult, json: bool) -> None:
     elif is_main():
         steps, rate = f"{result.images:,} images in {result.step:,} steps", result.images_per_second
         say(f"{result.run}: {steps}, {rate:.1f} images/s")
-        quoted_figure = None if result.final is None else result.final.quoted
-        if quoted_figure is not None:
-            say(f"on {quoted_figure.estimate.n} held-out images:")
-        for when, found in (("at initialisation", result.initial), ("now", result.final)):
-            if found is not None and (when != "now" or found.images):
-                at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
-                say(f"  {when}{at}: {_figures(found)}")
+        for line in _evaluated(result):
+            say(line)
         if interrupted:
             say_next(f"hflow-rt train --resume {quoted(result.run)}", f"hflow-rt export {quoted(result.run)}")
         else:

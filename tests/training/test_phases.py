@@ -1,6 +1,7 @@
 """A plan of three phases and two optimizers: the toy generator against its discriminator."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hflow_rt.cli.__main__ import app
-from hflow_rt.draws import stream_seed
 from hflow_rt.errors import ConfigError, TrainingError
 from hflow_rt.models.checkpoint import build_model
-from hflow_rt.models.family import FAMILIES
 from hflow_rt.models.plan import Place
+from hflow_rt.models.registry import FAMILIES
 from hflow_rt.runs import checkpoints
+from hflow_rt.streams import stream_seed
 from hflow_rt.training.batches import MicroBatches
 from hflow_rt.training.config import load_config
 from hflow_rt.training.processes import Processes
@@ -152,6 +153,26 @@ def test_figures_and_the_loss_are_told(images: Any, tmp_path: Path) -> None:
     assert f"8 images  {told.stderr.splitlines()[-1].split('  ')[1]}  held-out {title}" in told.stderr
     about = json.loads((checkpoints(tmp_path / "a")[-1] / "state.json").read_text())
     assert about["last"]["figures"]["off"] == final
+
+
+def test_without_figures_the_reason_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "toy-generator", "toy_generator")
+    arguments = [
+        "train",
+        "--preset",
+        "toy-generator",
+        "--images",
+        "8",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.splitlines()[1] == "nothing was measured: models of this family have no likelihood"
+    assert told.output.count("likelihood") == 1
+    assert re.search(r"^8 images  [\d.]+ images/s  loss 0\.\d+  0:00 left$", told.stderr, re.MULTILINE)
 
 
 def test_mistakes(images: Any, tmp_path: Path) -> None:

@@ -61,7 +61,10 @@ def make(
         raise DataError(f"a direction's name must end in .safetensors; found '{output.name}'; rename it")
     session = open_session(model, backend, device, quiet=json)
     where = find_place(session, place)
-    sides = [read_pictures([source], session.resolution, choices=session.choices) for source in (positive, negative)]
+    sides = [
+        read_pictures([source], session.resolution, choices=session.choices, channels=session.channels)
+        for source in (positive, negative)
+    ]
     a, b = (encodings(session, encoded(session, pixels, told(session, names, label)), where) for names, pixels in sides)
     direction = measure_direction(session, where, a, b, (str(positive), str(negative)))
     save_direction(output, direction)

@@ -141,7 +141,7 @@ def open_session(
     session = open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
     if not quiet:
         manifest = bundle.manifest
-        note(f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}")
+        note(f"{manifest.family} {manifest.size} from {bundle.path} on {session.backend}")
     if not session.verified:
         what, how = ("bundle", "") if session.engines is None else ("engine", f" --backend {backend}")
         note(
@@ -157,14 +157,15 @@ def read_pictures(
     limit: int | None = None,
     choices: "Choices | None" = None,
     unused: dict[str, str] | None = None,
+    channels: int = 3,
 ) -> tuple[list[str], "NDArray[np.float32]"]:
     """As of `hflow_rt.runtime.reading`; how many images cannot be used is told on stderr."""
     from hflow_rt.runtime.reading import read_pictures
 
-    return read_pictures(paths, resolution, limit, choices, unused, note)
+    return read_pictures(paths, resolution, limit, choices, unused, note, channels)
 
 
-def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[np.float32]"]:
+def shipped_pictures(resolution: int, number: int, channels: int = 3) -> tuple[list[str], "NDArray[np.float32]"]:
     """Names and pixels, as of `read_pictures`, of `number` of the bundled test images, taken evenly.
 
     Raises `DataError` if they are too small for the model.
@@ -173,14 +174,14 @@ def shipped_pictures(resolution: int, number: int) -> tuple[list[str], "NDArray[
 
     from hflow_rt.data.selection import select
 
-    chosen = select(None, resolution, "test", number)
+    chosen = select(None, resolution, "test", number, channels)
     return chosen.names, chosen.pixels().astype(np.float32) / np.float32(255)
 
 
 def encoded(
     session: "Session", pixels: "NDArray[np.float32]", conditions: "Mapping[str, NDArray[np.float32]]", batch: int = 16
 ) -> "dict[str, NDArray[np.float32]]":
-    """Latents of images `[N, 3, R, R]` in [0, 1], with progress; conditions: as of `told`."""
+    """Latents of images `[N, C, R, R]` in [0, 1], with progress; conditions: as of `told`."""
     from hflow_rt.runtime.latents import concatenate
 
     batches = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
@@ -212,7 +213,7 @@ def starting_points(
     std: Sequence[str] | None,
     label: str | None,
 ) -> tuple[list[str], "NDArray[np.float32]", "dict[str, NDArray[np.float32]]"]:
-    """Names, pixels `[N, 3, R, R]` and latents of the first `number` images, or of as many samples of `seed`.
+    """Names, pixels `[N, C, R, R]` and latents of the first `number` images, or of as many samples of `seed`.
 
     Raises `DataError`.
     """
@@ -221,7 +222,7 @@ def starting_points(
     check_count("the number of images", number)
     check_std(std, not images)
     if images:
-        names, pixels = read_pictures(images, session.resolution, number, session.choices)
+        names, pixels = read_pictures(images, session.resolution, number, session.choices, channels=session.channels)
         return names, pixels, encoded(session, pixels, told(session, names, label))
     need(
         16 * number * sum(math.prod(shape) for shape in session.input_shapes.values()),

@@ -50,7 +50,9 @@ def encode(
         check_picture_name(picture)
     session = open_session(model, backend, device, quiet=json)
     unused: dict[str, str] = {}
-    names, pixels = read_pictures(images, session.resolution, choices=session.choices, unused=unused)
+    names, pixels = read_pictures(
+        images, session.resolution, choices=session.choices, unused=unused, channels=session.channels
+    )
     conditions = told(session, names, label)
     starts = [slice(start, start + _BATCH) for start in range(0, len(pixels), _BATCH)]
     size = lambda part: len(pixels[part])  # noqa: E731

@@ -51,6 +51,7 @@ def heatmap(
         Row,
         check_picture_name,
         check_picture_size,
+        coloured,
         heat_colours,
         save_image,
         table,
@@ -77,7 +78,7 @@ def heatmap(
     top = float(maps.max())
     colours = heat_colours(maps / (top or 1.0))
     captions = [f"{name}\n{'x'.join(map(str, shape))}" for name, shape in session.latent_shapes.items()]
-    shown = np.concatenate([to_uint8(pixels)[:, None], colours], axis=1)
+    shown = np.concatenate([coloured(to_uint8(pixels))[:, None], colours], axis=1)
     rows = [Row(row, captions=[Path(base).name, *captions]) for base, row in zip(bases, shown, strict=True)]
     scale = np.linspace(1, 0, session.resolution)[:, None].repeat(session.resolution, 1)
     rows[0] = Row(

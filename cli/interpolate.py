@@ -67,7 +67,7 @@ def interpolate(
     session = open_session(model, backend, device, quiet=json)
     check_frames(output, frames, session.resolution)
     if images:
-        names, pixels = read_pictures(images, session.resolution, choices=session.choices)
+        names, pixels = read_pictures(images, session.resolution, choices=session.choices, channels=session.channels)
         if len(pixels) != 2:
             raise DataError(f"an interpolation joins two images, not {len(pixels)}")
         latents = session.inverse(pixels, told(session, names, label)).latents

@@ -92,7 +92,7 @@ def mix(
     down, row_pixels, row_latents = _sources(session, rows, row_images, "0-3", "row", std, label)
     across, column_pixels, column_latents = _sources(session, columns, column_images, "4-8", "column", std, label)
     check_picture_size(output, *table_size(len(across) + 1, len(down) + 1, session.resolution))
-    corner = np.full((1, session.resolution, session.resolution, 3), 255, np.uint8)
+    corner = np.full((1, session.resolution, session.resolution, session.channels), 255, np.uint8)
     grid = [Row(np.concatenate([corner, to_uint8(column_pixels)]), captions=["", *across])]
     total = len(down) * len(across)
     for index in tracked(range(len(down)), total, lambda _: len(across), "mixing"):
@@ -128,7 +128,7 @@ def _sources(
     if images:
         if seeds:
             raise DataError(f"--{what}s and --{what}-images both say what the {what}s are; keep one of them")
-        names, pixels = read_pictures(images, session.resolution, choices=session.choices)
+        names, pixels = read_pictures(images, session.resolution, choices=session.choices, channels=session.channels)
         return names, pixels, encoded(session, pixels, told(session, names, label))
     chosen = explore.parse_seeds(seeds or [default])
     latents = explore.latents_of_seeds(session, chosen, std or session.std, label)

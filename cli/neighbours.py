@@ -90,13 +90,13 @@ def neighbours(
     if not images:
         check_picture_size(output, *table_size(count + 1, 2 * samples, session.resolution))
     where = find_place(session, place)
-    searched = select(data, session.resolution, split)
+    searched = select(data, session.resolution, split, channels=session.channels)
     if searched.images.unused:
         note(f"not used of {searched.source}: {searched.images.left_out}")
     found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0
     known = _of_set(session, found, label)
     if images:
-        names, queries = read_pictures(images, session.resolution, choices=session.choices)
+        names, queries = read_pictures(images, session.resolution, choices=session.choices, channels=session.channels)
         conditions = told(session, names, label)
     else:
         names, drawn, latents = starting_points(session, None, samples, seed, std, label)

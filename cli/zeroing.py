@@ -72,7 +72,7 @@ def zeroing(
     if images or samples:
         names, pixels, latents = starting_points(session, images, number, seed, std, label)
     else:
-        names, pixels = shipped_pictures(session.resolution, number)
+        names, pixels = shipped_pictures(session.resolution, number, session.channels)
         latents = encoded(session, pixels, told(session, names, label))
     steps = len(session.latent_shapes) + 1
     rows, changes = [], {}

@@ -129,7 +129,7 @@ def measure(
     session: Session | None = None,
     names: Sequence[str] | None = None,
 ) -> BitsReport:
-    """Both bounds on uint8 images `[n, 3, R, R]`, latent by latent; of a selection one batch at a time is in memory.
+    """Both bounds on uint8 images `[n, C, R, R]`, latent by latent; of a selection one batch at a time is in memory.
 
     strict: a true upper bound, over `draws` draws an image. paper: what the family's authors published, with proper
     dequantisation.
@@ -201,7 +201,7 @@ def measure(
             if infinite:
                 reasons[name] = f"it is not finite on {infinite} of {len(images)} images"
                 continue
-            bounds[name] = _bound(values, model.latent_shapes(), 3 * model.resolution**2)
+            bounds[name] = _bound(values, model.latent_shapes(), model.channels * model.resolution**2)
     return BitsReport(bounds.get("strict"), bounds.get("paper"), reasons, model.noise_scales())
 
 
@@ -288,7 +288,7 @@ def _part(images: Pixels | Selection, part: range) -> Pixels:
 
 def _check(model: LatentModel, images: Pixels | Selection) -> None:
     """Of the first image, which all others are like."""
-    expected, first = (3, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
+    expected, first = (model.channels, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
     if len(images) == 0 or first.shape[1:] != expected or first.dtype != np.uint8:
         found = f"{first.dtype} {[len(images), *first.shape[1:]]}"
         raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")

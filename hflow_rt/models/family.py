@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hflow_rt.conditions import Choices, by_folder
 from hflow_rt.errors import ConfigError
@@ -48,6 +48,7 @@ __all__ = [
     "Published",
     "Role",
     "Scale",
+    "Settings",
     "TensorSpec",
     "conditions_by_folder",
     "family",
@@ -61,10 +62,19 @@ LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 Conditions = Mapping[str, "Tensor"]
 
 
-class ModelConfig(BaseModel):
-    """Base of every family's settings: typed, closed, immutable. `resolution` is the side of the square image."""
+class Settings(BaseModel):
+    """Base of all settings of models: typed, closed, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Settings):
+    """Base of every family's settings. Beside `channels` all have `resolution`, the side of the square image.
+
+    A family of colour images alone declares `channels: Literal[3] = 3`.
+    """
+
+    channels: Literal[1, 3] = Field(default=3, description="of the image: 3 colours, or 1 for grey")
 
 
 @dataclass(frozen=True)
@@ -160,11 +170,11 @@ else:
 
 
 class LatentModel(_Module, ABC):
-    """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
+    """A reference model. Public images are float32 `[B, C, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
 
-    An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
-    units where one bin is 1/2^bits wide, so bits per dimension are `-log_prob / (D ln 2) + bits`, D = 3 R R, with
-    `bits` 8 unless the settings say otherwise.
+    C is 3, or 1 where the settings say that images are grey. An 8-bit image `v` enters as `v / 255` and stands at the
+    centre of its bin. Log-probabilities are densities in units where one bin is 1/2^bits wide, so bits per dimension
+    are `-log_prob / (D ln 2) + bits`, D = C R R, with `bits` 8 unless the settings say otherwise.
     """
 
     config: ModelConfig
@@ -173,6 +183,11 @@ class LatentModel(_Module, ABC):
     @abstractmethod
     def resolution(self) -> int:
         """Side of the image in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """C, of the image."""
+        return self.config.channels
 
     @abstractmethod
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -192,11 +207,11 @@ class LatentModel(_Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Latents to images `[B, 3, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
+        """Latents to images `[B, C, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
 
     @abstractmethod
     def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
-        """Images `[B, 3, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
+        """Images `[B, C, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
 
     @abstractmethod
     def loss(
@@ -219,7 +234,7 @@ class LatentModel(_Module, ABC):
     def bound_inputs(
         self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
-        """One draw of everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of `bound_terms`.
+        """One draw of everything random in a bound of uint8 images `[B, C, R, R]`, as inputs of `bound_terms`.
 
         `image` in [0, 1], `uniform` noise in [0, 1) of the pixels, the family's own noises and the conditions, each
         `[B, *shape]`. Families with `bounds` have it. Raises `ConfigError` where the settings admit no such bound.
@@ -239,7 +254,7 @@ class LatentModel(_Module, ABC):
         return {}
 
     def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        """Set the running noise scales, which published files lack, from uint8 images `[B, 3, R, R]`.
+        """Set the running noise scales, which published files lack, from uint8 images `[B, C, R, R]`.
 
         Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
         """
@@ -247,7 +262,7 @@ class LatentModel(_Module, ABC):
 
     @abstractmethod
     def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
-        """Data-dependent initialisation from uint8 images `[B, 3, R, R]`; called once before training."""
+        """Data-dependent initialisation from uint8 images `[B, C, R, R]`; called once before training."""
 
     @abstractmethod
     def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
@@ -329,7 +344,7 @@ FAMILIES = {
 
 
 def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `model.loss` takes, for uint8 images `[B, 3, R, R]`, on their device."""
+    """What `model.loss` takes, for uint8 images `[B, C, R, R]`, on their device."""
     import torch
 
     images = model.dequantize(pixels, generator)

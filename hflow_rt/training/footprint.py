@@ -67,7 +67,7 @@ def saved_bytes(
     names: list[str],
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> int:
-    """Bytes that the loss of uint8 images `[B, 3, R, R]` keeps for its gradient; the model stays as it is."""
+    """Bytes that the loss of uint8 images `[B, C, R, R]` keeps for its gradient; the model stays as it is."""
     device = next(model.parameters()).device
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}

@@ -137,9 +137,10 @@ class _Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
             self.model = build_model(config.family, config.model)
-        side, found = self.model.resolution, data.pixels(self.trained_on[:1]).shape
-        if found != (1, 3, side, side):
-            raise DataError(f"the model needs images [3, {side}, {side}]; found {list(found[1:])}; open them at {side}")
+        needed = (self.model.channels, self.model.resolution, self.model.resolution)
+        found = data.pixels(self.trained_on[:1]).shape[1:]
+        if found != needed:
+            raise DataError(f"the model needs images {list(needed)}; found {list(found)}; open them as such")
         self.model.to(processes.device).train()
         if processes.device.type == "cpu":
             # oneDNN then skips reordering: 1.12 to 1.15 times the steps of hflow-demo; not measured on CUDA

@@ -61,6 +61,7 @@ class Case:
             blocks=described["nres"],
             attention=tuple(described["attn_levels"]),
             dropout=described["dropout"],
+            bank=0,
         )
 
     def original(self) -> dict[str, Tensor]:

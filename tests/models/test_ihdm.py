@@ -11,7 +11,15 @@ from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.checkpoint import parse_config
 from hflow_rt.models.ihdm.bank import coefficients, rebuilt, starts, surviving, waves
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
-from hflow_rt.models.ihdm.bound import bits_per_dim, pixel_cost, start_cost, step_cost
+from hflow_rt.models.ihdm.bound import (
+    bits_per_dim,
+    bound_draws,
+    bound_terms,
+    level_costs,
+    pixel_cost,
+    start_cost,
+    step_cost,
+)
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.inverse import decoded, read_parallel, read_sequence
 from hflow_rt.models.ihdm.model import IHDM, levels_of
@@ -121,14 +129,15 @@ def test_start_cost_is_that_of_a_mixture() -> None:
     model, delta = make(), 0.02
     train, test = images(5, seed=4), images(2, seed=5)
     test[1] = train[3]
-    found = start_cost(model, test, train.split(2), delta)
+    kept = waves(model.config)
+    found = start_cost(model, test, coefficients(model.blur(train, 4), kept), delta)
     values, sigma = 3 * 64, model.config.sigma
     squared = (model.blur(test, 4)[:, None] - model.blur(train, 4)[None]).square().flatten(2).sum(2)
     ratio = sigma**2 / delta**2
     divergence = (values * (ratio - 1 - math.log(ratio)) + squared / delta**2) / 2
-    assert torch.allclose(found, math.log(5) - torch.logsumexp(-divergence, 1), rtol=1e-12)
-    with pytest.raises(DataError, match="needs training images"):
-        start_cost(model, test, [], delta)
+    assert torch.allclose(found, math.log(5) - torch.logsumexp(-divergence, 1), rtol=1e-9)
+    with pytest.raises(DataError, match="the bank has none; give images"):
+        start_cost(model, test, torch.zeros(0, 3, len(kept)), delta)
 
 
 def test_costs_of_a_perfect_step() -> None:
@@ -247,3 +256,21 @@ def test_a_start_without_noise_is_a_setting() -> None:
     quiet = make(noisy_start=False)
     assert quiet.prior()["start_noise"] == "unscaled"
     assert quiet.prior_std() == {"start": 1.0, "start_noise": 0.0, "residual": 0.0}
+
+
+def test_the_bound_is_the_mean_of_its_draws() -> None:
+    """Over levels drawn evenly, the parts of one draw add up to all steps; and all is near what noise alone costs."""
+    model = make(bank=3)
+    pixels = (images(3, seed=11) * 255).round().to(torch.uint8)
+    model.fill_bank(pixels)
+    image = pixels[:1].double().expand(3, -1, -1, -1) / 255
+    draws = {name: torch.rand(3, *spec.shape, dtype=torch.float64) for name, spec in bound_draws(model).items()}
+    draws["level"] = torch.tensor([0.1, 0.5, 0.9])  # levels 2, 3 and 4
+    draws |= {name: draws[name][:1].expand(3, -1, -1, -1) for name in ("uniform", "noise", "pixel_noise")}
+    parts = bound_terms(model, image, draws)
+    x = (255 * image[:1] + draws["uniform"][:1]) / 256
+    states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
+    costs = level_costs(model, x, states)
+    total = bits_per_dim(model, start_cost(model, x, model.bank()["start"], 0.0125) + costs.sum(1))
+    assert torch.allclose(torch.stack(list(parts.values())).sum(0).mean(), total, rtol=1e-12)
+    assert costs.shape == (1, 4)

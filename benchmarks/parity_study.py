@@ -36,7 +36,7 @@ from parity_faults import IN_GRAPH, IN_MODEL, MATTERS, faults, state
 
 from hflow_rt.assets import demo_images
 from hflow_rt.data.dataset import ImageSet, open_dataset
-from hflow_rt.export import parity
+from hflow_rt.export import judging, parity
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.files import atomic_file, sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, read_manifest
@@ -239,12 +239,13 @@ def report(work: Path) -> str:
     records = {path.stem: json.loads(path.read_text()) for path in sorted((work / "records").glob("*.json"))}
     for record in records.values():
         for found in (record["right"], *(fault["report"] for fault in record["faults"].values())):
-            parity.set_tolerances(found)
+            judging.set_tolerances(found)
     lines = [
         "# Does the proof of an export cry wolf, and what does it miss?",
         "",
         "Made by `python benchmarks/parity_study.py`; ONNX Runtime on one thread of a CPU against float64.",
-        f"Factors {parity.FACTORS}, of fewer than {parity.FEW} values {parity.FACTORS_OF_FEW}; {parity.ULPS:g} ulp.",
+        f"Factors {judging.FACTORS}, of fewer than {judging.FEW} values {judging.FACTORS_OF_FEW};"
+        f" {judging.ULPS:g} ulp.",
         "",
         "## Right engines",
         "",
@@ -257,8 +258,8 @@ def report(work: Path) -> str:
     kinds = {kind: [r["right"] for name, r in records.items() if name.rsplit("-", 1)[0] == kind] for kind in KINDS}
     for kind, found in (kinds | {"all": [record["right"] for record in records.values()]}).items():
         if found:
-            shares = " | ".join(f"{max(_share(one, s) for one in found):.0%}" for s in parity.STATISTICS)
-            wrong, former = (sum(bool(judge(one)) for one in found) for judge in (parity.failures, _former))
+            shares = " | ".join(f"{max(_share(one, s) for one in found):.0%}" for s in judging.STATISTICS)
+            wrong, former = (sum(bool(judge(one)) for one in found) for judge in (judging.failures, _former))
             lines.append(f"| {kind} | {len(found)} | {wrong} | {shares} | {former} |")
     lines += [
         "",
@@ -274,8 +275,8 @@ def report(work: Path) -> str:
         "| values of the output | statistic | outputs | median | 99 % | 99.9 % | largest |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for low, high in ((1, 100), (100, parity.FEW), (parity.FEW, 10**9)):
-        for statistic in parity.STATISTICS:
+    for low, high in ((1, 100), (100, judging.FEW), (judging.FEW, 10**9)):
+        for statistic in judging.STATISTICS:
             ratios = np.array(list(_ratios(records, statistic, low, high)))
             if len(ratios):
                 spread = " | ".join(f"{value:.2f}" for value in np.quantile(ratios, (0.5, 0.99, 0.999, 1)))
@@ -299,9 +300,9 @@ def report(work: Path) -> str:
     for fault in (*IN_MODEL, *IN_GRAPH):
         found = [record["faults"][fault] for record in records.values() if fault in record["faults"]]
         if found:
-            caught = sum(bool(parity.failures(one["report"])) for one in found)
+            caught = sum(bool(judging.failures(one["report"])) for one in found)
             effects = [one["effect"] for one in found]
-            excess = [max(_share(one["report"], s) for s in parity.STATISTICS) for one in found]
+            excess = [max(_share(one["report"], s) for s in judging.STATISTICS) for one in found]
             change = "| | " if np.isnan(effects).any() else f"| {min(effects):.1e} | {np.median(effects):.1e} "
             lines.append(f"| {fault} | {len(found)} | {caught} {change}| {min(excess):.1f} | {np.median(excess):.0f} |")
     return "\n".join(lines) + "\n"
@@ -383,8 +384,8 @@ def main() -> None:
         record = study(subject, given.work)
         with atomic_file(path) as file:
             file.write_text(json.dumps(record))
-        missed = [name for name, found in record["faults"].items() if not parity.failures(found["report"])]
-        wrong = parity.failures(record["right"])
+        missed = [name for name, found in record["faults"].items() if not judging.failures(found["report"])]
+        wrong = judging.failures(record["right"])
         print(subject.name, f"{time.monotonic() - started:.1f} s, {wrong or 'right'}, missed {missed}", flush=True)
     text = report(given.work)
     print(text)

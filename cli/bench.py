@@ -1,12 +1,13 @@
 """`hflow-rt bench`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle
+from hflow_rt.cli.opening import locate_bundle
+from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.limits import check_count
 from hflow_rt.names import quoted
@@ -16,7 +17,7 @@ from hflow_rt.names import quoted
 def bench(
     model: ModelArgument = None,
     batches: Annotated[list[int] | None, typer.Option("--batch", help="Images of a call; repeatable.")] = None,
-    direction: Annotated[str, typer.Option(help="forward, inverse or both.")] = "both",
+    direction: Annotated[str, typer.Option(help="forward, inverse or both, which is every graph.")] = "both",
     variants: Annotated[
         list[str] | None,
         typer.Option("--variant", metavar="NAME", help="Only those with NAME in their name; repeatable."),
@@ -43,8 +44,9 @@ def bench(
     """
     from hflow_rt.bench.measure import measure
     from hflow_rt.bench.report import check_report, markdown, write_report
-    from hflow_rt.bench.variants import DIRECTIONS
+    from hflow_rt.bench.variants import cases_of
     from hflow_rt.errors import BackendUnavailable, ConfigError
+    from hflow_rt.manifest import Routes
 
     if compare is not None:
         _show_comparison(*compare, json)
@@ -52,17 +54,17 @@ def bench(
     for value in batches or ():
         check_count("--batch", value)
     check_count("--rounds", rounds)
-    if direction not in (*DIRECTIONS, "both"):
-        raise ConfigError(f"unknown direction '{direction}'; known: {', '.join((*DIRECTIONS, 'both'))}")
+    if direction not in get_args(Routes):
+        raise ConfigError(f"unknown direction '{direction}'; known: {', '.join(get_args(Routes))}")
     bundle = locate_bundle(model, json)
-    directions = [name for name in DIRECTIONS if direction in (name, "both") and name in bundle.manifest.graphs]
-    if not directions:
+    cases = cases_of(bundle.manifest, direction)
+    if not cases:
         raise ConfigError(f"{bundle.path} has no {direction} graph; export it with 'hflow-rt export'")
     names = _chosen(variants)
     target = output if output is not None else _place(bundle.path)
     check_report(target)
     with status(json) as progress:
-        report = measure(bundle, names, directions, batches or [1], rounds, progress)
+        report = measure(bundle, names, cases, batches or [1], rounds, progress)
     written = [f"{target}.{kind}" for kind in ("json", "md", "png")]
     try:
         write_report(report, target)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hflow_rt.cli.common import named
 from hflow_rt.cli.graphs import export_graphs, print_report
+from hflow_rt.cli.opening import named
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file

@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import Commands, app
-from hflow_rt.cli.common import (
-    BackendOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    StdOption,
-    locate,
-    named,
-    open_session,
-)
+from hflow_rt.cli.opening import locate, named, open_session
+from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelArgument, StdOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
@@ -24,8 +16,9 @@ from hflow_rt.files import is_file
 if TYPE_CHECKING:
     from hflow_rt.data.selection import Selection
     from hflow_rt.evaluation.batches import Track
-    from hflow_rt.evaluation.bits import BitsReport, Bound, Estimate
+    from hflow_rt.evaluation.bits import BitsReport, BoundBits
     from hflow_rt.evaluation.distance import DistanceReport
+    from hflow_rt.evaluation.figures import Estimate
     from hflow_rt.training.processes import Processes
 
 evaluation = Commands(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")
@@ -49,7 +42,7 @@ def bpd(
     limit: Annotated[
         int | None, typer.Option(help="This many images, evenly spaced, instead of all.", show_default=False)
     ] = None,
-    draws: Annotated[int, typer.Option(help="Draws of noise an image for the strict bound.")] = 1,
+    draws: Annotated[int, typer.Option(help="Draws of noise an image, but one for what was published.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     batch: BatchOption = 32,
     backend: Annotated[
@@ -59,7 +52,7 @@ def bpd(
     output: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Bits per dimension: the strict bound and the paper's, latent by latent.
+    """Bits per dimension by every bound that the model has, latent by latent.
 
     Example: hflow-rt eval bpd --data photos.zip
 
@@ -245,11 +238,12 @@ def _estimate(value: "Estimate", digits: int = 3) -> str:
 
 def _bits_lines(found: "BitsReport") -> list[str]:
     lines = []
-    for key, title, bound in (("strict", "strict bound", found.strict), ("paper", "paper's bound", found.paper)):
-        if bound is None:
-            lines.append(f"{title}: none, for {found.reasons[key]}")
+    for name, claim in found.claims.items():
+        if name not in found.bounds:
+            lines.append(f"{claim.title}: none, because {found.reasons[name]}")
             continue
-        lines += [f"{title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
+        bound = found.bounds[name]
+        lines += [f"{claim.title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
     if found.noise:
         scales = (
             f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()
@@ -258,7 +252,7 @@ def _bits_lines(found: "BitsReport") -> list[str]:
     return lines
 
 
-def _table(bound: "Bound") -> list[str]:
+def _table(bound: "BoundBits") -> list[str]:
     """A row a latent; the parts and their sum are in bits per dimension of the image, so that all add up."""
     parts = list(dict.fromkeys(part for latent in bound.latents for part in latent.parts))
     head = ["latent", "size", *(part.replace("_", "-") for part in parts), "sum", "per own dimension"]

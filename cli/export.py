@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import (
-    BackendOption,
-    CudaGraphOption,
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    locate_bundle,
-    named,
-)
 from hflow_rt.cli.graphs import export_graphs, print_report
+from hflow_rt.cli.opening import locate_bundle, named
+from hflow_rt.cli.options import BackendOption, CudaGraphOption, DeviceOption, JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted

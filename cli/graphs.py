@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hflow_rt.cli.common import warn_if_busy
+from hflow_rt.cli.opening import warn_if_busy
 from hflow_rt.cli.terminal import note, say, status
 from hflow_rt.extras import need_extra
 

@@ -5,40 +5,17 @@ from typing import Annotated
 
 import typer
 
-from hflow_rt.cli.app import app
-from hflow_rt.cli.common import (
-    LATENTS,
-    BackendOption,
-    DeviceOption,
-    ImagesArgument,
-    JsonOption,
-    LabelOption,
-    ModelOption,
-    SeedOption,
-    StdOption,
-    named,
-    open_session,
-    starting_points,
-)
-from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.cli.latents import Asked, latent_command
+from hflow_rt.cli.options import ImagesArgument
+from hflow_rt.cli.terminal import tracked
 
 
-@app.command(rich_help_panel=LATENTS)
+@latent_command("heatmap.png", "number", "seed", "std", "label", number=1)
 def heatmap(
+    asked: Asked,
     images: ImagesArgument = None,
-    model: ModelOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path(
-        "heatmap.png"
-    ),
-    number: Annotated[int, typer.Option("-n", "--number", help="How many samples, or of the images.")] = 1,
     draws: Annotated[int, typer.Option(help="Redraws of each latent.")] = 32,
     redraw_std: Annotated[float, typer.Option(help="Std of the redraws, as a multiple of the prior's.")] = 1.0,
-    seed: SeedOption = 0,
-    std: StdOption = None,
-    label: LabelOption = None,
-    backend: BackendOption = "onnx",
-    device: DeviceOption = "auto",
-    json: JsonOption = False,
 ) -> None:
     """Show which pixels each latent decides: redraw one at a time and colour how much the image changes.
 
@@ -46,50 +23,33 @@ def heatmap(
     """
     import numpy as np
 
-    from hflow_rt.runtime.images.pictures import (
-        Row,
-        check_picture_name,
-        check_picture_size,
-        heat_colours,
-        save_image,
-        table,
-        table_size,
-        to_uint8,
-    )
+    from hflow_rt.runtime.images.pictures import Row, heat_colours, save_image, table, to_uint8
     from hflow_rt.runtime.latents import latent_views as views
 
-    check_picture_name(output)
-    session = open_session(model, backend, device, quiet=json)
+    session = asked.open_for_picture()
     if not images:
-        check_picture_size(output, *table_size(len(session.latent_shapes) + 1, number, session.resolution))
-    bases, pixels, latents = starting_points(session, images, number, seed, std, label)
-    names = list(session.latent_shapes)
-    jobs = [(index, name) for index in range(len(bases)) for name in names]
-    first = len(bases)  # redraws are images after all bases, so that none is its own redraw
+        asked.check_table(session, len(session.latent_shapes) + 1, asked.number)
+    start = asked.start(session, images)
+    names, first = list(session.latent_shapes), len(start.names)
+    jobs = [(views.select(start.latents, index), name) for index in range(first) for name in names]
     maps = np.stack(
-        [
-            views.heat_map(session, views.select(latents, index), name, draws, std=redraw_std, seed=seed, first=first)
-            for index, name in tracked(jobs, len(jobs) * draws, lambda job: draws, "redrawing")
+        [  # redraws are images after all bases, so that none is its own redraw
+            views.heat_map(session, base, name, draws, std=redraw_std, seed=asked.seed, first=first)
+            for base, name in tracked(jobs, len(jobs) * draws, lambda job: draws, "redrawing")
         ]
-    ).reshape(len(bases), len(names), session.resolution, session.resolution)
+    ).reshape(first, len(names), session.resolution, session.resolution)
     top = float(maps.max())
-    colours = heat_colours(maps / (top or 1.0))
     captions = [f"{name}\n{'x'.join(map(str, shape))}" for name, shape in session.latent_shapes.items()]
-    shown = np.concatenate([to_uint8(pixels)[:, None], colours], axis=1)
-    rows = [Row(row, captions=[Path(base).name, *captions]) for base, row in zip(bases, shown, strict=True)]
+    shown = np.concatenate([to_uint8(start.pixels)[:, None], heat_colours(maps / (top or 1.0))], axis=1)
+    rows = [Row(row, captions=[Path(base).name, *captions]) for base, row in zip(start.names, shown, strict=True)]
     scale = np.linspace(1, 0, session.resolution)[:, None].repeat(session.resolution, 1)
     rows[0] = Row(
         np.concatenate([shown[0], heat_colours(scale)[None]]), captions=[*rows[0].captions, f"scale\n0 .. {top:.3f}"]
     )
-    save_image(output, table(rows))
+    save_image(asked.output, table(rows))
     means = [dict(zip(names, map(float, row.mean((1, 2))), strict=True)) for row in maps]
-    if json:
-        report = [{"image": base, "mean_std": mean} for base, mean in zip(bases, means, strict=True)]
-        print_json(
-            {"output": str(output), "draws": draws, "redraw_std": redraw_std, "largest_std": top, "maps": report}
-        )
-        return
-    for name in names:
-        say(f"{name}: mean std {np.mean([mean[name] for mean in means]):.4f} (pixels in 0 .. 1)")
-    say(f"{len(bases)} x {len(names)} maps of {draws} redraws, the largest std {top:.3f}: {output}")
-    say_next(f"hflow-rt zeroing{named(model, '--model ')} -o zeroing.png")
+    lines = [f"{name}: mean std {np.mean([mean[name] for mean in means]):.4f} (pixels in 0 .. 1)" for name in names]
+    lines.append(f"{first} x {len(names)} maps of {draws} redraws, the largest std {top:.3f}: {asked.output}")
+    each = [{"image": base, "mean_std": mean} for base, mean in zip(start.names, means, strict=True)]
+    report = {"draws": draws, "redraw_std": redraw_std, "largest_std": top, "maps": each}
+    asked.finish(report, lines, f"hflow-rt zeroing{asked.again} -o zeroing.png")

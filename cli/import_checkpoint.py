@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption
+from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
@@ -15,7 +15,9 @@ from hflow_rt.names import quoted
 @app.command("import")
 def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint, or a state dict.")],
-    family: Annotated[str, typer.Option(help="The kind of model it holds.")] = "hflow",
+    family: Annotated[
+        str | None, typer.Option(help="The kind of model it holds; by default as found.", show_default=False)
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -40,7 +42,7 @@ def import_checkpoint(
 
     Reads the original's own format, and .safetensors or .pt files of its weights.
 
-    Example: hflow-rt import model_iter_900000.bin --family hflow -o runs/published
+    Example: hflow-rt import model_iter_900000.bin -o runs/published
     """
     need_extra("train", "torch")
     from hflow_rt.foreign.importing import import_published

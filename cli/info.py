@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate, named
 from hflow_rt.cli.engines import describe_engines, describe_layers
+from hflow_rt.cli.opening import locate, named
+from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file

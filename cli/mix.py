@@ -6,32 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hflow_rt.cli.app import app
-from hflow_rt.cli.common import (
-    LATENTS,
-    BackendOption,
-    DeviceOption,
-    JsonOption,
-    LabelOption,
-    ModelOption,
-    StdOption,
-    encoded,
-    named,
-    open_session,
-    read_pictures,
-    told,
-)
-from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.cli.latents import Asked, Start, latent_command
+from hflow_rt.cli.terminal import tracked
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from hflow_rt.runtime.session import Session
 
+_ImagesOption = Annotated[
+    list[Path] | None, typer.Option(help="Images instead, or a folder of them. Repeatable.", show_default=False)
+]
 
-@app.command(rich_help_panel=LATENTS)
+
+@latent_command("mix.png", "std", "label")
 def mix(
+    asked: Asked,
     rows: Annotated[
         list[str] | None,
         typer.Option(metavar="SEEDS", help="Seeds that give the coarse latents. Repeatable.", show_default="0-3"),
@@ -40,12 +28,8 @@ def mix(
         list[str] | None,
         typer.Option(metavar="SEEDS", help="Seeds that give the fine latents. Repeatable.", show_default="4-8"),
     ] = None,
-    row_images: Annotated[
-        list[Path] | None, typer.Option(help="Images instead, or a folder of them. Repeatable.", show_default=False)
-    ] = None,
-    column_images: Annotated[
-        list[Path] | None, typer.Option(help="Images instead, or a folder of them. Repeatable.", show_default=False)
-    ] = None,
+    row_images: _ImagesOption = None,
+    column_images: _ImagesOption = None,
     cut: Annotated[
         str | None,
         typer.Option(
@@ -58,13 +42,6 @@ def mix(
         list[str] | None,
         typer.Option(metavar="NAME", help="Instead of --cut: one latent that rows give. Repeatable."),
     ] = None,
-    model: ModelOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path("mix.png"),
-    std: StdOption = None,
-    label: LabelOption = None,
-    backend: BackendOption = "onnx",
-    device: DeviceOption = "auto",
-    json: JsonOption = False,
 ) -> None:
     """Mix styles: each cell has the coarse latents of its row's image and the fine ones of its column's.
 
@@ -73,63 +50,50 @@ def mix(
     import numpy as np
 
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime.images.pictures import (
-        Row,
-        check_picture_name,
-        check_picture_size,
-        save_image,
-        table,
-        table_size,
-        to_uint8,
-    )
+    from hflow_rt.runtime.images.pictures import Row, save_image, table, to_uint8
     from hflow_rt.runtime.latents import latent_views as views
 
-    check_picture_name(output)
     if cut is not None and from_rows:
         raise DataError("--cut and --from-rows both say what the rows give; keep one of them")
-    session = open_session(model, backend, device, quiet=json)
+    session = asked.open_for_picture()
     names = from_rows or views.coarse_down_to(session, cut)
-    down, row_pixels, row_latents = _sources(session, rows, row_images, "0-3", "row", std, label)
-    across, column_pixels, column_latents = _sources(session, columns, column_images, "4-8", "column", std, label)
-    check_picture_size(output, *table_size(len(across) + 1, len(down) + 1, session.resolution))
+    down = _side(asked, session, rows, row_images, "0-3", "row")
+    across = _side(asked, session, columns, column_images, "4-8", "column")
+    width, height = len(across.names), len(down.names)
+    asked.check_table(session, width + 1, height + 1)
     corner = np.full((1, session.resolution, session.resolution, 3), 255, np.uint8)
-    grid = [Row(np.concatenate([corner, to_uint8(column_pixels)]), captions=["", *across])]
-    total = len(down) * len(across)
-    for index in tracked(range(len(down)), total, lambda _: len(across), "mixing"):
-        mixed = views.style_row(session, views.select(row_latents, index), column_latents, names)
-        cells = np.concatenate([to_uint8(row_pixels[index : index + 1]), to_uint8(mixed)])
-        grid.append(Row(cells, down[index]))
-    save_image(output, table(grid))
+    grid = [Row(np.concatenate([corner, to_uint8(across.pixels)]), captions=["", *across.names])]
+    for index in tracked(range(height), height * width, lambda _: width, "mixing"):
+        mixed = views.style_row(session, views.select(down.latents, index), across.latents, names)
+        cells = np.concatenate([to_uint8(down.pixels[index : index + 1]), to_uint8(mixed)])
+        grid.append(Row(cells, down.names[index]))
+    save_image(asked.output, table(grid))
     rest = [name for name in session.latent_shapes if name not in names]
-    if json:
-        print_json(
-            {"output": str(output), "rows": down, "columns": across, "from_rows": list(names), "from_columns": rest}
-        )
-        return
     given = f"{' '.join(names)} of the row, {' '.join(rest) or 'nothing'} of the column"
-    say(f"{len(down)} x {len(across)} mixes, {given}: {output}")
     finest = list(session.latent_shapes)[-2:][0]  # the last but one: with the last all is the row's
-    say_next(f"hflow-rt mix{named(model, '--model ')} --cut {finest} -o finer.png")
+    asked.finish(
+        {"rows": down.names, "columns": across.names, "from_rows": list(names), "from_columns": rest},
+        [f"{height} x {width} mixes, {given}: {asked.output}"],
+        f"hflow-rt mix{asked.again} --cut {finest} -o finer.png",
+    )
 
 
-def _sources(
+def _side(
+    asked: Asked,
     session: "Session",
     seeds: Sequence[str] | None,
     images: Sequence[Path] | None,
     default: str,
     what: str,
-    std: Sequence[str] | None,
-    label: str | None,
-) -> "tuple[list[str], NDArray[np.float32], dict[str, NDArray[np.float32]]]":
-    """Names, pixels and latents of one side."""
+) -> Start:
+    """The images or samples of one side."""
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents import latent_views as views
 
     if images:
         if seeds:
             raise DataError(f"--{what}s and --{what}-images both say what the {what}s are; keep one of them")
-        names, pixels = read_pictures(images, session.resolution, choices=session.choices)
-        return names, pixels, encoded(session, pixels, told(session, names, label))
+        return asked.encode(session, *asked.read(session, images))
     chosen = views.parse_seeds(seeds or [default])
-    latents = views.latents_of_seeds(session, chosen, std or session.std, label)
-    return [f"seed {seed}" for seed in chosen], session.forward(latents), latents
+    latents = views.latents_of_seeds(session, chosen, asked.std or session.std, asked.label)
+    return Start([f"seed {seed}" for seed in chosen], session.forward(latents), latents)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption
+from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next
 from hflow_rt.extras import need_extra
 from hflow_rt.files import removed_if_empty
 from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
-    from hflow_rt.evaluation.bits import Evaluation
+    from hflow_rt.evaluation.figures import Evaluation
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import TrainResult
@@ -130,9 +130,11 @@ def _line(progress: Progress) -> str:
     if progress.images_per_second:
         parts.append(f"{progress.images_per_second:.1f} images/s")
     if progress.evaluation is not None:
-        parts.append(f"held-out bits/dim {_bits(progress.evaluation)}")
-    elif progress.bits_per_dim == progress.bits_per_dim:
+        parts.append(f"held-out {_figures(progress.evaluation)}")
+    elif not math.isnan(progress.bits_per_dim):
         parts.append(f"{progress.bits_per_dim:.3f} bits/dim (train)")
+    elif not math.isnan(progress.loss):
+        parts.append(f"loss {progress.loss:.4g}")
     if progress.seconds_left is not None:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         hours, minutes = divmod(minutes, 60)
@@ -140,13 +142,18 @@ def _line(progress: Progress) -> str:
     return "  ".join(parts)
 
 
-def _bits(found: Evaluation) -> str:
-    """The strict bound with its standard error, and the published one."""
-    paper = "not finite" if found.paper is None else f"{found.paper:.3f}"
-    if found.strict is None:
-        return f"paper's bound {paper} (strict: {found.reason})"
-    error = "" if found.strict.n < 2 else f" ± {found.strict.standard_error:.3f}"
-    return f"{found.strict.mean:.3f}{error} strict, {paper} paper's bound"
+def _figures(found: Evaluation) -> str:
+    """All figures, the first with its standard error, and why others are not there."""
+    parts: list[str] = []
+    unit = ""
+    for title, estimate, of in found.figures.values():
+        error = "" if parts or estimate.n < 2 else f" ± {estimate.standard_error:.3f}"
+        parts.append(f"{'' if of == unit else f'{of} '}{estimate.mean:.3f}{error} {title}")
+        unit = of
+    parts += [f"{name}: none, because {reason}" for name, reason in found.reasons.items()]
+    if not found.figures and found.reason is not None:
+        parts.append(found.reason)
+    return ", ".join(parts)
 
 
 def _finish(result: TrainResult, json: bool) -> None:
@@ -170,12 +177,13 @@ def _finish(result: TrainResult, json: bool) -> None:
     elif is_main():
         steps, rate = f"{result.images:,} images in {result.step:,} steps", result.images_per_second
         say(f"{result.run}: {steps}, {rate:.1f} images/s")
-        count = 0 if result.final is None or result.final.strict is None else result.final.strict.n
-        say(f"bits/dim{f' on {count} held-out images' if count else ''}:")
+        quoted_figure = None if result.final is None else result.final.quoted
+        if quoted_figure is not None:
+            say(f"on {quoted_figure.estimate.n} held-out images:")
         for when, found in (("at initialisation", result.initial), ("now", result.final)):
             if found is not None and (when != "now" or found.images):
                 at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
-                say(f"  {when}{at}: {_bits(found)}")
+                say(f"  {when}{at}: {_figures(found)}")
         if interrupted:
             say_next(f"hflow-rt train --resume {quoted(result.run)}", f"hflow-rt export {quoted(result.run)}")
         else:

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.common import JsonOption, ModelArgument, locate_bundle, named, warn_if_busy
+from hflow_rt.cli.opening import locate_bundle, named, warn_if_busy
+from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import print_json, say, say_next, status
 from hflow_rt.limits import check_count
 

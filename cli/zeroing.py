@@ -5,45 +5,18 @@ from typing import Annotated
 
 import typer
 
-from hflow_rt.cli.app import app
-from hflow_rt.cli.common import (
-    LATENTS,
-    BackendOption,
-    DeviceOption,
-    JsonOption,
-    LabelOption,
-    ModelOption,
-    SeedOption,
-    StdOption,
-    check_std,
-    encoded,
-    named,
-    open_session,
-    shipped_pictures,
-    starting_points,
-    told,
-)
-from hflow_rt.cli.terminal import print_json, say, say_next, tracked
+from hflow_rt.cli.latents import Asked, latent_command
+from hflow_rt.cli.terminal import tracked
 
 
-@app.command(rich_help_panel=LATENTS)
+@latent_command("zeroing.png", "number", "seed", "std", "label", number=8)
 def zeroing(
+    asked: Asked,
     images: Annotated[
         list[Path] | None,
         typer.Argument(help="Image files, folders or archives; by default bundled test images.", show_default=False),
     ] = None,
-    model: ModelOption = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A picture (.png, .jpg, .webp).")] = Path(
-        "zeroing.png"
-    ),
-    number: Annotated[int, typer.Option("-n", "--number", help="How many samples, or of the images.")] = 8,
     samples: Annotated[bool, typer.Option("--samples", help="Take samples of a seed instead of images.")] = False,
-    seed: SeedOption = 0,
-    std: StdOption = None,
-    label: LabelOption = None,
-    backend: BackendOption = "onnx",
-    device: DeviceOption = "auto",
-    json: JsonOption = False,
 ) -> None:
     """Show what is left of images as one latent after another is set to zero, fine to coarse.
 
@@ -51,40 +24,30 @@ def zeroing(
     """
     import numpy as np
 
+    from hflow_rt.data.selection import select
     from hflow_rt.errors import DataError
-    from hflow_rt.runtime.images.pictures import (
-        check_picture_name,
-        check_picture_size,
-        labelled_rows,
-        save_image,
-        table_size,
-        to_uint8,
-    )
+    from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.latents import latent_views as views
 
-    check_picture_name(output)
     if images and samples:
         raise DataError("images and --samples both say what to start from; keep one of them")
-    check_std(std, samples, "ask for samples with --samples or omit it")
-    session = open_session(model, backend, device, quiet=json)
-    if samples:
-        check_picture_size(output, *table_size(number, len(session.latent_shapes) + 1, session.resolution))
-    if images or samples:
-        names, pixels, latents = starting_points(session, images, number, seed, std, label)
-    else:
-        names, pixels = shipped_pictures(session.resolution, number)
-        latents = encoded(session, pixels, told(session, names, label))
+    asked.check_std(samples, "ask for samples with --samples or omit it")
+    session = asked.open_for_picture()
     steps = len(session.latent_shapes) + 1
+    if samples:
+        asked.check_table(session, asked.number, steps)
+    if images or samples:
+        start = asked.start(session, images)
+    else:
+        chosen = select(None, session.resolution, "test", asked.number)
+        start = asked.encode(session, chosen.names, chosen.pixels().astype(np.float32) / np.float32(255))
     rows, changes = [], {}
-    for zero, decoded in tracked(views.zeroing(session, latents), steps * len(names), lambda _: len(names), "decoding"):
+    count = len(start.names)
+    for zero, decoded in tracked(views.zeroing(session, start.latents), steps * count, lambda _: count, "decoding"):
         what = "all zero (mean image)" if len(zero) == steps - 1 else f"-{' '.join(zero)}" if zero else "original"
-        rows.append((what, to_uint8(decoded if zero else pixels)))
-        changes[what] = float(np.sqrt(np.mean((decoded - pixels) ** 2)))
-    save_image(output, labelled_rows(rows))
-    if json:
-        print_json({"output": str(output), "images": names, "rms_change": changes})
-        return
-    for what, change in changes.items():
-        say(f"{what}: pixels differ by {change:.4f} (RMS, in 0 .. 1)")
-    say(f"{len(names)} images: {output}")
-    say_next(f"hflow-rt heatmap{named(model, '--model ')} -o heatmap.png")
+        rows.append((what, to_uint8(decoded if zero else start.pixels)))
+        changes[what] = float(np.sqrt(np.mean((decoded - start.pixels) ** 2)))
+    save_image(asked.output, labelled_rows(rows))
+    lines = [f"{what}: pixels differ by {change:.4f} (RMS, in 0 .. 1)" for what, change in changes.items()]
+    lines.append(f"{count} images: {asked.output}")
+    asked.finish({"images": start.names, "rms_change": changes}, lines, f"hflow-rt heatmap{asked.again} -o heatmap.png")

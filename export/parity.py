@@ -1,8 +1,6 @@
 """Is the engine the model? Every graph against the torch reference in float64, on the same inputs.
 
-The tolerance is measured, not chosen. All values of one output, over all cases of its graph, are pooled, and three
-statistics of their error (`STATISTICS`) may each be a factor above the same statistic of torch's own float32, plus what
-rounding the output itself can do. Mixed precision has tolerances of its own.
+Loops are compared call by call and as a whole. How large an error may be is for `judging` to say.
 """
 
 import copy
@@ -18,55 +16,20 @@ from torch import nn
 
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import DataError
+from hflow_rt.export.judging import ROUND_TRIP, compare, criteria, failures, finite, set_tolerances
 from hflow_rt.manifest import graphs_of
 from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Loop, Role, Route, TensorSpec
 from hflow_rt.runtime.arrays import given
 from hflow_rt.runtime.loops import drawn_by_call, follow, looped, mean_draws, row_of
 from hflow_rt.runtime.session import Session
 
-__all__ = [
-    "FACTORS",
-    "FACTORS_OF_FEW",
-    "MIXED",
-    "STATISTICS",
-    "STDS",
-    "ULPS",
-    "compare",
-    "failures",
-    "run_parity",
-    "set_tolerances",
-]
+__all__ = ["STDS", "run_parity"]
 
 Array = NDArray[Any]
-_Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
-
-STATISTICS: dict[str, Callable[[Array], Any]] = {
-    "rms": lambda error: np.sqrt(np.square(error).mean()),
-    "p99.9": lambda error: np.quantile(error, 0.999),
-    "max": lambda error: error.max(),
-}
-# A statistic of the engine's error may be so many times that of torch's. Of 200 right engines of little-trained models
-# (benchmarks/results/parity_study.md) outputs of 1,000 values or more went up to 2.2 times in rms and 3.1 in the
-# quantile, but to 5.6 in their maximum: one pixel of 36,864, in the very model that 4 times called wrong.
-FACTORS = {"rms": 4.0, "p99.9": 4.0, "max": 12.0}
-# Of fewer than FEW values the quantile is the maximum. They are mostly one sum an image, such as the log-probability,
-# where the order of the terms decides for all: right engines went up to 4.0 times in rms and 3.8 in the maximum.
-FEW = 1000
-FACTORS_OF_FEW = {"rms": 8.0, "max": 12.0}
-# And so many float32 ulps of the output's size above that, because torch may be exact by luck: where it was within one
-# ulp, right engines were up to 4.8 off, in sums whose terms are larger than they are.
-ULPS = 8.0
 STDS = (0.5, 0.7, 1.0)
 BATCHES = (1, 3)
 DRAWS = 24  # in all at std 1, of a graph whose outputs are short vectors
-# What float16 in the nets may cost; docs/tensorrt.md says what it does. of_scale: of the largest value of any output,
-# and near zero the absolute part counts.
-MIXED = {"image_psnr_db": 50.0, "round_trip_psnr_db": 60.0, "bits_per_dim": 0.005, "of_scale": 0.05, "absolute": 1e-3}
-# Where torch float32 itself is off by half an 8-bit step the weights are too ill-conditioned to prove anything.
-CONCLUSIVE = 0.5 / 255
-ROUND_TRIP = "round_trip"  # in the report, beside the graphs
-TRIP = "image -> latents -> image"
-_HUGE = 1e30  # stands for NaN and infinity: JSON knows neither, and sums must stay finite
+_Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -146,10 +109,7 @@ def run_parity(
     report: dict[str, Any] = {
         "backend": session.backend,
         "reference": "torch float64",
-        "factors": FACTORS,
-        "factors_of_few": FACTORS_OF_FEW,
-        "ulps": ULPS,
-        **({"mixed": MIXED} if session.precision == "mixed" else {}),
+        **criteria(session.precision),
         "graphs": {graph: [_told(case) for case in found] for graph, found in cases.items()},
         "pooled": {graph: _pooled(found) for graph, found in cases.items()},
     }
@@ -165,93 +125,6 @@ def run_parity(
     report["failures"] = failures(report) + [f"{name} was not compared" for name in graphs if not cases.get(name)]
     report["passed"] = not report["failures"]
     return report
-
-
-def compare(found: Array, exact: Array, plain: Array, picture: bool = False) -> dict[str, Any]:
-    """Errors of `found` against float64 `exact`, beside those of torch float32 `plain` and the size of `exact`."""
-    error, own = (_finite(np.abs(values.astype(np.float64) - exact)) for values in (found, plain))
-    size = _finite(np.abs(exact))
-    scale = float(size.max())
-    relative = error / np.maximum(size, 1e-6 * max(scale, 1 / _HUGE))
-    entry: dict[str, Any] = {
-        "max": float(error.max()),
-        "mean": float(error.mean()),
-        "rms": float(STATISTICS["rms"](error)),
-        "p99.9": float(np.quantile(error, 0.999)),
-        "relative_max": float(relative.max()),
-        "relative_mean": float(relative.mean()),
-        "relative_p99.9": float(np.quantile(relative, 0.999)),
-        "nan": int(np.isnan(found).sum()),
-        **{f"torch_float32_{name}": float(statistic(own)) for name, statistic in STATISTICS.items()},
-        **{f"scale_{name}": float(statistic(size)) for name, statistic in STATISTICS.items()},
-        "scale": scale,
-        "elements": int(error.size),
-    }
-    if picture:
-        entry["psnr_db"] = _psnr(error)
-        entry["uint8_differs"] = float((np.rint(found * 255.0) != np.rint(exact * 255.0)).mean())
-    return entry
-
-
-def set_tolerances(report: Mapping[str, Any]) -> None:
-    """Give every pooled output its `tolerance`, by statistic; in mixed precision of the largest error alone."""
-    mixed = report.get("mixed")
-    for outputs in report["pooled"].values():
-        for entry in outputs.values():
-            if mixed:
-                entry["tolerance"] = {"max": mixed["of_scale"] * entry["scale"] + mixed["absolute"]}
-            else:
-                ulp = float(np.finfo(np.float32).eps)
-                entry["tolerance"] = {
-                    name: factor * entry[f"torch_float32_{name}"] + ULPS * ulp * entry[f"scale_{name}"]
-                    for name, factor in (FACTORS if entry["elements"] >= FEW else FACTORS_OF_FEW).items()
-                }
-
-
-def failures(report: Mapping[str, Any]) -> list[str]:
-    """One line for each output beyond a tolerance; comparing nothing is a failure, and so are NaN and infinity."""
-    mixed = report.get("mixed")
-    lines = list(_beyond_mixed(report, mixed)) if mixed else []
-    for graph, outputs in report["pooled"].items():
-        trip = graph == ROUND_TRIP
-        for name, entry in outputs.items():
-            where = TRIP if trip else f"{graph}.{name}"
-            own = entry["torch_float32_max"]
-            if entry["nan"]:
-                lines.append(f"{where}: {entry['nan']} NaN")
-            elif own >= _HUGE or (name == "image" and not trip and own > CONCLUSIVE):
-                lines.append(f"{where}: not conclusive, torch float32 itself is off by {own:.3g}")
-            elif not (trip and mixed):
-                lines += _beyond(where, entry)
-    if not any(report["pooled"].values()):
-        lines.append("nothing was compared: the bundle has neither direction")
-    return lines
-
-
-def _beyond_mixed(report: Mapping[str, Any], mixed: Mapping[str, float]) -> Iterator[str]:
-    """Cases whose images or bits per dimension are further off than mixed precision may be."""
-    for graph, cases in report["graphs"].items():
-        for case in cases:
-            where = f"{graph} at batch {case['batch']}" + (f", std {case['std']}" if "std" in case else "")
-            if not (bits := case.get("bits_per_dim_difference", 0)) <= mixed["bits_per_dim"]:
-                yield f"{where}: bits/dim differ by {bits:.3g} above {mixed['bits_per_dim']}"
-            for name, entry in case["outputs"].items():
-                if not entry.get("psnr_db", math.inf) >= mixed["image_psnr_db"]:
-                    yield f"{where}: {name} {entry['psnr_db']:.1f} dB below {mixed['image_psnr_db']}"
-    for trip in report.get(ROUND_TRIP, []):
-        if trip["path"] == "image" and not trip["psnr_db"] >= mixed["round_trip_psnr_db"]:
-            yield f"{TRIP} at batch {trip['batch']}: {trip['psnr_db']:.1f} dB below {mixed['round_trip_psnr_db']}"
-
-
-def _beyond(where: str, entry: Mapping[str, Any]) -> Iterator[str]:
-    """What of a pooled output is beyond its tolerance, the statistics in one line."""
-    beyond = [
-        f"{name} {entry[name]:.3g} above {limit:.3g}"
-        for name, limit in entry["tolerance"].items()
-        if not entry[name] <= limit
-    ]
-    if beyond:
-        yield f"{where}: error {', '.join(beyond)}"
 
 
 def _told(case: _Case) -> dict[str, Any]:
@@ -286,7 +159,7 @@ def _image_cases(pair: _Pair, session: Session, images: Array, seed: int) -> Ite
         if LOG_PROB in case.outputs:
             found, exact, _ = case.outputs[LOG_PROB]
             dimensions = chosen[0].size * math.log(2)
-            case.about["bits_per_dim_difference"] = float(_finite(np.abs(found - exact)).max()) / dimensions
+            case.about["bits_per_dim_difference"] = float(finite(np.abs(found - exact)).max()) / dimensions
         yield case
 
 
@@ -424,7 +297,7 @@ def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
     latents = _latents(session, seed, 1, 0.7)
     told = {name: latents[name] for name in session.choices}
     again = session.run("inverse", {"image": session.run("forward", latents)["image"], **told})
-    found = {name: float(_finite(np.abs(again[name] - latents[name])).max()) for name in session.latent_shapes}
+    found = {name: float(finite(np.abs(again[name] - latents[name])).max()) for name in session.latent_shapes}
     return {"path": "latents", "batch": 1, "max": found}
 
 
@@ -449,13 +322,3 @@ def _batches(images: Array, draws: int | None = None) -> Iterator[Array]:
     for start in range(0, 2 * max(len(images), BATCHES[1]), BATCHES[1]):
         chosen = images[np.arange(start, start + BATCHES[1]) % len(images)]
         yield np.clip(chosen + rng.uniform(-0.5, 0.5, chosen.shape) / 255, 0, 1).astype(np.float32)
-
-
-def _finite(values: Array) -> Array:
-    return np.nan_to_num(values, nan=_HUGE, posinf=_HUGE)
-
-
-def _psnr(error: Array) -> float:
-    """Peak signal-to-noise ratio in dB for a peak of 1; 999 stands for equal."""
-    square = float(np.square(error).mean())
-    return 999.0 if square == 0 else -10 * math.log10(square)

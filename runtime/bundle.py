@@ -3,12 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hflow_rt.errors import BundleError
+from hflow_rt.assets import PRETRAINED, pretrained
+from hflow_rt.errors import BundleError, CheckpointError
 from hflow_rt.files import exists, is_file, is_ours, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from hflow_rt.names import quoted
+from hflow_rt.runs import ROOT, latest_run
 
-__all__ = ["BUNDLE", "REPORT", "Bundle", "find_bundle"]
+__all__ = ["BUNDLE", "REPORT", "Bundle", "default_model", "find_bundle"]
 
 BUNDLE = "bundle"  # folder of a run that export writes
 REPORT = ("latency.json", "latency.md", "latency.png")  # what bench adds to a bundle
@@ -61,6 +63,14 @@ class Bundle:
     def model(self) -> Path:
         """The reference weights."""
         return self.file(MODEL)
+
+
+def default_model() -> tuple[Path, str]:
+    """The latest run under ./runs and "", or else the bundled model and a line that says so."""
+    try:
+        return latest_run(), ""
+    except CheckpointError:
+        return pretrained(), f"no run under ./{ROOT}: this is {PRETRAINED}, the bundled model"
 
 
 def find_bundle(path: Path | str) -> Bundle:

@@ -10,31 +10,39 @@ from hflow_rt.manifest import Loop
 from hflow_rt.runtime.arrays import given
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.drawing import Drawing
-from hflow_rt.runtime.noise import draw_noise, parse_std
+from hflow_rt.runtime.noise import Stream, draw_noise, parse_std
 
 __all__ = ["inputs_of"]
 
 
-def inputs_of(bundle: Bundle, graph: str, batch: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Inputs of `graph` by name: latents at the std of the bundle, 8-bit pictures in [0, 1], drawn noise and values.
+def inputs_of(bundle: Bundle, case: str, batch: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Inputs of a graph, or of a route that is a loop, by name; other numbers for every seed.
 
-    Other numbers for every seed, the same in every process.
+    Latents at the std of the bundle, 8-bit pictures in [0, 1], drawn noise and values, the middle row of a schedule.
     """
     manifest, drawing, indices = bundle.manifest, Drawing(bundle), range(batch)
     known = drawing.latents(seed, indices, parse_std(list(manifest.std), drawing.scaled))
     known |= in_turn(manifest.choices, indices)
-    for way in manifest.routes.values():
-        if isinstance(way, Loop) and way.step == graph:
+    graphs, steps = [manifest.graphs.get(case)], 1
+    for route, way in manifest.routes.items():
+        if isinstance(way, Loop) and way.step == case:
             known |= {name: table[way.steps // 2][None] for name, table in drawing.table(way.schedule).items()}
+        if isinstance(way, Loop) and route == case and graphs == [None]:
+            graphs, steps = [manifest.graphs[name] for name in way.graphs], way.steps
     found: dict[str, NDArray[np.float32]] = {}
-    for tensor in manifest.graphs[graph].inputs:
-        if tensor.role == "image":
-            found[tensor.name] = _pictures(manifest.resolution, batch, seed)
-        elif tensor.role in ("noise", "uniform", "value"):
+    for number, graph in enumerate(filter(None, graphs)):
+        for tensor in graph.inputs:
             kind: Literal["noise", "uniform"] = "uniform" if tensor.role == "uniform" else "noise"
-            found[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, indices)
-        else:
-            found[tensor.name] = given(tensor, known, batch)
+            if tensor.name in found or (number and tensor.role in ("value", "schedule")):
+                continue  # what a loop brings along
+            if tensor.role == "image":
+                found[tensor.name] = _pictures(manifest.resolution, batch, seed)
+            elif tensor.role in ("noise", "uniform", "value") and number:
+                found[tensor.name] = np.asarray(Stream(kind, tensor.name, tensor.shape, seed, indices, steps))
+            elif tensor.role in ("noise", "uniform", "value"):
+                found[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, indices)
+            else:
+                found[tensor.name] = given(tensor, known, batch)
     return found
 
 

@@ -438,19 +438,10 @@ class Session:
 def load(
     path: Path | str | None = None, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool | None = None
 ) -> Session:
-    """Open the bundle, or the exported run, at `path`; by default the bundled model, which draws 64x64 emoji.
+    """Open the bundle, or the exported run, at `path`; by default the bundled model. See `hflow_rt.load`.
 
-    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works; `onnx` also knows
-    `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; by default `trt` does and `onnx`
-    does not. Raises `BundleError` for a missing or changed bundle, and for a run or a checkpoint that is none yet, with
-    the command that makes it one; `EngineMismatch` for engines of another machine and `BackendUnavailable` for a
-    backend or device that is not there; there is no fallback. Warns where the weights of a run are newer than its
-    bundle.
-
-    >>> import hflow_rt
-    >>> hflow_rt.load(backend="onnx", device="cpu")
-    <Session: hflow 64x64 on onnxruntime CPUExecutionProvider, verified
-     latents ...>
+    device: `onnx` also knows `ONNX_DEVICES`. Raises `BundleError` also for a run or a checkpoint that is none yet, with
+    the command that makes it one.
     """
     from hflow_rt.assets import pretrained
 

@@ -89,13 +89,15 @@ def initialised(family: str, settings: Any, heads: float) -> Any:
     """A seeded model in eval mode, initialised on images, with nothing left at zero: what starts there gets `heads`."""
     torch = pytest.importorskip("torch")
     from hflow_rt.models.checkpoint import build_model
+    from hflow_rt.training.config import TrainingConfig
 
     torch.manual_seed(0)
     model = build_model(family, settings)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = heads * torch.randn(parameter.shape)
-    model.initialize(torch.from_numpy(photographs(16, model.resolution)), torch.Generator().manual_seed(0))
+    plan = model.plan(TrainingConfig(learning_rates={}))
+    plan.start(torch.from_numpy(photographs(16, model.resolution)), torch.Generator().manual_seed(0))
     return model.eval()
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hflow_rt.bench.variants import loop_of
 from hflow_rt.extras import needed
 from hflow_rt.manifest import MODULE
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 
-__all__ = ["Work", "count", "floor_seconds"]
+__all__ = ["Work", "count", "floor_seconds", "work_of"]
 
 _FLOAT = 4  # bytes
 
@@ -68,6 +69,15 @@ def count(bundle: Bundle, graph: str) -> dict[str, Work]:
     return found
 
 
+def work_of(bundle: Bundle, case: str) -> Work:
+    """All work of a graph, or of a route that is a loop. Raises as `count`."""
+    loop = loop_of(bundle.manifest, case)
+    if loop is None:
+        return sum(count(bundle, case).values(), Work())
+    start, step = (work_of(bundle, name) for name in loop.graphs)
+    return sum([step] * loop.steps, start)
+
+
 def floor_seconds(work: Work, batch: int, operations_per_second: float, bytes_per_second: float) -> float:
     """The least time of one call with `batch` images."""
     traffic = work.weight_bytes + batch * work.activation_bytes
@@ -87,12 +97,10 @@ def _part(module: str) -> str:
 
 
 def main() -> None:
-    """Print a table for every direction of the bundle named on the command line."""
+    """Print a table of every graph of the bundle named on the command line."""
     bundle = find_bundle(Path(sys.argv[1]))
     print("| graph | part | GFLOP an image | weights MB | activations MB an image |\n|---|---|---:|---:|---:|")
-    for graph in ("forward", "inverse"):
-        if graph not in bundle.manifest.graphs:
-            continue
+    for graph in bundle.manifest.graphs:
         parts = count(bundle, graph)
         for name, work in {**parts, "**all**": sum(parts.values(), Work())}.items():
             megabytes = f"{work.weight_bytes / 1e6:.1f} | {work.activation_bytes / 1e6:.1f}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hflow_rt.bench.floor import Work, count, floor_seconds
+from hflow_rt.bench.floor import floor_seconds, work_of
 from hflow_rt.bench.machine import busy, machine
 from hflow_rt.bench.variants import REFERENCE, ROOF_OPERATIONS, ROOFS, VARIANTS, files_of, opened
 from hflow_rt.errors import BackendUnavailable, HFlowError
@@ -84,14 +84,15 @@ class Worker:
 def measure(
     bundle: Bundle,
     variants: Sequence[str],
-    directions: Sequence[str],
+    cases: Sequence[str],
     batches: Sequence[int],
     rounds: int,
     progress: Callable[[str], None] = lambda text: None,
     keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """The report: what it was measured on, and a row for every variant, direction and batch size.
+    """The report: what it was measured on, and a row for every variant, case and batch size.
 
+    cases: graphs, and routes that are loops, see `cases_of`.
     A row has figures (see `statistics_of`) or the reason why there are none. keep: called with the report so far
     after every case. Raises `BackendUnavailable` if no variant runs.
     """
@@ -119,12 +120,12 @@ def measure(
         if not workers:
             reasons = "; ".join(f"{row['variant']}: {row['reason']}" for row in rows)
             raise BackendUnavailable(f"nothing here can run {bundle.path} ({reasons})")
-        for direction in directions:
+        for case in cases:
             for batch in batches:
-                progress(f"{direction}, batch {batch}")
-                found, reached = _case(bundle, workers, roofs, direction, batch, rounds)
+                progress(f"{case}, batch {batch}")
+                found, reached = _case(bundle, workers, roofs, case, batch, rounds)
                 rows += found
-                floors += _floors(bundle, found, reached, direction, batch)
+                floors += _floors(bundle, found, reached, case, batch)
                 keep(report)
     return report
 
@@ -225,7 +226,7 @@ def _case(
 def _floors(bundle: Bundle, rows: list[Row], reached: Row, direction: str, batch: int) -> list[Row]:
     """What the case takes at least on each device; adds to each row what it reached."""
     try:
-        work = sum(count(bundle, direction).values(), Work())
+        work = work_of(bundle, direction)
     except BackendUnavailable:
         return []  # without onnx nothing is counted, and the columns stay empty
     for row in rows:

@@ -7,7 +7,7 @@ opens in a process of its own, so that its memory, threads and allocator are its
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,26 @@ from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.extras import needed
-from hflow_rt.manifest import MODEL, Manifest
+from hflow_rt.manifest import MODEL, Loop, Manifest, Routes, graphs_of, routes_of
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.drawing import Drawing
+from hflow_rt.runtime.loops import called, drawn_by_call, follow, looped, row_of
 
 __all__ = [
     "BASELINE",
-    "DIRECTIONS",
     "REFERENCE",
     "ROOFS",
     "ROOF_OPERATIONS",
     "VARIANTS",
     "Running",
     "Variant",
+    "cases_of",
     "files_of",
+    "loop_of",
     "opened",
 ]
 
 Array = NDArray[Any]
-DIRECTIONS = ("forward", "inverse")
 BASELINE = "torch eager, unfolded"
 REFERENCE = "torch float64"  # what errors are taken against; never timed
 # by device: a convolution large enough to show what the device can do, whatever it is called with
@@ -55,10 +57,10 @@ class Running(Protocol):
     def place(self, arrays: Mapping[str, Array]) -> Any:
         """Inputs by name, where the variant takes them from."""
 
-    def call(self, graph: str, inputs: Any) -> Any:
-        """Run once and wait until the result is there."""
+    def call(self, case: str, inputs: Any) -> Any:
+        """Run a graph, or a route that is a loop, once and wait until the result is there."""
 
-    def launch(self, graph: str, inputs: Any) -> Any:
+    def launch(self, case: str, inputs: Any) -> Any:
         """Run once and return as soon as the work is queued."""
 
     def host(self, outputs: Any) -> list[Array]:
@@ -111,11 +113,26 @@ class _Torch:
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             modules[name] = torch.compile(module, dynamic=False) if compiled else module
         self._modules = modules
+        self._drawing = Drawing(bundle)
         self.backend = f"torch {torch.__version__} {device}"
         self._recorded: dict[Any, Any] = {}
 
-    def _run(self, graph: str, inputs: Mapping[str, Any]) -> Any:
-        return self._modules[graph](*[inputs[tensor.name] for tensor in self.bundle.manifest.graphs[graph].inputs])
+    def _run(self, case: str, inputs: Mapping[str, Any]) -> Any:
+        loop = loop_of(self.bundle.manifest, case)
+        if loop is None:
+            return self._module(case, [inputs[tensor.name] for tensor in self.bundle.manifest.graphs[case].inputs])
+        start, step = (self.bundle.manifest.graphs[name] for name in loop.graphs)
+        schedule, drawn = self.place(self._drawing.table(loop.schedule)), drawn_by_call(step.inputs)
+
+        def calls(first: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+            rows = (row_of(schedule, drawn, inputs, index) for index in range(loop.steps))
+            return looped(called(self._module, loop.step, step), first, rows, loop.carry, loop.every.keys())
+
+        begun = called(self._module, loop.start, start)(dict(inputs))
+        return [*follow(loop, inputs, begun, calls, self.bundle.manifest.latent_shapes).values()]
+
+    def _module(self, graph: str, inputs: list[Any]) -> Any:
+        return self._modules[graph](*inputs)
 
     def place(self, arrays: Mapping[str, Array]) -> Any:
         def placed(array: Array) -> Any:
@@ -180,8 +197,9 @@ class _Engine:
 
         return {name: torch.from_numpy(array).to(where) for name, array in arrays.items()}
 
-    def launch(self, graph: str, inputs: Any) -> Any:
-        return self._session.run_graph(graph, inputs)
+    def launch(self, case: str, inputs: Any) -> Any:
+        run = self._session.run_graph if case in self.bundle.manifest.graphs else self._session.run
+        return run(case, inputs)  # type: ignore[arg-type]
 
     def call(self, graph: str, inputs: Any) -> Any:
         outputs = self.launch(graph, inputs)
@@ -285,15 +303,29 @@ def opened(name: str) -> Variant:
     return VARIANTS.get(name) or _MEASURES[name]
 
 
-def files_of(variant: Variant, bundle: Path, manifest: Manifest, graph: str) -> int:
-    """Bytes on disk that the variant reads to run `graph`."""
+def cases_of(manifest: Manifest, routes: Routes) -> list[str]:
+    """What there is to measure: the graphs that routes need, for both all there are, and routes that are loops."""
+    ways = {route: manifest.routes[route] for route in routes_of(routes) if route in manifest.routes}
+    graphs = list(manifest.graphs) if routes == "both" else [name for way in ways.values() for name in graphs_of(way)]
+    return [*graphs, *(route for route in ways if loop_of(manifest, route) is not None)]
+
+
+def loop_of(manifest: Manifest, case: str) -> Loop | None:
+    """The loop that is called like a case; a graph goes first."""
+    found = None if case in manifest.graphs else manifest.routes.get(case)  # type: ignore[call-overload]
+    return found if isinstance(found, Loop) else None
+
+
+def files_of(variant: Variant, bundle: Path, manifest: Manifest, case: str) -> int:
+    """Bytes on disk that the variant reads to run `case`."""
+    loop = loop_of(manifest, case)
+    graphs = (case,) if loop is None else loop.graphs
     if variant.files == MODEL:
         names = {MODEL}
     elif variant.files == "plans":
-        names = {
-            engines.plans[graph].file for engines in list(manifest.engines.values())[-1:] if graph in engines.plans
-        }
+        newest = list(manifest.engines.values())[-1:]
+        names = {engines.plans[name].file for engines in newest for name in graphs if name in engines.plans}
     else:
-        described = manifest.graphs[graph]
-        names = {described.file} | ({described.weights} if described.weights else set())
+        described = [manifest.graphs[name] for name in graphs]
+        names = {graph.file for graph in described} | {graph.weights for graph in described if graph.weights}
     return sum(os.path.getsize(bundle / name) for name in names)

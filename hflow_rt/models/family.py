@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.models.plan import TrainingPlan
+    from hflow_rt.training.config import TrainingConfig
+
     Gain = float | NDArray[np.float64]
 else:
     Gain = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
@@ -28,7 +31,6 @@ else:
 __all__ = [
     "LOG_PROB",
     "Bound",
-    "BoundKind",
     "Conditions",
     "Encoding",
     "Gain",
@@ -43,11 +45,8 @@ __all__ = [
     "Space",
     "TensorSpec",
     "conditions_by_folder",
-    "loss_draws",
 ]
 
-# of bits per dimension: the true upper bound, and what the family's authors published
-BoundKind = Literal["strict", "paper"]
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
 Conditions = Mapping[str, Tensor]
 
@@ -62,10 +61,16 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on bits per dimension: what people call it, and whether it is a true upper one or as published only."""
+    """A bound on bits per dimension: what people call it, and what it claims.
+
+    claim: the exact figure, a true upper bound, or what the family's authors published, which need not bound anything
+    and takes one draw. combine: how draws of an image become one: their mean, or the logarithm of the mean of their
+    likelihoods, which is the importance-weighted bound where each draw is of one weight.
+    """
 
     title: str
-    claim: Literal["upper", "published"]
+    claim: Literal["exact", "upper", "published"]
+    combine: Literal["mean", "logmeanexp"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -221,25 +226,15 @@ class LatentModel(nn.Module, ABC):
         """Images `[B, 3, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
 
     @abstractmethod
-    def loss(
-        self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None
-    ) -> LossTerms:
-        """Training loss for a batch made by `dequantize`.
+    def plan(self, settings: TrainingConfig) -> TrainingPlan:
+        """How it is trained; what a family needs to know beside the training settings is in its own config."""
 
-        `noise` gives every standard normal draw by name (`noise_shapes`, each `[B, *shape]`); without it they
-        come from torch's default generator.
-        """
-
-    @abstractmethod
-    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes without batch of the standard normal draws of one loss, in the order they are used."""
-
-    def bounds(self) -> dict[BoundKind, Bound]:
+    def bounds(self) -> dict[str, Bound]:
         """The bounds on bits per dimension that there are, the one to quote first; none without a likelihood."""
         return {}
 
     def bound_inputs(
-        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
         """One draw of everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of `bound_terms`.
 
@@ -266,21 +261,6 @@ class LatentModel(nn.Module, ABC):
         Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
         """
         raise NotImplementedError
-
-    @abstractmethod
-    def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
-        """Data-dependent initialisation from uint8 images `[B, 3, R, R]`; called once before training."""
-
-    @abstractmethod
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        """uint8 images to what `loss` takes: uniform noise within the bin, then Gaussian noise of `noise_std`.
-
-        Without a generator both are off and every pixel stands at the centre of its bin.
-        """
-
-    @abstractmethod
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by optimizer group; the training settings give each group its learning rate."""
 
     def routes(self) -> Mapping[Route, str | Loop]:
         """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""
@@ -316,14 +296,6 @@ class LatentModel(nn.Module, ABC):
     def spaces(self) -> Mapping[str, Space]:
         """Other spaces than that of the latents, by name."""
         return {}
-
-
-def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `model.loss` takes, for uint8 images `[B, 3, R, R]`, on their device."""
-    images = model.dequantize(pixels, generator)
-    shapes = model.noise_shapes()
-    noise = {name: torch.randn(len(images), *shape, generator=generator) for name, shape in shapes.items()}
-    return images, {name: draw.to(images.device) for name, draw in noise.items()}
 
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ __all__ = [
     "check_folder",
     "check_picture_name",
     "check_picture_size",
+    "check_pictures",
     "check_pixels",
     "from_uint8",
     "grid",
@@ -322,6 +323,15 @@ def check_folder(output: Path, indices: range) -> None:
         among = path.stem.isdecimal() and int(path.stem) in indices and path.name == f"{int(path.stem):06d}.png"
         if among and not is_ours(path):
             raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
+
+
+def check_pictures(output: Path, indices: range, side: int) -> None:
+    """Raise what `write_pictures` of images of these indices would, before anything is computed for them."""
+    if not output.suffix:
+        check_folder(output, indices)
+        return
+    check_picture_name(output)
+    check_picture_size(output, *grid_size(len(indices), side))
 
 
 def write_pictures(output: Path, images: NDArray[np.uint8], start: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Attribute directions: the mean difference between the encodings of two sets of images, to be added with a gain."""
+"""Attributes: the mean difference between the latents of two sets of images, to be added with a gain."""
 
 import json
 import re
@@ -15,21 +15,22 @@ from safetensors.numpy import save
 
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_file
-from hflow_rt.runtime.latents.nearest import Place
+from hflow_rt.runtime.latents.nearest import TensorAddress
 from hflow_rt.runtime.latents.operations import Latents
 from hflow_rt.runtime.session import Array, Session
 
 __all__ = [
     "About",
-    "Direction",
-    "check_direction",
-    "load_direction",
-    "measure_direction",
+    "Attribute",
+    "check_attribute",
+    "load_attribute",
+    "measure_attribute",
     "move",
     "parse_gains",
-    "save_direction",
+    "save_attribute",
 ]
 
+# as files that people have name them
 _METADATA_KEY = "hflow_rt.direction"
 _TENSOR = "direction"
 _TINY = 1e-30
@@ -40,7 +41,7 @@ _GAINS = re.compile(rf"({_NUMBER})(?::({_NUMBER}):(\d{{1,9}}))?")
 
 
 class About(BaseModel):
-    """What is known of a direction. Separations are d': a distance of the two sets, in stds of a set along it."""
+    """What is known of an attribute. Separations are d': a distance of the two sets, in stds along its vector."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,33 +55,37 @@ class About(BaseModel):
     positives: int
     negatives: int
     norm: float
-    separation: float  # of the images the direction was made of, hence too good: most of all for few images
-    held_out_separation: float  # of one image of each set along the direction that all others make; 0 for noise
+    separation: float  # of the images it was made of, hence too good: most of all for few images
+    held_out_separation: float  # of one image of each set along the vector that all others make; 0 for noise
 
     @property
-    def place(self) -> Place:
-        """Where the direction is added."""
-        return Place(self.space, self.name)
+    def address(self) -> TensorAddress:
+        """Where the attribute is added."""
+        return TensorAddress(self.space, self.name)
 
 
 @dataclass(frozen=True)
-class Direction:
+class Attribute:
     """`vector` `[*shape]` leads from the mean of the negative images to that of the positive ones."""
 
     vector: Array
     about: About
 
 
-def measure_direction(
-    session: Session, place: Place, positive: Array, negative: Array, names: tuple[str, str] = ("positive", "negative")
-) -> Direction:
-    """The direction from two sets of `encodings` `[N, D]` at `place`; `names` says what they are.
+def measure_attribute(
+    session: Session,
+    address: TensorAddress,
+    positive: Array,
+    negative: Array,
+    names: tuple[str, str] = ("positive", "negative"),
+) -> Attribute:
+    """The attribute from two sets of `points` `[N, D]` at `address`; `names` says what they are.
 
     Raises `DataError` for fewer than two images in a set, or sets without any difference or spread.
     """
     for name, points in zip(names, (positive, negative), strict=True):
         if len(points) < 2:
-            raise DataError(f"a direction needs at least 2 images on each side; {name} has {len(points)}; add some")
+            raise DataError(f"an attribute needs at least 2 images on each side; {name} has {len(points)}; add some")
     a, b = positive.astype(np.float64), negative.astype(np.float64)
     difference = a.mean(0) - b.mean(0)
     norm = float(np.linalg.norm(difference))
@@ -88,13 +93,13 @@ def measure_direction(
         raise DataError("the two sets need different means and different images within them; found none; choose others")
     line = difference / norm
     spread = float(np.sqrt(((a @ line).var(ddof=1) + (b @ line).var(ddof=1)) / 2))
-    # sets without any spread along the direction are a million stds apart, not infinitely many: JSON has no infinity
+    # sets without any spread along the vector are a million stds apart, not infinitely many: JSON has no infinity
     spread = max(spread, 1e-6 * norm)
     about = About(
         family=session.manifest.family,
         model=session.manifest.checkpoint["sha256"],
-        space=place.space,
-        name=place.name,
+        space=address.space,
+        name=address.name,
         positive=names[0],
         negative=names[1],
         positives=len(a),
@@ -103,65 +108,65 @@ def measure_direction(
         separation=norm / spread,
         held_out_separation=_held_out_distance(a, b) / spread,
     )
-    vector = difference.reshape(session.space_shapes(place.space)[place.name])
-    return Direction(vector.astype(np.float32), about)
+    vector = difference.reshape(session.space_shapes(address.space)[address.name])
+    return Attribute(vector.astype(np.float32), about)
 
 
-def move(session: Session, latents: Latents, direction: Direction, gain: float) -> dict[str, Array]:
-    """Latents with `gain` times the direction added at its place; all latents that are not in it stay.
+def move(session: Session, latents: Latents, attribute: Attribute, gain: float) -> dict[str, Array]:
+    """Latents with `gain` times the attribute's vector added at its address; all latents that are not there stay.
 
-    Raises `DataError` if the direction is of another model.
+    Raises `DataError` if the attribute is of another model.
     """
-    check_direction(session, direction)
-    place = direction.about.place
-    values = session.into_space(place.space, latents)
-    values[place.name] = values[place.name] + np.float32(gain) * direction.vector
-    return session.from_space(place.space, values)
+    check_attribute(session, attribute)
+    address = attribute.about.address
+    values = session.into_space(address.space, latents)
+    values[address.name] = values[address.name] + np.float32(gain) * attribute.vector
+    return session.from_space(address.space, values)
 
 
-def check_direction(session: Session, direction: Direction, what: str = "the direction") -> None:
-    """Raise `DataError` unless `direction` was measured on the weights of `session`."""
+def check_attribute(session: Session, attribute: Attribute, what: str = "the attribute") -> None:
+    """Raise `DataError` unless `attribute` was measured on the weights of `session`."""
     model = session.manifest.checkpoint["sha256"]
-    if direction.about.model != model:
+    if attribute.about.model != model:
         raise DataError(
-            f"{what} is of another model (weights {direction.about.model[:12]}..., not {model[:12]}...); "
+            f"{what} is of another model (weights {attribute.about.model[:12]}..., not {model[:12]}...); "
             "make one with 'hflow-rt attribute make'"
         )
-    shape = session.space_shapes(direction.about.space).get(direction.about.name)
-    if shape != direction.vector.shape:
-        raise DataError(f"{what} must be of shape {shape} in {direction.about.name}, not {direction.vector.shape}")
+    shape = session.space_shapes(attribute.about.space).get(attribute.about.name)
+    if shape != attribute.vector.shape:
+        raise DataError(f"{what} must be of shape {shape} in {attribute.about.name}, not {attribute.vector.shape}")
 
 
-def save_direction(path: Path | str, direction: Direction) -> None:
-    """Write a direction as safetensors. Raises `DataError` if the file cannot be written."""
+def save_attribute(path: Path | str, attribute: Attribute) -> None:
+    """Write an attribute as safetensors. Raises `DataError` if the file cannot be written."""
     content = save(
-        {_TENSOR: np.ascontiguousarray(direction.vector)}, {_METADATA_KEY: direction.about.model_dump_json()}
+        {_TENSOR: np.ascontiguousarray(attribute.vector)}, {_METADATA_KEY: attribute.about.model_dump_json()}
     )
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
 
 
-def load_direction(path: Path | str) -> Direction:
-    """Read what `save_direction` wrote. Raises `DataError` for a missing or broken file and for any other."""
+def load_attribute(path: Path | str) -> Attribute:
+    """Read what `save_attribute` wrote. Raises `DataError` for a missing or broken file and for any other."""
     path = Path(path)
     if not is_file(path):
-        raise DataError(f"no direction at {path}; make one with 'hflow-rt attribute make'")
+        raise DataError(f"no attribute at {path}; make one with 'hflow-rt attribute make'")
     try:
         with safe_open(path, "np") as file:
             header = (file.metadata() or {}).get(_METADATA_KEY)
             if header is None:
-                raise DataError(f"{path} holds no direction; give a file written by 'hflow-rt attribute make'")
+                raise DataError(f"{path} holds no attribute; give a file written by 'hflow-rt attribute make'")
             about = About.model_validate(json.loads(header))
             vector = file.get_tensor(_TENSOR)
         if vector.dtype != np.float32 or not np.isfinite(vector).all():
             raise ValueError("its values are not finite float32")
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise DataError(f"{path} is not a direction of this version ({where}); make it again") from error
+        raise DataError(f"{path} is not an attribute of this version ({where}); make it again") from error
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} is not a whole direction ({reason}); make it again") from error
-    return Direction(vector, about)
+        raise DataError(f"{path} is not a whole attribute ({reason}); make it again") from error
+    return Attribute(vector, about)
 
 
 def parse_gains(texts: Iterable[str], what: str = "gain") -> list[float]:
@@ -184,9 +189,9 @@ def parse_gains(texts: Iterable[str], what: str = "gain") -> list[float]:
 
 
 def _held_out_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """How far an image of `a` `[N, D]` is past one of `b` `[M, D]` along the direction that all others make.
+    """How far an image of `a` `[N, D]` is past one of `b` `[M, D]` along the vector that all others make.
 
-    The mean over all N x M pairs. The direction knows neither of the two images, so that for sets without a
+    The mean over all N x M pairs. The vector knows neither of the two images, so that for sets without a
     difference each side is as likely to be ahead, and the mean is 0, whatever the sizes of the sets.
     """
     middle = (a.mean(0) + b.mean(0)) / 2  # moves no distance, and products of small numbers keep their digits
@@ -199,7 +204,7 @@ def _held_out_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         past = (rows * others).sum(1)[:, None] + (b * others_b).sum(1) - rows @ others_b.T - others @ b.T
         lengths = (others**2).sum(1)[:, None] + (others_b**2).sum(1)
         squares = lengths - 2 * others @ others_b.T
-        # where the others have one mean there is no direction, only rounding, which must not be blown up
+        # where the others have one mean there is no vector, only rounding, which must not be blown up
         total += float((past / np.sqrt(np.maximum(squares, 1e-12 * lengths + _TINY))).sum())
     return total / (len(a) * len(b))
 

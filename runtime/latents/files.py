@@ -13,10 +13,16 @@ from safetensors.numpy import save
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_file
 from hflow_rt.runtime.latents.operations import Latents
+from hflow_rt.runtime.session import Session
 
-__all__ = ["check_latents_name", "load_latents", "save_latents"]
+__all__ = ["about_model", "check_latents_name", "load_latents", "save_latents"]
 
 _METADATA_KEY = "hflow_rt.latents"
+
+
+def about_model(session: Session) -> dict[str, Any]:
+    """What a file says of the model its latents are of."""
+    return {"family": session.manifest.family, "model": session.manifest.checkpoint["sha256"]}
 
 
 def check_latents_name(path: Path) -> None:

@@ -6,7 +6,7 @@ memory stays flat. Latents are those of `hflow_rt.runtime.latents.operations`.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -15,17 +15,21 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
-from hflow_rt.runtime.latents.operations import Latents, concatenate, mix, random_walk
-from hflow_rt.runtime.session import Array, Session, Stds
+from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, random_walk
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Encoded, Session, Stds
 
 __all__ = [
     "RunningStd",
     "batches",
+    "between",
     "coarse_down_to",
+    "count",
+    "encoded",
     "heat_map",
     "latents_of_seeds",
     "parse_seeds",
     "repeat",
+    "samples",
     "select",
     "style_row",
     "temperatures",
@@ -48,10 +52,52 @@ def repeat(latents: Latents, times: int) -> dict[str, Array]:
     return {name: values.repeat(times, axis=0) for name, values in latents.items()}
 
 
+def count(latents: Latents) -> int:
+    """How many items a batch has."""
+    return len(next(iter(latents.values())))
+
+
 def batches(latents: Latents, size: int = _BATCH) -> Iterator[dict[str, Array]]:
     """A batch in parts of at most `size`."""
-    for start in range(0, len(next(iter(latents.values()))), size):
+    for start in range(0, count(latents), size):
         yield select(latents, start, start + size)
+
+
+def samples(
+    session: Session, number: int, std: Stds | None = None, seed: int = 0, option: str | None = None
+) -> dict[str, Array]:
+    """Latents of the images 0 .. number - 1 of `seed`, one batch, drawn as `Session.draw` does. Raises `DataError`."""
+    size = 16 * number * sum(math.prod(shape) for shape in session.input_shapes.values())
+    need(size, f"the latents of {number:,} images", "ask for fewer (-n)")
+    return concatenate(list(session.draw(range(number), std, seed, option=option)))
+
+
+def encoded(
+    session: Session,
+    pixels: Array,
+    conditions: Mapping[str, Array],
+    track: Callable[[Sequence[range]], Iterable[range]] = lambda parts: parts,
+) -> Encoded:
+    """Images `[N, 3, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
+    starts = range(0, len(pixels), _BATCH)
+    parts = []
+    for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
+        part = slice(rows.start, rows.stop)
+        parts.append(session.inverse(pixels[part], {name: values[part] for name, values in conditions.items()}))
+    return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
+
+
+def between(
+    session: Session, ends: Latents, frames: int, mode: str = "lerp", space: str = LATENT_SPACE
+) -> Iterator[Array]:
+    """Images `[n, 3, R, R]`, `frames` of them in all, from the first of two items to the second through `space`.
+
+    Raises `DataError` as `interpolate` does.
+    """
+    there = session.into_space(space, ends)
+    first, last = (select(there, index) for index in (0, 1))
+    path = interpolate(first, last, frames, mode, session.joined(space), session.choices)
+    return _decoded(session, space, path, 1)
 
 
 def walk(
@@ -210,7 +256,7 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
     """
     taken = list(names)
     told = session.choices if next(iter(session.latent_shapes)) in taken else ()
-    return _images(session, mix(columns, repeat(row, len(next(iter(columns.values())))), [*taken, *told]))
+    return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *told]))
 
 
 def _images(session: Session, latents: Latents) -> Array:

@@ -1,4 +1,4 @@
-"""Images as points: one tensor of their encodings, found by name, and the nearest among many."""
+"""Images as points: one tensor of their latents, found by name, and the nearest among many."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,47 +10,47 @@ from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
 from hflow_rt.runtime.session import LATENT_SPACE, Array, Session
 
-__all__ = ["Nearest", "Place", "encodings", "find_place"]
+__all__ = ["Nearest", "TensorAddress", "find_tensor", "points"]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorAddress:
     """Tensor `name` of `space`, see `Session.into_space`."""
 
     space: str
     name: str
 
 
-def find_place(session: Session, name: str | None = None) -> Place:
+def find_tensor(session: Session, name: str | None = None) -> TensorAddress:
     """Where the tensor called `name` is: a latent, or a tensor of another space of the family.
 
     Without a name it is what says most about the image as a whole: the last tensor of the first other space
-    where the family has one (hflow: `u1`, nearly all of the end vector), else the coarsest latent.
+    where the family has one, else the coarsest latent.
     Raises `DataError` for a name that nothing has.
     """
     shapes = session.latent_shapes
     if name in shapes:  # first, because a bundle of one direction lacks the other spaces
-        return Place(LATENT_SPACE, name)
-    places = {latent: Place(LATENT_SPACE, latent) for latent in shapes}
+        return TensorAddress(LATENT_SPACE, name)
+    addresses = {latent: TensorAddress(LATENT_SPACE, latent) for latent in shapes}
     others = [
-        Place(space, tensor)
+        TensorAddress(space, tensor)
         for space in session.manifest.spaces
         for tensor in session.space_shapes(space)
         if tensor not in shapes
     ]
-    for place in others:
-        places.setdefault(place.name, place)
+    for address in others:
+        addresses.setdefault(address.name, address)
     if name is None:
-        first = [place for place in others if place.space == others[0].space]
-        return first[-1] if first else places[next(iter(shapes))]
-    if name not in places:
-        raise DataError(f"nothing is called '{name}' in this model; choose among {', '.join(places)}")
-    return places[name]
+        first = [address for address in others if address.space == others[0].space]
+        return first[-1] if first else addresses[next(iter(shapes))]
+    if name not in addresses:
+        raise DataError(f"nothing is called '{name}' in this model; choose among {', '.join(addresses)}")
+    return addresses[name]
 
 
-def encodings(session: Session, latents: Mapping[str, Array], place: Place) -> Array:
-    """The tensor at `place` of these latents, as vectors `[B, D]`."""
-    values = session.into_space(place.space, latents)[place.name]
+def points(session: Session, latents: Mapping[str, Array], address: TensorAddress) -> Array:
+    """The tensor at `address` of these latents, as vectors `[B, D]`."""
+    values = session.into_space(address.space, latents)[address.name]
     return values.reshape(len(values), -1)
 
 

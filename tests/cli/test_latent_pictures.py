@@ -221,7 +221,7 @@ def test_mix_with_a_single_latent(hflow: Command, tmp_path: Path, monkeypatch: p
     )
     monkeypatch.chdir(tmp_path)
     session = Session(Bundle(tmp_path, manifest), OneLatent())
-    monkeypatch.setattr("hflow_rt.cli.mix.open_session", lambda *_, **__: session)
+    monkeypatch.setattr("hflow_rt.cli.latents.open_session", lambda *_, **__: session)
     result = ok(hflow("mix", "--rows", 0, "--columns", "1-2"))
     assert "1 x 2 mixes, z of the row, nothing of the column: mix.png" in result.out
     assert "next: hflow-rt mix --cut z -o finer.png" in result.out

@@ -1,4 +1,4 @@
-"""Neighbours in a set of images, and directions between two sets, as typed, on a tiny run."""
+"""Neighbours in a set of images, and attributes of two sets, as typed, on a tiny run."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from outcomes import ok, pixels, refused
 from hflow_rt.manifest import read_manifest
 from hflow_rt.runtime import load
 from hflow_rt.runtime.images.pictures import to_uint8
-from hflow_rt.runtime.latents.attributes import load_direction
+from hflow_rt.runtime.latents.attributes import load_attribute
 
 Command = Callable[..., Any]
 
@@ -71,7 +71,7 @@ def test_attribute_found_and_added(hflow: Command, run: Path, sets: None, photo:
     result = ok(hflow("attribute", "make", "bright", "dark", "-o", "light.safetensors"))
     assert "4 images of bright against 4 of dark, in u1: light.safetensors\nlength " in result.out
     assert "next: hflow-rt attribute apply light.safetensors --gain -2:2:5" in result.out
-    about = load_direction("light.safetensors").about
+    about = load_attribute("light.safetensors").about
     assert about.model == read_manifest(run / "bundle").checkpoint["sha256"]
     assert (about.positive, about.negative, about.positives, about.negatives) == ("bright", "dark", 4, 4)
     report = json.loads(ok(hflow("attribute", "make", "bright", "dark", "--in", "end0", "--json")).out)

@@ -102,10 +102,10 @@ print("imported:", sorted({"torch", "onnx", "triton", "av", "accelerate"} & sys.
         ("attribute make nowhere dark", "no image at nowhere"),
         ("attribute make bright bright", "the two sets need different means and different images within them"),
         ("attribute make bright dark --in w", "nothing is called 'w'"),
-        ("attribute make bright dark -o a.png", "a direction's name must end in .safetensors; found 'a.png'"),
+        ("attribute make bright dark -o a.png", "an attribute's name must end in .safetensors; found 'a.png'"),
         ("attribute make bright/0.png dark", "at least 2 images on each side; bright/0.png has 1"),
-        ("attribute apply nowhere.safetensors", "no direction at nowhere.safetensors"),
-        ("attribute apply runs/tiny/model.safetensors", "runs/tiny/model.safetensors holds no direction"),
+        ("attribute apply nowhere.safetensors", "no attribute at nowhere.safetensors"),
+        ("attribute apply runs/tiny/model.safetensors", "runs/tiny/model.safetensors holds no attribute"),
         ("attribute apply a.safetensors --gain x", "a gain is a number, or FROM:TO:COUNT such as -2:2:5; found 'x'"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto
 
 from hflow_rt.export.bundle import export_bundle
-from hflow_rt.export.parity import MIXED
+from hflow_rt.export.judging import MIXED
 from hflow_rt.manifest import Manifest
 from hflow_rt.models.checkpoint import load_model, save_model
 from hflow_rt.models.glow.config import GlowConfig

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from hflow_rt.cli.graphs import print_report
 from hflow_rt.errors import CheckpointError, HFlowError
 from hflow_rt.export.half_weights import halve
+from hflow_rt.export.judging import MIXED, failures
 from hflow_rt.export.mixed_precision import mix
 from hflow_rt.export.onnx import SharedWeights, export_graph
-from hflow_rt.export.parity import MIXED, failures
 from hflow_rt.manifest import Manifest, read_manifest
 from hflow_rt.models.family import GraphSpec, TensorSpec
 from hflow_rt.runtime import load

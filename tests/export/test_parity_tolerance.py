@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hflow_rt.export.bundle import check_bundle
-from hflow_rt.export.parity import compare, failures, set_tolerances
+from hflow_rt.export.judging import compare, failures, set_tolerances
 from hflow_rt.runtime.bundle import find_bundle
 
 torch = pytest.importorskip("torch")

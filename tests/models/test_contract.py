@@ -32,7 +32,12 @@ from hflow_rt.training.config import RunConfig, load_config
 from hflow_rt.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))  # the toys are found by name
-TOYS = {"toy-generator": "toy_generator", "toy-loop": "toy_loop", "colour": "family_of_the_docs"}
+TOYS = {
+    "toy-generator": "toy_generator",
+    "toy-adversarial": "toy_adversarial",
+    "toy-loop": "toy_loop",
+    "colour": "family_of_the_docs",
+}
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 NAMES = [*FAMILIES, *TOYS]
 
@@ -265,6 +270,19 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(made: Made, tmp_path: P
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert any(not torch.equal(value, first[name]) for name, value in whole.items() if name.startswith("model/"))
+    # only the model ships; what else trains is in the checkpoint, and has changed
+    model, plan = made.model.state_dict().keys(), made.model.plan(made.config.training)
+    beside = [name for name in plan.state_dict() if not name.startswith("model.")]
+    assert load_file(tmp_path / "whole" / "model.safetensors").keys() == model
+    kinds = {kind: {name for name in whole if name.startswith(f"{kind}/")} for kind in ("model", "average", "plan")}
+    assert kinds == {
+        "model": {f"model/{name}" for name in model},
+        "average": {f"average/{name}" for name in model},
+        "plan": {f"plan/{name}" for name in beside},
+    }
+    assert all(not torch.equal(whole[name], first[name]) for name in kinds["plan"])
+    moments = {name.split("/")[1] for name in whole.keys() - set().union(*kinds.values())}
+    assert moments == {phase.optimizer for phase in plan.phases()} == plan.groups().keys()
 
 
 def test_it_is_measured_or_says_why_not(made: Made) -> None:
@@ -277,10 +295,7 @@ def test_it_is_measured_or_says_why_not(made: Made) -> None:
         return
     whole, parts = found(4), found(3)
     assert whole.reasons == {}
-    assert whole.strict is not None
-    for one, other in ((whole.strict, parts.strict), (whole.paper, parts.paper)):
-        if one is None or other is None:
-            assert one is other
-            continue
+    assert list(whole.bounds) == list(parts.bounds) == list(made.model.bounds())
+    for one, other in zip(whole.bounds.values(), parts.bounds.values(), strict=True):
         assert 0 < one.total.mean < 64
         assert other.total.mean == pytest.approx(one.total.mean, rel=1e-5)

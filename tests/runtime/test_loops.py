@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from hflow_rt.bench.floor import work_of
+from hflow_rt.bench.variants import BASELINE, cases_of, opened
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.files import sha256
 from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Loop, Plan
@@ -21,6 +23,7 @@ from hflow_rt.runtime.engines import onnx as onnx_engine
 from hflow_rt.runtime.engines import tensorrt as tensorrt_engine
 from hflow_rt.runtime.engines.cuda import Gpu
 from hflow_rt.runtime.engines.plans import graph_sha256
+from hflow_rt.runtime.inputs import inputs_of
 from hflow_rt.runtime.noise import Stream
 from hflow_rt.runtime.session import Session
 
@@ -161,3 +164,23 @@ def test_tensors_come_back_as_tensors(bundle: Bundle) -> None:
     found = session.forward(given)
     assert isinstance(found, torch.Tensor)
     np.testing.assert_array_equal(found.numpy(), session.forward(latents))
+
+
+@pytest.mark.parametrize("route", ["forward", "inverse"])
+def test_latency_rows_run_the_same_loop(bundle: Bundle, route: Any) -> None:
+    """What is measured is the route: by torch, unfolded, and by ONNX Runtime."""
+    graphs = [*bundle.manifest.graphs]
+    assert cases_of(bundle.manifest, "both") == [*graphs, "forward", "inverse"]
+    loop = bundle.manifest.routes[route]
+    assert isinstance(loop, Loop)
+    assert cases_of(bundle.manifest, route) == [*loop.graphs, route]
+    values = inputs_of(bundle, route, 2, seed=1)
+    expected = [*load(bundle.path, device="cpu").run(route, values).values()]
+    for name in (BASELINE, "onnx"):
+        running = opened(name).open(bundle)
+        found = running.host(running.call(route, running.place(values)))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+    assert work_of(bundle, route).operations == sum(
+        times * work_of(bundle, name).operations for name, times in zip(loop.graphs, (1, loop.steps), strict=True)
+    )

@@ -13,7 +13,8 @@ from hflow_rt.runtime import BACKENDS, Session, load
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.images.pictures import to_uint8
 from hflow_rt.runtime.latents import latent_views as views
-from hflow_rt.runtime.latents.nearest import Nearest, Place, encodings, find_place
+from hflow_rt.runtime.latents.nearest import Nearest, TensorAddress, find_tensor
+from hflow_rt.runtime.latents.nearest import points as points_of
 
 ON_CPU = sorted(BACKENDS.keys() - {"trt"})  # TensorRT needs a GPU
 
@@ -357,37 +358,37 @@ def test_the_default_cut_is_in_the_middle(session: Session, toy: Session) -> Non
         views.style_row(session, latents, latents, ["u1"])
 
 
-# encodings and neighbours
+# points and neighbours
 
 
 def test_places_are_found_by_name(session: Session, toy: Session) -> None:
-    assert find_place(session) == Place("y0", "u1")
-    assert find_place(session, "u0") == Place("y0", "u0")
+    assert find_tensor(session) == TensorAddress("y0", "u1")
+    assert find_tensor(session, "u0") == TensorAddress("y0", "u0")
     for name in NAMES:
-        assert find_place(session, name) == Place("z", name)
-    assert find_place(toy) == Place("z", "a")  # a family without other spaces
+        assert find_tensor(session, name) == TensorAddress("z", name)
+    assert find_tensor(toy) == TensorAddress("z", "a")  # a family without other spaces
     with pytest.raises(DataError, match="nothing is called 'w' in this model; choose among end0, end1, z1, z0, u0, u1"):
-        find_place(session, "w")
+        find_tensor(session, "w")
 
 
 def test_latents_are_found_in_a_bundle_without_other_spaces(sessions: dict[str, Session]) -> None:
     whole = sessions["onnx"]
     graphs = {name: graph for name, graph in whole.manifest.graphs.items() if name == "inverse"}
     one = Session(Bundle(whole.bundle.path, whole.manifest.model_copy(update={"graphs": graphs})), ToyEngine())
-    assert find_place(one, "end0") == Place("z", "end0")
+    assert find_tensor(one, "end0") == TensorAddress("z", "end0")
     with pytest.raises(BundleError, match="no 'end_forward' engine"):
-        find_place(one)
+        find_tensor(one)
 
 
-def test_encodings_are_the_tensor_as_vectors(sessions: dict[str, Session]) -> None:
+def test_points_are_the_tensor_as_vectors(sessions: dict[str, Session]) -> None:
     latents = drawn(sessions["onnx"], range(3))
     for name, width in (("u0", 2), ("u1", 6), ("end1", 6), ("z1", 256)):
-        found = {b: encodings(session, latents, find_place(session, name)) for b, session in sessions.items()}
+        found = {b: points_of(session, latents, find_tensor(session, name)) for b, session in sessions.items()}
         assert found["onnx"].shape == (3, width)
         np.testing.assert_allclose(found["onnx"], found["torch"], atol=CLOSE)
     np.testing.assert_array_equal(found["onnx"], latents["z1"].reshape(3, -1))
     inside = sessions["onnx"].into_space("y0", latents)["u1"]
-    np.testing.assert_array_equal(encodings(sessions["onnx"], latents, Place("y0", "u1")), inside)
+    np.testing.assert_array_equal(points_of(sessions["onnx"], latents, TensorAddress("y0", "u1")), inside)
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
@@ -404,9 +405,9 @@ def test_the_nearest_are_those_of_a_full_search(size: int) -> None:
 
 def test_an_image_of_the_set_finds_itself(session: Session) -> None:
     images = to_uint8(session.sample(20, 0.7, seed=2))
-    place = find_place(session)
-    points = encodings(session, session.inverse(images).latents, place)
-    nearest = Nearest(encodings(session, session.inverse(images[[13, 4]]).latents, place), 3)
+    tensor = find_tensor(session)
+    points = points_of(session, session.inverse(images).latents, tensor)
+    nearest = Nearest(points_of(session, session.inverse(images[[13, 4]]).latents, tensor), 3)
     nearest.add(points[:8])
     nearest.add(points[8:])
     assert nearest.indices[:, 0].tolist() == [13, 4]

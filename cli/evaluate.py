@@ -12,6 +12,7 @@ from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelA
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
+from hflow_rt.names import image_size
 
 if TYPE_CHECKING:
     from hflow_rt.data.selection import Selection
@@ -74,13 +75,13 @@ def bpd(
         weights, metadata = source, read_metadata(source)
         reference = open_reference(weights, processes.device)
         if not quiet:
-            side = reference.resolution
-            note(f"{metadata['family']} {side}x{side} from {weights} on {where}")
+            size = image_size(reference.resolution, reference.channels)
+            note(f"{metadata['family']} {size} from {weights} on {where}")
     else:
         session = open_session(model, backend, device, quiet)
         source, where, weights = session.bundle.path, session.backend, session.bundle.model
         reference, metadata = open_reference(weights), read_metadata(weights)
-    chosen = select(data, reference.resolution, split, limit)
+    chosen = select(data, reference.resolution, split, limit, reference.channels)
     found = measure(reference, chosen, seed, draws, batch, processes, _track(processes), session)
     report = {"model": str(source), "backend": where, **found.dump()}
     report |= {"split": split, "seed": seed, "draws": draws, "batch": batch}
@@ -152,7 +153,7 @@ def distance(
     processes = Processes(device, None)
     session = open_session(model, backend, device, quiet=json or not processes.is_main)
     network = open_features(features, session.resolution, processes.device, takes)
-    chosen = select(data, session.resolution, split)
+    chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
     stds = std or session.std
     found = measure(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))

@@ -9,7 +9,7 @@ from hflow_rt.cli.app import app
 from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import print_json, say, say_next, status
 from hflow_rt.extras import need_extra
-from hflow_rt.names import quoted
+from hflow_rt.names import image_size, quoted
 
 
 @app.command("import")
@@ -55,7 +55,7 @@ def import_checkpoint(
     if json:
         print_json(found.dump())
         return
-    size = f"{found.family} {found.resolution}x{found.resolution}"
+    size = f"{found.family} {image_size(found.resolution, found.channels)}"
     complete = "" if found.passed_over else ", each accounted for"
     say(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read{complete}")
     if found.part != WHOLE:

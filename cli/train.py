@@ -17,7 +17,7 @@ from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next
 from hflow_rt.extras import need_extra
 from hflow_rt.files import removed_if_empty
-from hflow_rt.names import quoted
+from hflow_rt.names import image_size, quoted
 
 if TYPE_CHECKING:
     from hflow_rt.evaluation.figures import Evaluation
@@ -103,7 +103,7 @@ def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None
     if not is_main():
         yield lambda progress: None
         return
-    note(f"training {config.preset or config.family} at {config.resolution}x{config.resolution} into {folder}")
+    note(f"training {config.preset or config.family} at {image_size(config.resolution, config.channels)} into {folder}")
     if not sys.stderr.isatty():
         yield (lambda progress: None if progress.evaluation is None else note(_line(progress)))
         return

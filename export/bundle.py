@@ -62,7 +62,7 @@ def export_bundle(
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
-    images: `[N, 3, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
+    images: `[N, C, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
     failure leaves the bundle in place, marked unverified in its manifest. routes: those to write. bound: also write the
     graph that measures bits per dimension. half: first round the weights to half precision, in which
     `model.safetensors` then keeps them; it is this rounded model, computed in float32 as ever, that the bundle holds

@@ -153,7 +153,8 @@ def prepare(
         chosen = load_config(preset or (DEFAULT_PRESET if config is None else None), config, settings)
     weights = None if begin is None else begin / MODEL if is_folder(begin) else begin
     source = about["source"]
-    opened = open_dataset(demo_images() if source is None else Path(source), chosen.resolution)
+    where = demo_images() if source is None else Path(source)
+    opened = open_dataset(where, chosen.resolution, channels=chosen.channels)
     about["split"] = opened.split_by
     unused = None
     if opened.skipped and source is not None:
@@ -208,4 +209,4 @@ def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:
         rows.append((f"{std:g}", to_uint8(decoded.nan_to_num(0.0).float().cpu().numpy())))
     picture = labelled_rows(rows)
     save_image(folder / SAMPLES / f"{images:09d}.png", picture)
-    return np.asarray(picture)
+    return np.asarray(picture.convert("RGB"))

@@ -107,7 +107,7 @@ def measure(
     session: Session | None = None,
     names: Sequence[str] | None = None,
 ) -> BitsReport:
-    """Every bound on uint8 images `[n, 3, R, R]`, latent by latent; of a selection one batch at a time is in memory.
+    """Every bound on uint8 images `[n, C, R, R]`, latent by latent; of a selection one batch at a time is in memory.
 
     draws: of an image, for each bound but a published one, which takes one.
     names: of the images in their set, whose folders tell a model of classes theirs; a selection knows its own.
@@ -241,7 +241,7 @@ def _part(images: Pixels | Selection, part: range) -> Pixels:
 
 def _check(model: LatentModel, images: Pixels | Selection) -> None:
     """Of the first image, which all others are like."""
-    expected, first = (3, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
+    expected, first = (model.channels, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
     if len(images) == 0 or first.shape[1:] != expected or first.dtype != np.uint8:
         found = f"{first.dtype} {[len(images), *first.shape[1:]]}"
         raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")

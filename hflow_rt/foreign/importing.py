@@ -45,6 +45,7 @@ class Imported:
     run: str
     family: str
     resolution: int
+    channels: int
     parameters: int
     values: int
     dropped: Mapping[str, int]
@@ -113,6 +114,7 @@ def import_published(
         run=str(run),
         family=family_name,
         resolution=model.resolution,
+        channels=model.channels,
         parameters=parameters,
         values=values,
         dropped=published.dropped,
@@ -159,7 +161,7 @@ def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) 
 
 def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: Callable[[str], None]) -> dict[str, Any]:
     """Set the noise scales by the training part of `images`; what is held out measures models, and stays unseen."""
-    pixels = open_dataset(images, model.resolution)
+    pixels = open_dataset(images, model.resolution, channels=model.channels)
     training, held_out = pixels.split()
     if len(training) < 2:
         raise DataError(

@@ -187,11 +187,11 @@ class Space:
 
 
 class LatentModel(nn.Module, ABC):
-    """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
+    """A reference model. Public images are float32 `[B, C, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
 
-    An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
-    units where one bin is 1/2^bits wide, so bits per dimension are `-log_prob / (D ln 2) + bits`, D = 3 R R, with
-    `bits` 8 unless the settings say otherwise.
+    C is 3, or 1 where the settings say that images are grey. An 8-bit image `v` enters as `v / 255` and stands at the
+    centre of its bin. Log-probabilities are densities in units where one bin is 1/2^bits wide, so bits per dimension
+    are `-log_prob / (D ln 2) + bits`, D = C R R, with `bits` 8 unless the settings say otherwise.
     """
 
     config: ModelConfig
@@ -200,6 +200,11 @@ class LatentModel(nn.Module, ABC):
     @abstractmethod
     def resolution(self) -> int:
         """Side of the image in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """C, of the image."""
+        return self.config.channels
 
     @abstractmethod
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -219,11 +224,11 @@ class LatentModel(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Latents to images `[B, 3, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
+        """Latents to images `[B, C, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
 
     @abstractmethod
     def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
-        """Images `[B, 3, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
+        """Images `[B, C, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
 
     @abstractmethod
     def plan(self, settings: TrainingConfig) -> TrainingPlan:
@@ -236,7 +241,7 @@ class LatentModel(nn.Module, ABC):
     def bound_inputs(
         self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
-        """One draw of everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of `bound_terms`.
+        """One draw of everything random in a bound of uint8 images `[B, C, R, R]`, as inputs of `bound_terms`.
 
         `image` in [0, 1], `uniform` noise in [0, 1) of the pixels, the family's own noises and the conditions, each
         `[B, *shape]`. Families with `bounds` have it. Raises `ConfigError` where the settings admit no such bound.
@@ -256,7 +261,7 @@ class LatentModel(nn.Module, ABC):
         return {}
 
     def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        """Set the running noise scales, which published files lack, from uint8 images `[B, 3, R, R]`.
+        """Set the running noise scales, which published files lack, from uint8 images `[B, C, R, R]`.
 
         Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
         """

@@ -82,7 +82,7 @@ class FlowPlan(TrainingPlan):
         return {_FLOW: self.model.parameter_groups()}
 
     def draws(self, phase: str) -> tuple[TensorSpec, ...]:
-        image = (3, self.model.resolution, self.model.resolution)
+        image = (self.model.channels, self.model.resolution, self.model.resolution)
         added = [TensorSpec("added", image, "noise")] if self.added_noise_std else []
         noises = (TensorSpec(name, shape, "noise") for name, shape in self.model.noise_shapes().items())
         return (TensorSpec("uniform", image, "uniform"), *added, *noises)

@@ -58,7 +58,7 @@ def flow_graphs(
     conditions = [
         TensorSpec(name, (len(options),), "condition", (0.0, 1.0)) for name, options in model.choices().items()
     ]
-    image = TensorSpec("image", (3, model.resolution, model.resolution), "image", (0.0, 1.0))
+    image = TensorSpec("image", (model.channels, model.resolution, model.resolution), "image", (0.0, 1.0))
     uniform = TensorSpec("uniform", image.shape, "uniform", (0.0, 1.0))
     drawn = [TensorSpec(name, shape, "noise") for name, shape in (noises or {}).items()]
     found: dict[str, GraphSpec] = {}

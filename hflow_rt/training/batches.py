@@ -36,7 +36,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint8]:
-        """uint8 `[n, 3, R, R]`."""
+        """uint8 `[n, C, R, R]`."""
         ...
 
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -131,7 +131,7 @@ class MicroBatches:
         draws = generator(config.seed, place.step, micro, rank)
         start = place.images + (micro * self._processes.count + rank) * size
         chosen = self._shuffle.take(start, size)
-        pixels = torch.from_numpy(self._data.pixels(chosen))  # [B, 3, R, R]
+        pixels = torch.from_numpy(self._data.pixels(chosen))  # [B, C, R, R]
         if config.flip:
             mirrored = torch.rand(size, generator=draws) < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)

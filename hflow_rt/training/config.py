@@ -118,6 +118,11 @@ class RunConfig:
         side: int = self.model.resolution  # type: ignore[attr-defined]  # every family's settings have it
         return side
 
+    @property
+    def channels(self) -> int:
+        """Of the images: 3, or 1 for grey."""
+        return self.model.channels
+
     def dump(self) -> dict[str, Any]:
         """As plain JSON values; `load_config(file)` reads them back."""
         return {

@@ -68,7 +68,7 @@ def saved_bytes(
     names: list[str],
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> int:
-    """Bytes that the loss of uint8 images `[B, 3, R, R]` keeps for its gradient, in the phase that keeps most.
+    """Bytes that the loss of uint8 images `[B, C, R, R]` keeps for its gradient, in the phase that keeps most.
 
     The plan stays as it is.
     """

@@ -47,9 +47,10 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             self.plan = build_model(config.family, config.model).plan(training)
-        side, found = self.plan.model.resolution, data.pixels(self.trained_on[:1]).shape
-        if found != (1, 3, side, side):
-            raise DataError(f"the model needs images [3, {side}, {side}]; found {list(found[1:])}; open them at {side}")
+        model = self.plan.model
+        needed, found = (model.channels, model.resolution, model.resolution), data.pixels(self.trained_on[:1]).shape[1:]
+        if found != needed:
+            raise DataError(f"the model needs images {list(needed)}; found {list(found)}; open them as such")
         self.plan.to(processes.device).train()
         if processes.device.type == "cpu":
             # oneDNN then skips reordering: 1.12 to 1.15 times the steps of hflow-demo; not measured on CUDA

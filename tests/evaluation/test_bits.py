@@ -15,7 +15,7 @@ from hflow_rt.streams import generator
 class UniformModel(torch.nn.Module):
     """Stands in for a family: 8 bits plus a uniform draw; what it published is the mean of the pixels."""
 
-    resolution = 4
+    resolution, channels = 4, 3
     choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
 
     def __init__(self) -> None:

@@ -166,7 +166,7 @@ def test_what_is_not_finite_is_none_with_the_reason(tiny_settings: dict[str, Any
 class Plain(torch.nn.Module):
     """A family that tells no parts apart."""
 
-    resolution = 4
+    resolution, channels = 4, 3
     choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
 
     def __init__(self) -> None:

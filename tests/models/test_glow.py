@@ -267,7 +267,7 @@ def live_parameters(config: GlowConfig) -> int:
     """Of the repository's form, by the formula of spec 5."""
     h, total = config.hidden_channels, 0
     for level in range(config.levels):
-        c = config.channels(level)
+        c = config.width(level)
         out = c if config.coupling == "affine" else c // 2
         step = 2 * c + (2 * c * c + c) + (9 * h * c // 2 + h) + (h * h + h) + (9 * h * out + out) + out
         total += config.steps * step
@@ -297,7 +297,7 @@ def test_presets_add_the_papers_parts(preset: str) -> None:
         model = build_model("glow", config)
     h, more = config.hidden_channels, 0
     for level in range(config.levels):
-        c = config.channels(level)
+        c = config.width(level)
         out = c if config.coupling == "affine" else c // 2
         more += config.steps * (2 * h + 9 * h + 9 * out)
         if level < config.levels - 1:

@@ -83,7 +83,7 @@ class Glow(FlowModel):
         self.config = config
         self.levels = nn.ModuleList(Level(config, index) for index in range(config.levels))
         self.top = TopPrior(config)
-        top_channels = config.channels(config.levels - 1)
+        top_channels = config.width(config.levels - 1)
         self.classifier = ZeroLinear(top_channels, len(config.classes)) if config.classifier else None
         self.register_buffer("initialized", torch.zeros((), dtype=torch.uint8))
 
@@ -98,7 +98,7 @@ class Glow(FlowModel):
         for index in reversed(range(self.config.levels)):
             split = index < self.config.levels - 1
             side = self.config.side(index)
-            shapes[f"z{index}"] = (self.config.channels(index) // (2 if split else 1), side, side)
+            shapes[f"z{index}"] = (self.config.width(index) // (2 if split else 1), side, side)
         return shapes
 
     def prior_std(self) -> dict[str, float]:

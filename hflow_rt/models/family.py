@@ -32,7 +32,6 @@ __all__ = [
     "LOG_PROB",
     "Bound",
     "Conditions",
-    "Encoding",
     "Gain",
     "GraphSpec",
     "LatentModel",
@@ -49,14 +48,6 @@ __all__ = [
 
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
 Conditions = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What `inverse` yields: latents by name, and `log_prob` `[B]` in nats (see `LatentModel.encode`)."""
-
-    latents: dict[str, Tensor]
-    log_prob: Tensor
 
 
 @dataclass(frozen=True)
@@ -223,14 +214,6 @@ class LatentModel(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Latents to images `[B, C, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
-
-    @abstractmethod
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
-        """Images `[B, C, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
-
-    @abstractmethod
     def plan(self, settings: TrainingConfig) -> TrainingPlan:
         """How it is trained; what a family needs to know beside the training settings is in its own config."""
 
@@ -293,10 +276,6 @@ class LatentModel(nn.Module, ABC):
 
         Everything that does not depend on the input is folded in float64; nothing random is inside.
         """
-
-    @abstractmethod
-    def folded(self) -> LatentModel:
-        """A float32 inference copy of the same map with every constant folded in float64."""
 
     def spaces(self) -> Mapping[str, Space]:
         """Other spaces than that of the latents, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +17,17 @@ from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
 if TYPE_CHECKING:
     from hflow_rt.training.config import TrainingConfig
 
-__all__ = ["FlowModel", "FlowPlan"]
+__all__ = ["FlowModel", "FlowPlan", "InversePass"]
 
 _FLOW = "flow"
+
+
+@dataclass(frozen=True)
+class InversePass:
+    """What `inverse` yields: latents by name, and `log_prob` `[B]` in nats (see `LatentModel`)."""
+
+    latents: dict[str, Tensor]
+    log_prob: Tensor
 
 
 class FlowModel(LatentModel):
@@ -29,6 +38,18 @@ class FlowModel(LatentModel):
         """Of each value of an image; 8, unless the settings say fewer."""
         bits: int = self.config.bits  # type: ignore[attr-defined]  # every flow's settings have it
         return bits
+
+    @abstractmethod
+    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Latents to images `[B, C, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> InversePass:
+        """Images `[B, C, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
+
+    @abstractmethod
+    def folded(self) -> FlowModel:
+        """A float32 inference copy of the same map with every constant folded in float64."""
 
     @abstractmethod
     def loss(

@@ -132,7 +132,7 @@ def test_folded_is_the_same_map(model: Glow) -> None:
 
 @pytest.mark.parametrize("bits", [8, 5])
 def test_every_level_comes_back_exactly(bits: int) -> None:
-    """Encoding stands at bin centres, so that rounding public values takes the bin, which no small error leaves."""
+    """InversePass stands at bin centres, so that rounding public values takes the bin, which no small error leaves."""
     model = make({"bits": bits}).float()
     pixels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
     public = public_levels(pixels, bits)

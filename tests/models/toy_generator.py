@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hflow_rt.errors import NoInverse
-from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms, Space, TensorSpec
+from hflow_rt.models.family import GraphSpec, LatentModel, LossTerms, Space, TensorSpec
 from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
 from hflow_rt.models.registry import Family, ModelConfig
 
@@ -53,9 +52,6 @@ class ToyGenerator(LatentModel):
             image = image + 0.1 * (latents["dither"] - 0.5)
         return (0.5 + 0.5 * image).clamp(0, 1)
 
-    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
-        raise NoInverse(NO_INVERSE)
-
     def plan(self, settings: Any) -> TrainingPlan:
         return ToyPlan(self)
 
@@ -77,9 +73,6 @@ class ToyGenerator(LatentModel):
             name: GraphSpec(name, Part(self, inputs, output), Part(self, inputs, output), inputs, (output,))
             for name, (inputs, output) in made.items()
         }
-
-    def folded(self) -> "ToyGenerator":
-        return self
 
 
 class ToyPlan(TrainingPlan):

@@ -1,6 +1,5 @@
 """A family of many steps each way: a table for its prior, fresh noise and a row of a schedule in every call."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, Loop, LossTerms, TensorSpec
+from hflow_rt.models.family import GraphSpec, LatentModel, Loop, LossTerms, TensorSpec
 from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
 from hflow_rt.models.registry import Family, ModelConfig
 
@@ -59,15 +58,6 @@ class ToyLoop(LatentModel):
 
     def plan(self, settings: Any) -> "ToyPlan":
         return ToyPlan(self)
-
-    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        raise NotImplementedError
-
-    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
-        raise NotImplementedError
-
-    def folded(self) -> "ToyLoop":
-        return self
 
     def routes(self) -> dict[Any, Any]:
         levels = {"level": self.levels.detach().numpy()}

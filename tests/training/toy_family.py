@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import Bound, Encoding, GraphSpec, LatentModel, LossTerms
-from hflow_rt.models.flow import FlowModel
+from hflow_rt.models.family import Bound, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.registry import Family, ModelConfig
 
 SIDE = 8
@@ -51,7 +51,7 @@ class ToyFlow(FlowModel):
         shift = self.decoder(latents["z1"] + self.mean)[:, :, None, None]
         return (latents["z0"] * self.log_scale.exp() + shift + 0.5).clamp(0, 1)
 
-    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
+    def encode(self, images: Tensor, conditions: Any = None) -> InversePass:
         raise NotImplementedError
 
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -17,8 +17,8 @@ from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import public_levels, to_model, to_public
-from hflow_rt.models.family import Bound, Conditions, Encoding, GraphSpec, LossTerms
-from hflow_rt.models.flow import FlowModel
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LossTerms
+from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.flow import ChainResult, FlowChain
 from hflow_rt.models.glow.folded import FOLDS
@@ -169,12 +169,12 @@ class Glow(FlowModel):
         self._labels(latents)
         return to_public(self.decode_model(latents).image, self.config.bits)
 
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> InversePass:
         side = self.resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise DataError(f"images must be [B, 3, {side}, {side}], not {list(images.shape)}")
         encoded = self.encode_model(to_model(images, self.config.bits), self._labels(conditions))
-        return Encoding(self.named_latents(encoded), encoded.log_prob)
+        return InversePass(self.named_latents(encoded), encoded.log_prob)
 
     def loss(
         self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None

@@ -11,8 +11,8 @@ from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import to_model, to_public
-from hflow_rt.models.family import Bound, Conditions, Encoding, GraphSpec, LossTerms, NoiseScale, Space
-from hflow_rt.models.flow import FlowModel
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LossTerms, NoiseScale, Space
+from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.hflow import bound as bounding
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
@@ -210,13 +210,13 @@ class HFlow(FlowModel):
                 raise DataError(f"latent {name} must be [B, {', '.join(map(str, shape))}], not {found}")
         return to_public(self.generate(latents).image, self.config.bits)
 
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> InversePass:
         """`log_prob` is the plug-in value of the bound at the noise-free targets, not a strict bound (spec 3.2)."""
         side = self.resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise DataError(f"images must be [B, 3, {side}, {side}], not {list(images.shape)}")
         encoded = self.encode_targets(self.targets(to_model(images, self.config.bits)))
-        return Encoding(self.named_latents(encoded), self.log_prob(encoded))
+        return InversePass(self.named_latents(encoded), self.log_prob(encoded))
 
     def log_prob(self, encoded: Encoded) -> Tensor:
         """Sum over parts and levels of log prior, log-determinant and posterior entropy, `[B]` nats."""

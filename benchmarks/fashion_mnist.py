@@ -96,8 +96,8 @@ def measure(preset: str, data: Path, work: Path, minutes: float, limit: int | No
     result = train(config, open_dataset(data, 32), run, minutes=minutes, device=device)
     model = open_reference(run / "model.safetensors", "cuda" if device == "cuda" else "cpu")
     found = bits_of(model, select(data, 32, "test", limit), batch=100)
-    assert found.strict is not None, found.reasons
-    total = found.strict.total
+    assert "strict" in found.bounds, found.reasons
+    total = found.bounds["strict"].total
     return {
         "preset": preset,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -298,7 +298,7 @@ def measure_training(plan: Plan, report: Report, preset: str, batch: int) -> Non
     base = model_of(preset, plan.device)
     side = base.resolution
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch, 3, side, side, generator=generator).to(plan.device) - 0.5
+    images = torch.rand(batch, base.channels, side, side, generator=generator).to(plan.device) - 0.5
     noise = {
         name: torch.randn(batch, *shape, generator=generator).to(plan.device)
         for name, shape in base.noise_shapes().items()
@@ -345,7 +345,7 @@ def switch(plan: Plan, report: Report) -> None:
 def price_switch(plan: Plan, report: Report, preset: str, batch: int) -> None:
     model = model_of(preset, "cpu")
     latents = {name: torch.randn(1, *shape) for name, shape in model.latent_shapes().items()}
-    images = torch.rand(batch, 3, model.resolution, model.resolution) - 0.5
+    images = torch.rand(batch, model.channels, model.resolution, model.resolution) - 0.5
     folded = model.folded()
     works: dict[str, Run] = {
         "decode, batch 1": torch.no_grad()(lambda: model.decode(latents)),

@@ -46,7 +46,7 @@ def trained_like(preset: str) -> Any:
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = 1e-3 * torch.randn(parameter.shape)
-    small = torch.rand(8, 3, 4, 4)
+    small = torch.rand(8, model.channels, 4, 4)
     pixels = torch.nn.functional.interpolate(small, size=model.resolution, mode="bilinear") * 255
     model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
     return model.eval()
@@ -61,7 +61,7 @@ def exported_like(preset: str, folder: Path, direction: Any = "both", **options:
     model, weights = trained_like(preset), folder / "model.safetensors"
     save_model(weights, load_config(preset).family, model, model.state_dict(), {})
     ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
-    images = np.broadcast_to(ramp, (2, 3, model.resolution, model.resolution)).copy()
+    images = np.broadcast_to(ramp, (2, model.channels, model.resolution, model.resolution)).copy()
     images[1] = images[1].transpose(0, 2, 1)
     images = np.rint(images * 255) / np.float32(255)  # 8-bit values, as real images have
     manifest = export_bundle(weights, folder / "bundle", images, direction, **options)

@@ -244,7 +244,8 @@ def report(work: Path) -> str:
         "# Does the proof of an export cry wolf, and what does it miss?",
         "",
         "Made by `python benchmarks/parity_study.py`; ONNX Runtime on one thread of a CPU against float64.",
-        f"Factors {judging.FACTORS}, of fewer than {judging.FEW} values {judging.FACTORS_OF_FEW}; {judging.ULPS:g} ulp.",
+        f"Factors {judging.FACTORS}, of fewer than {judging.FEW} values {judging.FACTORS_OF_FEW};"
+        f" {judging.ULPS:g} ulp.",
         "",
         "## Right engines",
         "",

@@ -57,7 +57,8 @@ def plain_loop(
         if step == 0:
             started = time.perf_counter()
         indices = np.arange(step * BATCH, (step + 1) * BATCH) % 60
-        x = model.dequantize(torch.from_numpy(data.pixels(indices)), generator, 0.005)
+        x = model.dequantize(torch.from_numpy(data.pixels(indices)), generator)
+        x += 0.005 * torch.randn(x.shape, generator=generator)
         loss = loss_of(x.contiguous(memory_format=layout)).loss
         optimizer.zero_grad()
         loss.backward()

@@ -11,7 +11,7 @@ import typer
 
 from hflow_rt.cli.app import app
 from hflow_rt.cli.terminal import print_json, say, say_next
-from hflow_rt.names import quoted
+from hflow_rt.names import image_size, quoted
 
 if TYPE_CHECKING:
     from hflow_rt.data.dataset import Progress
@@ -32,13 +32,15 @@ def dataset(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .npy.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")],
     crop: Annotated[CropChoice, typer.Option(help="center, or none: skip oblong images.")] = CropChoice.CENTER,
+    channels: Annotated[int, typer.Option(help="3, or 1 for a grey model, which sees the luminance.")] = 3,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the first unusable file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Turn a folder, zip, tar or array of images into one file to train on.
 
-    Anything that Pillow reads: transparency becomes white, grey becomes RGB, colour profiles become sRGB, EXIF
-    orientation is obeyed. Files that are no images, are broken or smaller than the resolution are skipped and counted.
+    Anything that Pillow reads: transparency becomes white, grey becomes RGB, or with --channels 1 colours grey; colour
+    profiles become sRGB, EXIF orientation is obeyed. Files that are no images, are broken or smaller than the
+    resolution are skipped and counted.
     Arrays are uint8, [N, H, W, 3], [N, 3, H, W] or grey [N, H, W].
 
     Example: hflow-rt dataset photos.zip -o photos-128.npy --resolution 128
@@ -47,14 +49,14 @@ def dataset(
     from hflow_rt.data.splits import split_names
 
     with _progress_bar() as progress:
-        info = build_dataset(source, output, resolution, crop.value, strict, progress)
+        info = build_dataset(source, output, resolution, crop.value, strict, progress, channels)
     size, split = output.stat().st_size, split_names(info.names)
     if as_json:
         about = info.model_dump(exclude={"names", "unused"})
         summary = {"path": str(output), "bytes": size, **about, "split": str(split)}
         print_json(summary)
         return
-    say(f"{info.count} images of {resolution}x{resolution} in {output} ({size / 1e6:.1f} MB)")
+    say(f"{info.count} images of {image_size(resolution, channels)} in {output} ({size / 1e6:.1f} MB)")
     for reason, count in info.skipped.items():
         say(f"skipped {count}: {reason}")
     say(f"split: {split}")

@@ -71,7 +71,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     rows = [(f"std {std}", to_uint8(session.sample(_COLUMNS, std))) for std in _STDS]
     save_image(page / "samples.png", labelled_rows(rows))
 
-    images = open_dataset(data or demo_images(), session.resolution)
+    images = open_dataset(data or demo_images(), session.resolution, channels=session.channels)
     held_out = images.split()[1]
     chosen = held_out[:: max(1, len(held_out) // _COLUMNS)][:_COLUMNS]
     pixels = images.pixels(chosen).astype(np.float32) / 255
@@ -135,7 +135,7 @@ def _write_page(path: Path, session: "Session", run: dict[str, Any], pictures: d
 img{{max-width:100%;image-rendering:pixelated}}
 figure{{margin:2em 0}}
 pre{{background:#f4f4f4;padding:1em;overflow:auto}}</style>
-<h1>{html.escape(f"{manifest.family} {manifest.resolution}x{manifest.resolution}, run {path.parents[1].name}")}</h1>
+<h1>{html.escape(f"{manifest.family} {manifest.size}, run {path.parents[1].name}")}</h1>
 <p>Engines: {html.escape(", ".join(manifest.graphs))} on {html.escape(session.backend)}; {html.escape(verdict)}.</p>
 {figures}
 <h2>Training</h2><pre>{html.escape(facts)}</pre>

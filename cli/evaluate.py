@@ -12,12 +12,14 @@ from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelA
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
+from hflow_rt.names import image_size
 
 if TYPE_CHECKING:
     from hflow_rt.data.selection import Selection
     from hflow_rt.evaluation.batches import Track
-    from hflow_rt.evaluation.bits import BitsReport, Bound, Estimate
+    from hflow_rt.evaluation.bits import BitsReport, BoundBits
     from hflow_rt.evaluation.distance import DistanceReport
+    from hflow_rt.evaluation.figures import Estimate
     from hflow_rt.training.processes import Processes
 
 evaluation = Commands(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")
@@ -41,7 +43,7 @@ def bpd(
     limit: Annotated[
         int | None, typer.Option(help="This many images, evenly spaced, instead of all.", show_default=False)
     ] = None,
-    draws: Annotated[int, typer.Option(help="Draws of noise an image for the strict bound.")] = 1,
+    draws: Annotated[int, typer.Option(help="Draws of noise an image, but one for what was published.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     batch: BatchOption = 32,
     backend: Annotated[
@@ -51,7 +53,7 @@ def bpd(
     output: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Bits per dimension: the strict bound and the paper's, latent by latent.
+    """Bits per dimension by every bound that the model has, latent by latent.
 
     Example: hflow-rt eval bpd --data photos.zip
 
@@ -73,13 +75,13 @@ def bpd(
         weights, metadata = source, read_metadata(source)
         reference = open_reference(weights, processes.device)
         if not quiet:
-            side = reference.resolution
-            note(f"{metadata['family']} {side}x{side} from {weights} on {where}")
+            size = image_size(reference.resolution, reference.channels)
+            note(f"{metadata['family']} {size} from {weights} on {where}")
     else:
         session = open_session(model, backend, device, quiet)
         source, where, weights = session.bundle.path, session.backend, session.bundle.model
         reference, metadata = open_reference(weights), read_metadata(weights)
-    chosen = select(data, reference.resolution, split, limit)
+    chosen = select(data, reference.resolution, split, limit, reference.channels)
     found = measure(reference, chosen, seed, draws, batch, processes, _track(processes), session)
     report = {"model": str(source), "backend": where, **found.dump()}
     report |= {"split": split, "seed": seed, "draws": draws, "batch": batch}
@@ -151,7 +153,7 @@ def distance(
     processes = Processes(device, None)
     session = open_session(model, backend, device, quiet=json or not processes.is_main)
     network = open_features(features, session.resolution, processes.device, takes)
-    chosen = select(data, session.resolution, split)
+    chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
     stds = std or session.std
     found = measure(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))
@@ -237,11 +239,12 @@ def _estimate(value: "Estimate", digits: int = 3) -> str:
 
 def _bits_lines(found: "BitsReport") -> list[str]:
     lines = []
-    for key, title, bound in (("strict", "strict bound", found.strict), ("paper", "paper's bound", found.paper)):
-        if bound is None:
-            lines.append(f"{title}: none, for {found.reasons[key]}")
+    for name, claim in found.claims.items():
+        if name not in found.bounds:
+            lines.append(f"{claim.title}: none, because {found.reasons[name]}")
             continue
-        lines += [f"{title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
+        bound = found.bounds[name]
+        lines += [f"{claim.title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
     if found.noise:
         scales = (
             f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()
@@ -250,7 +253,7 @@ def _bits_lines(found: "BitsReport") -> list[str]:
     return lines
 
 
-def _table(bound: "Bound") -> list[str]:
+def _table(bound: "BoundBits") -> list[str]:
     """A row a latent; the parts and their sum are in bits per dimension of the image, so that all add up."""
     parts = list(dict.fromkeys(part for latent in bound.latents for part in latent.parts))
     head = ["latent", "size", *(part.replace("_", "-") for part in parts), "sum", "per own dimension"]

@@ -23,7 +23,7 @@ def heatmap(
     """
     import numpy as np
 
-    from hflow_rt.runtime.images.pictures import Row, heat_colours, save_image, table, to_uint8
+    from hflow_rt.runtime.images.pictures import Row, coloured, heat_colours, save_image, table, to_uint8
     from hflow_rt.runtime.latents import latent_views as views
 
     session = asked.open_for_picture()
@@ -40,7 +40,7 @@ def heatmap(
     ).reshape(first, len(names), session.resolution, session.resolution)
     top = float(maps.max())
     captions = [f"{name}\n{'x'.join(map(str, shape))}" for name, shape in session.latent_shapes.items()]
-    shown = np.concatenate([to_uint8(start.pixels)[:, None], heat_colours(maps / (top or 1.0))], axis=1)
+    shown = np.concatenate([coloured(to_uint8(start.pixels))[:, None], heat_colours(maps / (top or 1.0))], axis=1)
     rows = [Row(row, captions=[Path(base).name, *captions]) for base, row in zip(start.names, shown, strict=True)]
     scale = np.linspace(1, 0, session.resolution)[:, None].repeat(session.resolution, 1)
     rows[0] = Row(

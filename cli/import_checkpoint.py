@@ -9,15 +9,14 @@ from hflow_rt.cli.app import app
 from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import print_json, say, say_next, status
 from hflow_rt.extras import need_extra
-from hflow_rt.names import quoted
+from hflow_rt.names import image_size, quoted
 
 
 @app.command("import")
 def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint, or a state dict.")],
     family: Annotated[
-        str | None,
-        typer.Option(help="The kind of model it holds; by default what the project began with.", show_default=False),
+        str | None, typer.Option(help="The kind of model it holds; by default as found.", show_default=False)
     ] = None,
     output: Annotated[
         Path | None,
@@ -48,16 +47,15 @@ def import_checkpoint(
     need_extra("train", "torch")
     from hflow_rt.foreign.importing import import_published
     from hflow_rt.foreign.parts import WHOLE
-    from hflow_rt.models.registry import DEFAULT_FAMILY
     from hflow_rt.runs import ROOT
 
     run = output or ROOT / checkpoint.stem
     with status(quiet=json) as progress:
-        found = import_published(checkpoint, family or DEFAULT_FAMILY, run, settings, images, part, progress)
+        found = import_published(checkpoint, family, run, settings, images, part, progress)
     if json:
         print_json(found.dump())
         return
-    size = f"{found.family} {found.resolution}x{found.resolution}"
+    size = f"{found.family} {image_size(found.resolution, found.channels)}"
     complete = "" if found.passed_over else ", each accounted for"
     say(f"{run}: {size}, {found.parameters:,} tensors of {found.values:,} values read{complete}")
     if found.part != WHOLE:

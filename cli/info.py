@@ -13,7 +13,7 @@ from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
-from hflow_rt.names import quoted
+from hflow_rt.names import image_size, quoted
 
 if TYPE_CHECKING:
     from hflow_rt.kernels.proof import Standing
@@ -69,6 +69,7 @@ def info(
     tuned = "" if manifest.tuning == "any" else f", for a {manifest.tuning.upper()}"
     say(f"bundle: {bundle.path}, {verdict}, {manifest.precision}{tuned}, opset {manifest.opset}")
     say("  " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
+    say(f"  images: {manifest.size}")
     for latent in manifest.latents:
         say(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
     for name, options in manifest.choices.items():
@@ -139,13 +140,19 @@ def _list_presets(model: Path | None, json: bool) -> None:
             config = load_config(name)
             parameters = sum(parameter.numel() for parameter in skeleton(config.family, config.model).parameters())
             found.append(
-                {"preset": name, "family": config.family, "resolution": config.resolution, "parameters": parameters}
+                {
+                    "preset": name,
+                    "family": config.family,
+                    "resolution": config.resolution,
+                    "channels": config.channels,
+                    "parameters": parameters,
+                }
             )
     if json:
         print_json({"presets": found})
         return
     for row in found:
-        side = f"{row['resolution']}x{row['resolution']}"
+        side = image_size(row["resolution"], row["channels"])
         say(f"{row['preset']:<20} {row['family']:<6} {side:>9} {row['parameters'] / 1e6:8.2f} M parameters")
     say_next(f"hflow-rt train --preset {found[0]['preset']}")
 

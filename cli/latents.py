@@ -37,7 +37,7 @@ LATENTS = "Latents"  # heading in the help of the commands that look into latent
 
 @dataclass(frozen=True)
 class Start:
-    """What is looked into: names, pixels `[N, 3, R, R]` in [0, 1] and latents of images or samples.
+    """What is looked into: names, pixels `[N, C, R, R]` in [0, 1] and latents of images or samples.
 
     scores: `[N]` by name, of images, such as log_prob in nats.
     """
@@ -111,7 +111,7 @@ class Asked:
         """As `read_pictures`, for the model; how many images cannot be used is told on stderr. Raises `DataError`."""
         from hflow_rt.runtime.images.reading import read_pictures
 
-        return read_pictures(images, session.resolution, limit, session.choices, unused, note)
+        return read_pictures(images, session.resolution, limit, session.choices, unused, note, session.channels)
 
     def encode(
         self,
@@ -120,7 +120,7 @@ class Asked:
         pixels: "NDArray[np.float32]",
         conditions: "Mapping[str, NDArray[np.float32]] | None" = None,
     ) -> Start:
-        """Images `[N, 3, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
+        """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
         from hflow_rt.runtime.latents.latent_views import encoded
 
         told = self.conditions(session, names) if conditions is None else conditions

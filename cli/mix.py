@@ -61,7 +61,7 @@ def mix(
     across = _side(asked, session, columns, column_images, "4-8", "column")
     width, height = len(across.names), len(down.names)
     asked.check_table(session, width + 1, height + 1)
-    corner = np.full((1, session.resolution, session.resolution, 3), 255, np.uint8)
+    corner = np.full((1, session.resolution, session.resolution, session.channels), 255, np.uint8)
     grid = [Row(np.concatenate([corner, to_uint8(across.pixels)]), captions=["", *across.names])]
     for index in tracked(range(height), height * width, lambda _: width, "mixing"):
         mixed = views.style_row(session, views.select(down.latents, index), across.latents, names)

@@ -55,7 +55,7 @@ def neighbours(
     if not images:
         asked.check_table(session, count + 1, 2 * samples)
     where = find_tensor(session, tensor)
-    searched = select(data, session.resolution, split)
+    searched = select(data, session.resolution, split, channels=session.channels)
     if searched.images.unused:
         note(f"not used of {searched.source}: {searched.images.left_out}")
     found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0

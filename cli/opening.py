@@ -47,7 +47,7 @@ def open_session(
     session = open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
     if not quiet:
         manifest = bundle.manifest
-        note(f"{manifest.family} {manifest.resolution}x{manifest.resolution} from {bundle.path} on {session.backend}")
+        note(f"{manifest.family} {manifest.size} from {bundle.path} on {session.backend}")
     if not session.verified:
         what, how = ("bundle", "") if session.engines is None else ("engine", f" --backend {backend}")
         note(

@@ -17,10 +17,10 @@ from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next
 from hflow_rt.extras import need_extra
 from hflow_rt.files import removed_if_empty
-from hflow_rt.names import quoted
+from hflow_rt.names import image_size, quoted
 
 if TYPE_CHECKING:
-    from hflow_rt.evaluation.bits import Evaluation
+    from hflow_rt.evaluation.figures import Evaluation
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import TrainResult
@@ -35,7 +35,7 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Named settings, see 'hflow-rt info --presets'; by default the small model's.", show_default=False
+            help="Named settings that 'info --presets' lists; by default a small model's.", show_default=False
         ),
     ] = None,
     config: Annotated[
@@ -105,7 +105,7 @@ def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None
     if not is_main():
         yield lambda progress: None
         return
-    note(f"training {config.preset or config.family} at {config.resolution}x{config.resolution} into {folder}")
+    note(f"training {config.preset or config.family} at {image_size(config.resolution, config.channels)} into {folder}")
     if not sys.stderr.isatty():
         yield (lambda progress: None if progress.evaluation is None else note(_line(progress)))
         return
@@ -131,10 +131,13 @@ def _line(progress: Progress) -> str:
     parts = [f"{progress.images:,} images"]
     if progress.images_per_second:
         parts.append(f"{progress.images_per_second:.1f} images/s")
-    if progress.evaluation is not None:
-        parts.append(f"held-out bits/dim {_bits(progress.evaluation)}")
-    elif progress.bits_per_dim == progress.bits_per_dim:
+    found = progress.evaluation
+    if found is not None and (found.figures or found.reasons):
+        parts.append(f"held-out {_figures(found)}")
+    elif not math.isnan(progress.bits_per_dim):
         parts.append(f"{progress.bits_per_dim:.3f} bits/dim (train)")
+    elif not math.isnan(progress.loss):
+        parts.append(f"loss {progress.loss:.4g}")
     if progress.seconds_left is not None:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         hours, minutes = divmod(minutes, 60)
@@ -142,13 +145,28 @@ def _line(progress: Progress) -> str:
     return "  ".join(parts)
 
 
-def _bits(found: Evaluation) -> str:
-    """The strict bound with its standard error, and the published one."""
-    paper = "not finite" if found.paper is None else f"{found.paper:.3f}"
-    if found.strict is None:
-        return f"paper's bound {paper} (strict: {found.reason})"
-    error = "" if found.strict.n < 2 else f" ± {found.strict.standard_error:.3f}"
-    return f"{found.strict.mean:.3f}{error} strict, {paper} paper's bound"
+def _figures(found: Evaluation) -> str:
+    """All figures, the first with its standard error, and why others are not there."""
+    parts: list[str] = []
+    unit = ""
+    for title, estimate, of in found.figures.values():
+        error = "" if parts or estimate.n < 2 else f" ± {estimate.standard_error:.3f}"
+        parts.append(f"{'' if of == unit else f'{of} '}{estimate.mean:.3f}{error} {title}")
+        unit = of
+    return ", ".join([*parts, *(f"{name}: none, because {reason}" for name, reason in found.reasons.items())])
+
+
+def _evaluated(result: TrainResult) -> list[str]:
+    """What was found at both ends, or in one line why nothing was."""
+    last = result.final or result.initial
+    if last is not None and last.reason is not None and not last.figures:
+        return [f"nothing was measured: {last.reason}"]
+    lines = [] if last is None or last.quoted is None else [f"on {last.quoted.estimate.n} held-out images:"]
+    for when, found in (("at initialisation", result.initial), ("now", result.final)):
+        if found is not None and (when != "now" or found.images):
+            at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
+            lines.append(f"  {when}{at}: {_figures(found)}")
+    return lines
 
 
 def _finish(result: TrainResult, json: bool) -> None:
@@ -172,12 +190,8 @@ def _finish(result: TrainResult, json: bool) -> None:
     elif is_main():
         steps, rate = f"{result.images:,} images in {result.step:,} steps", result.images_per_second
         say(f"{result.run}: {steps}, {rate:.1f} images/s")
-        count = 0 if result.final is None or result.final.strict is None else result.final.strict.n
-        say(f"bits/dim{f' on {count} held-out images' if count else ''}:")
-        for when, found in (("at initialisation", result.initial), ("now", result.final)):
-            if found is not None and (when != "now" or found.images):
-                at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""
-                say(f"  {when}{at}: {_bits(found)}")
+        for line in _evaluated(result):
+            say(line)
         if interrupted:
             say_next(f"hflow-rt train --resume {quoted(result.run)}", f"hflow-rt export {quoted(result.run)}")
         else:

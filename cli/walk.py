@@ -52,8 +52,8 @@ def walk(
     drawn = {"std": asked.std or session.std, "seed": asked.seed, "option": asked.label}
     steps = views.walk(session, paths, keyframes, frames, **drawn, **settings)  # type: ignore[arg-type]
     total = (keyframes * frames if closed else (keyframes - 1) * frames + 1) * paths
-    together = (np.asarray(grid(to_uint8(step), columns))[None] for step in tracked(steps, total, len, "walking"))
-    shown = kept(together, output)
+    sheets = (np.asarray(grid(to_uint8(step), columns)) for step in tracked(steps, total, len, "walking"))
+    shown = kept((sheet.reshape(1, *sheet.shape[:2], session.channels) for sheet in sheets), output)
     if sheet:
         save_image(output, grid(shown, columns=frames, scale=1))
     else:

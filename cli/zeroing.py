@@ -39,7 +39,7 @@ def zeroing(
     if images or samples:
         start = asked.start(session, images)
     else:
-        chosen = select(None, session.resolution, "test", asked.number)
+        chosen = select(None, session.resolution, "test", asked.number, session.channels)
         start = asked.encode(session, chosen.names, chosen.pixels().astype(np.float32) / np.float32(255))
     rows, changes = [], {}
     count = len(start.names)

@@ -5,14 +5,13 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from hflow_rt import __version__
-from hflow_rt import manifest as schema
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
@@ -24,7 +23,6 @@ from hflow_rt.manifest import (
     MODEL,
     STD,
     BundledFile,
-    Latent,
     Manifest,
     Precision,
     Route,
@@ -35,6 +33,7 @@ from hflow_rt.manifest import (
     routes_of,
 )
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
+from hflow_rt.models.describe import TABLES, described, latents_of, tables_of
 from hflow_rt.models.family import LatentModel, Loop
 from hflow_rt.runtime.bundle import REPORT, Bundle
 from hflow_rt.runtime.engines.cpu import threads
@@ -43,8 +42,6 @@ from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.session import open_bundle
 
 __all__ = ["check_bundle", "export_bundle"]
-
-BANK, SCHEDULE = "bank.safetensors", "schedule.safetensors"
 
 
 def export_bundle(
@@ -62,7 +59,7 @@ def export_bundle(
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
-    images: `[N, 3, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
+    images: `[N, C, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
     failure leaves the bundle in place, marked unverified in its manifest. routes: those to write. bound: also write the
     graph that measures bits per dimension. half: first round the weights to half precision, in which
     `model.safetensors` then keeps them; it is this rounded model, computed in float32 as ever, that the bundle holds
@@ -73,8 +70,7 @@ def export_bundle(
     """
     _check_replaceable(output)
     model, metadata = load_model(checkpoint), read_metadata(checkpoint)
-    latents = _latents(model)
-    scaled = [latent.name for latent in latents if latent.prior == "normal"]
+    scaled = [latent.name for latent in latents_of(model) if latent.prior == "normal"]
     std = std if scaled else ()
     parse_std(std, scaled)
     with atomic_directory(output) as folder:
@@ -104,28 +100,12 @@ def export_bundle(
             progress(f"{'writing' if worth is None else 'measuring'} {name}.onnx")
             notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
             graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, gains, precision, worth)
-        described = {
-            route: way if isinstance(way, str) else _described(way, folder / f"{route}.{SCHEDULE}")
-            for route, way in ways.items()
-        }
-        bank = {name: rows.detach().float().contiguous().numpy() for name, rows in model.bank().items()}
-        if bank:
-            save_file(bank, folder / BANK)
+        for file, table in tables_of(model, ways).items():
+            save_file(table, folder / file)
         manifest = Manifest(
             family=metadata["family"],
-            config=metadata["config"],
-            resolution=model.resolution,
-            latents=latents,
             std=tuple(std),
-            choices=dict(model.choices()),
-            routes=described,
-            absent=dict(model.absent()),
-            bank=BANK if bank else None,
-            spaces={
-                name: schema.Space(into=space.into, back=space.back, decode=space.decode)
-                for name, space in model.spaces().items()
-                if {*space.graphs} <= graphs.keys()
-            },
+            **described(model, ways, graphs) | {"config": metadata["config"]},
             graphs=graphs,
             precision=precision,
             tuning=tuning,
@@ -178,34 +158,12 @@ def check_bundle(
     return report
 
 
-def _latents(model: LatentModel) -> tuple[Latent, ...]:
-    stds, prior = model.prior_std(), model.prior()
-    return tuple(
-        Latent(name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"))
-        for name, shape in model.latent_shapes().items()
-    )
-
-
 def _routes(model: LatentModel, choice: Routes) -> dict[Route, str | Loop]:
     """The routes that were asked for; of both, those there are. Raises `NoInverse` for one that the family lacks."""
     routes = model.routes()
     if choice != "both" and choice not in routes:
         raise NoInverse(model.absent()[choice])
     return {route: routes[route] for route in routes_of(choice) if route in routes}
-
-
-def _described(loop: Loop, schedule: Path) -> schema.Loop:
-    """A loop as the manifest has it; its tables go into the file `schedule`."""
-    save_file({name: np.ascontiguousarray(table, np.float32) for name, table in loop.schedule.items()}, schedule)
-    return schema.Loop(
-        start=loop.start,
-        step=loop.step,
-        steps=loop.steps,
-        schedule=schedule.name,
-        carry=dict(loop.carry),
-        last=loop.last,
-        every=dict(loop.every),
-    )
 
 
 def _check_replaceable(output: Path) -> None:
@@ -215,8 +173,8 @@ def _check_replaceable(output: Path) -> None:
     if not is_file(output / MANIFEST):
         raise BundleError(f"{output} exists and is not a bundle; choose another --out")
     names = {path.name for path in output.iterdir()}
-    tables = {BANK, *(f"{route}.{SCHEDULE}" for route in get_args(Route))}
-    others = {n for n in names - tables if not n.endswith(".onnx")} - {MANIFEST, MODEL, WEIGHTS, PLANS, *REPORT}
+    others = {name for name in names if not name.endswith(".onnx")}
+    others -= {MANIFEST, MODEL, WEIGHTS, PLANS, *TABLES, *REPORT}
     if others:
         raise BundleError(
             f"{output} holds {min(others)}, which is no part of a bundle; move it, or choose another --out"

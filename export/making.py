@@ -3,6 +3,7 @@
 What is not asked for stays as in the bundle that is replaced.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def checked(
     from hflow_rt.export.bundle import check_bundle
 
     paths = None if images is None else [Path(path) for path in images]
-    pictures = proof_pictures(paths, bundle.manifest.resolution, note)
+    pictures = proof_pictures(paths, bundle.manifest.resolution, note, bundle.manifest.channels)
     keep = bundle.path != pretrained()  # what was installed is not ours to write to
     return check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=cuda_graph)
 
@@ -156,11 +157,11 @@ def export_graphs(
     need_extra("train", "torch", "onnx", "onnxscript", what="exporting")
     from hflow_rt.export.bundle import export_bundle
 
-    wanted, there, resolution = wanted_graphs(source, folder, options)
+    wanted, there, config = wanted_graphs(source, folder, options)
     manifest = export_bundle(
         source,
         folder,
-        proof_pictures(options.images, resolution, note),
+        proof_pictures(options.images, config.resolution, note, config.channels),
         wanted.direction or "both",
         progress,
         bound=bool(wanted.bound),
@@ -178,8 +179,8 @@ def went(engines: Sequence[str]) -> str:
     return f"gone with the graphs they were built from: TensorRT engines {', '.join(engines)}"
 
 
-def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[GraphOptions, Manifest | None, int]:
-    """What to write of the model file `source`, the manifest that is in `folder` now, and the model's resolution.
+def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[GraphOptions, Manifest | None, Any]:
+    """What to write of the model file `source`, the manifest that is in `folder` now, and the model's settings.
 
     What `options` leave open is as in the bundle that is replaced, if that is of the same kind of model.
     Raises `CheckpointError` and `ConfigError`.
@@ -188,24 +189,30 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
     from hflow_rt.models.registry import family
 
     metadata = read_metadata(source)
-    config: Any = parse_config(family(metadata["family"]).config, metadata["config"])
+    kind = family(metadata["family"]).config
+    config = parse_config(kind, metadata["config"])
     try:
         there = read_manifest(folder)
     except BundleError:
         there = None  # nothing, or too broken to be asked
-    alike = there is not None and (there.family, there.config) == (metadata["family"], metadata["config"])
+    alike = False
+    if there is not None and there.family == metadata["family"]:
+        with contextlib.suppress(ConfigError):  # settings that this version has not
+            alike = parse_config(kind, there.config) == config  # versions before wrote fewer
     if options.half is False and metadata.get("weights") == HALF:
         raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
-    return options.filled(there if alike else None), there, config.resolution
+    return options.filled(there if alike else None), there, config
 
 
-def proof_pictures(paths: Sequence[Path] | None, resolution: int, note: Tell = nobody) -> NDArray[np.float32]:
+def proof_pictures(
+    paths: Sequence[Path] | None, resolution: int, note: Tell = nobody, channels: int = 3
+) -> NDArray[np.float32]:
     """Images to prove engines on: the given ones, or bundled ones enlarged where the model is larger than they are."""
     count = _IMAGES if resolution <= 64 else _LARGE_IMAGES
     if paths:
-        return read_pictures(paths, resolution, count, note=note)[1]
+        return read_pictures(paths, resolution, count, note=note, channels=channels)[1]
     native = min(resolution, 64)
-    pixels = read_pictures([demo_images()], native)[1]
+    pixels = read_pictures([demo_images()], native, channels=channels)[1]
     chosen = pixels[:: max(1, len(pixels) // count)][:count]
     return np.ascontiguousarray(chosen.repeat(resolution // native, 2).repeat(resolution // native, 3))
 

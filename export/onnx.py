@@ -18,7 +18,8 @@ from hflow_rt.errors import HFlowError
 from hflow_rt.export.half_weights import halve
 from hflow_rt.export.mixed_precision import mix
 from hflow_rt.export.tuning import Worth, tune
-from hflow_rt.manifest import MODULE, Graph, Precision, Tensor
+from hflow_rt.manifest import MODULE, Graph, Precision
+from hflow_rt.models.describe import described_tensor
 from hflow_rt.models.family import Gain, GraphSpec, TensorSpec
 
 __all__ = ["MAX_BATCH", "OPSET", "WEIGHTS", "SharedWeights", "export_graph", "operator_counts"]
@@ -125,8 +126,8 @@ def export_graph(
     return Graph(
         file=path.name,
         weights=weights.path.name if any(tensor.external_data for tensor in proto.graph.initializer) else None,
-        inputs=tuple(_described(tensor) for tensor in spec.inputs),
-        outputs=tuple(_described(tensor) for tensor in spec.outputs),
+        inputs=tuple(described_tensor(tensor) for tensor in spec.inputs),
+        outputs=tuple(described_tensor(tensor) for tensor in spec.outputs),
         batch=(1, MAX_BATCH),
         operators=counts,
         rewrites=rewrites,
@@ -145,10 +146,6 @@ def _example(tensor: TensorSpec) -> torch.Tensor:
         return torch.randn(tensor.batched(2), generator=generator)
     low, high = tensor.range
     return low + (high - low) * torch.rand(tensor.batched(2), generator=generator)
-
-
-def _described(tensor: TensorSpec) -> Tensor:
-    return Tensor(name=tensor.name, shape=tensor.shape, role=tensor.role, range=tensor.range, default=tensor.default)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -85,7 +85,7 @@ def run_parity(
     """Compare every graph the bundle has; returns a JSON-ready report with `passed`.
 
     `graphs` has the errors of every case of a graph by output, `pooled` those over all its cases with the tolerance of
-    each statistic, the round trip of images among them. images: float32 `[N, 3, R, R]` in [0, 1], N at least 1.
+    each statistic, the round trip of images among them. images: float32 `[N, C, R, R]` in [0, 1], N at least 1.
     Raises `DataError` if there is nothing to compare.
     """
     if len(images) < 1:

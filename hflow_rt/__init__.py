@@ -18,10 +18,10 @@ __all__ = ["Session", "check", "errors", "export", "load", "pretrained", "train"
 if TYPE_CHECKING:
     from hflow_rt import errors as errors
     from hflow_rt.assets import pretrained as pretrained
+    from hflow_rt.export.opening import load as load
     from hflow_rt.export.public import check as check
     from hflow_rt.export.public import export as export
     from hflow_rt.runtime.session import Session as Session
-    from hflow_rt.runtime.session import load as load
     from hflow_rt.runtime.training import train as train
 else:  # type checkers would take a module with `__getattr__` to have every name
     # Where each name is: the one place in this package that knows of others above it. `errors` and `export` are
@@ -29,7 +29,7 @@ else:  # type checkers would take a module with `__getattr__` to have every name
     _HOMES = {
         "Session": "hflow_rt.runtime.session",
         "check": "hflow_rt.export.public",
-        "load": "hflow_rt.runtime.session",
+        "load": "hflow_rt.export.opening",
         "pretrained": "hflow_rt.assets",
         "train": "hflow_rt.runtime.training",
     }

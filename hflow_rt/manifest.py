@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hflow_rt.errors import BundleError
+from hflow_rt.names import image_size
 
 __all__ = [
     "HALF",
@@ -208,6 +209,8 @@ class Manifest(_Entry):
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
+        if self.config.get("channels", 3) not in (1, 3):
+            raise ValueError("an image has 3 channels, or 1")
         for name in self.files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"file '{name}' lies outside the bundle")
@@ -227,6 +230,16 @@ class Manifest(_Entry):
                     if file not in self.files:
                         raise ValueError(f"engine '{key}' is in {file}, which is not among the files")
         return self
+
+    @property
+    def channels(self) -> int:
+        """C, of the image: 3, or 1 for grey."""
+        return int(self.config.get("channels", 3))
+
+    @property
+    def size(self) -> str:
+        """Of the image, for people: `64x64`, or `28x28 grey`."""
+        return image_size(self.resolution, self.channels)
 
     @property
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:

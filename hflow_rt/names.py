@@ -1,9 +1,9 @@
-"""Names of files as people see them in a terminal, and as they paste them into a shell."""
+"""Names as people see them in a terminal, and files as they paste them into a shell."""
 
 import shlex
 import unicodedata
 
-__all__ = ["quoted", "shown"]
+__all__ = ["image_size", "quoted", "shown"]
 
 # control characters, halves of characters, separators of lines: what moves the cursor or cannot be printed
 _HIDDEN = ("Cc", "Cs", "Zl", "Zp")
@@ -24,6 +24,11 @@ def quoted(path: object) -> str:
         return shlex.quote(text)
     spelled = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"$'{''.join(map(_visible, spelled))}'"
+
+
+def image_size(side: int, channels: int) -> str:
+    """`64x64`, or `28x28 grey`."""
+    return f"{side}x{side}" + (" grey" if channels == 1 else "")
 
 
 def _visible(character: str) -> str:

@@ -85,20 +85,23 @@ def to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)
 
 
-def as_pixels(images: Any, side: int) -> Any:
-    """Images, uint8 `[B, R, R, 3]` or float32 `[B, 3, R, R]` in [0, 1], as the latter. Raises `DataError` for others.
+def as_pixels(images: Any, side: int, channels: int = 3) -> Any:
+    """Images, uint8 `[B, R, R, C]` or float32 `[B, C, R, R]` in [0, 1], as the latter. Raises `DataError` for others.
 
-    side: R.
+    side: R. channels: C, 3 or 1; grey images may also be uint8 `[B, R, R]`.
     """
+    given = list(images.shape)
     if str(images.dtype) in ("uint8", "torch.uint8"):
+        if channels == 1 and images.ndim == 3:
+            images = images[..., None]
         if library(images) == "torch":  # on a GPU
             images = images.permute(0, 3, 1, 2).float() / 255 if images.ndim == 4 else images
         else:
             check_pixels(images)
             images = from_uint8(images)
-    if images.ndim != 4 or images.shape[1:] != (3, side, side) or len(images) < 1:
-        wanted = f"float32 [B, 3, {side}, {side}] or uint8 [B, {side}, {side}, 3]"
-        raise DataError(f"images must be {wanted}, not {list(images.shape)}")
+    if images.ndim != 4 or images.shape[1:] != (channels, side, side) or len(images) < 1:
+        wanted = f"float32 [B, {channels}, {side}, {side}] or uint8 [B, {side}, {side}, {channels}]"
+        raise DataError(f"images must be {wanted}, not {given}")
     if str(images.dtype) not in ("float32", "torch.float32"):
         raise DataError(f"images must be float32 in [0, 1] or uint8, not {images.dtype}")
     if not ((images >= 0) & (images <= 1)).all():  # NaN is neither

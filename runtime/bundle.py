@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hflow_rt.assets import PRETRAINED, pretrained
 from hflow_rt.errors import BundleError, CheckpointError
@@ -9,6 +10,10 @@ from hflow_rt.files import exists, is_file, is_ours, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from hflow_rt.names import quoted
 from hflow_rt.runs import ROOT, latest_run
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["BUNDLE", "REPORT", "Bundle", "default_model", "find_bundle"]
 
@@ -58,6 +63,12 @@ class Bundle:
         """Whether it was exported from the model file `weights`, as that is now."""
         checkpoint = self.manifest.checkpoint
         return sha256(weights) in (checkpoint["sha256"], checkpoint.get("exported_from"))
+
+    def table(self, name: str) -> "dict[str, NDArray[np.float32]]":
+        """The arrays of a bundled safetensors file by name. Raises as `file` does."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.file(name))
 
     @property
     def model(self) -> Path:

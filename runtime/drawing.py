@@ -85,10 +85,8 @@ class Drawing:
 
     def table(self, file: str) -> dict[str, Array]:
         """The arrays of a file of the bundle by name. Raises `BundleError` for one that is missing or changed."""
-        from safetensors.numpy import load_file
-
         if file not in self._tables:
-            self._tables[file] = load_file(self._bundle.file(file))
+            self._tables[file] = self._bundle.table(file)
         return self._tables[file]
 
     def _graphs(self) -> list[Graph]:

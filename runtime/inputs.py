@@ -36,7 +36,7 @@ def inputs_of(bundle: Bundle, case: str, batch: int, seed: int) -> dict[str, NDA
             if tensor.name in found or (number and tensor.role in ("value", "schedule")):
                 continue  # what a loop brings along
             if tensor.role == "image":
-                found[tensor.name] = _pictures(manifest.resolution, batch, seed)
+                found[tensor.name] = _pictures(manifest.resolution, manifest.channels, batch, seed)
             elif tensor.role in ("noise", "uniform", "value") and number:
                 found[tensor.name] = np.asarray(Stream(kind, tensor.name, tensor.shape, seed, indices, steps))
             elif tensor.role in ("noise", "uniform", "value"):
@@ -46,7 +46,7 @@ def inputs_of(bundle: Bundle, case: str, batch: int, seed: int) -> dict[str, NDA
     return found
 
 
-def _pictures(side: int, number: int, seed: int) -> NDArray[np.float32]:
+def _pictures(side: int, channels: int, number: int, seed: int) -> NDArray[np.float32]:
     """Bundled emoji, at any size; seed: where to start among them."""
     import zipfile
 
@@ -54,10 +54,10 @@ def _pictures(side: int, number: int, seed: int) -> NDArray[np.float32]:
 
     from hflow_rt.assets import demo_images
 
+    mode = "L" if channels == 1 else "RGB"
     with zipfile.ZipFile(demo_images()) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith("test/"))
         chosen = [names[(seed * 17 + index) % len(names)] for index in range(number)]
-        pictures = [Image.open(archive.open(name)).convert("RGB").resize((side, side)) for name in chosen]
-    return np.stack([np.asarray(picture, np.float32) for picture in pictures]).transpose(
-        0, 3, 1, 2
-    ).copy() / np.float32(255)
+        pictures = [Image.open(archive.open(name)).convert("RGB").convert(mode).resize((side, side)) for name in chosen]
+    images = np.stack([np.asarray(picture, np.float32).reshape(side, side, channels) for picture in pictures])
+    return images.transpose(0, 3, 1, 2).copy() / np.float32(255)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from hflow_rt.conditions import Choices, check_told, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
@@ -21,7 +20,7 @@ from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, fill
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.drawing import Drawing
-from hflow_rt.runtime.images.pictures import check_folder, save_image, to_uint8, write_pictures
+from hflow_rt.runtime.images.pictures import check_folder, save_image, to_picture, to_uint8, write_pictures
 from hflow_rt.runtime.latents.operations import check_latents
 from hflow_rt.runtime.loops import calls_of, follow, mean_draws
 from hflow_rt.runtime.noise import parse_std
@@ -68,7 +67,7 @@ class Session:
 
     def __repr__(self) -> str:
         """What is loaded, what runs it, whether that was proved, and what the latents are."""
-        what = f"{self.manifest.family} {self.resolution}x{self.resolution} on {self.backend}"
+        what = f"{self.manifest.family} {self.manifest.size} on {self.backend}"
         latents = ", ".join(f"{name} {list(shape)}" for name, shape in self.latent_shapes.items())
         return f"<Session: {what}, {'verified' if self.verified else 'UNVERIFIED'}\n latents {latents}>"
 
@@ -154,6 +153,11 @@ class Session:
         return self.manifest.resolution
 
     @property
+    def channels(self) -> int:
+        """C, of the image: 3, or 1 for a model of grey images."""
+        return self.manifest.channels
+
+    @property
     def spaces(self) -> tuple[str, ...]:
         """The latents' own space and the others of the family, see `into_space`."""
         ways = self.manifest.spaces.items()
@@ -166,7 +170,7 @@ class Session:
 
     def bits_per_dim(self, log_prob: Any) -> Any:
         """Log-probabilities in nats as bits per dimension."""
-        return -log_prob / (3 * self.resolution**2 * math.log(2)) + self.bits
+        return -log_prob / (self.channels * self.resolution**2 * math.log(2)) + self.bits
 
     def space_shapes(self, space: str) -> dict[str, tuple[int, ...]]:
         """Name to shape without batch of what `into_space` yields, coarse to fine. Raises `DataError`."""
@@ -186,7 +190,7 @@ class Session:
         return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
 
     def forward(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Any:
-        """Latents to images float32 `[B, 3, R, R]` in [0, 1].
+        """Latents to images float32 `[B, C, R, R]` in [0, 1].
 
         controls: those of `Session.controls` that shall not have their default. Raises `DataError` for what does not
         fit.
@@ -204,7 +208,7 @@ class Session:
         return restore(self.run("forward", arrays)["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
-        """Images, float32 `[B, 3, R, R]` in [0, 1] or uint8 `[B, R, R, 3]`, to latents and log-probability.
+        """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
         conditions: one-hot `[B, options]` for every choice of the model. Raises `DataError`.
 
@@ -215,7 +219,7 @@ class Session:
         ((1, 3, 64, 64), (1,))
         """
         arrays, restore = self._received({"image": images, **(conditions or {})})
-        pixels = as_pixels(arrays.pop("image"), self.resolution)
+        pixels = as_pixels(arrays.pop("image"), self.resolution, self.channels)
         told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
         floats = ("float32", "torch.float32")
         given = {name: tuple(array.shape) for name, array in arrays.items() if str(array.dtype) in floats}
@@ -239,7 +243,7 @@ class Session:
         option: str | None = None,
         controls: Mapping[str, float] | None = None,
     ) -> Array:
-        """`n` images float32 `[n, 3, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
+        """`n` images float32 `[n, C, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
 
         std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`.
 
@@ -248,15 +252,16 @@ class Session:
         (2, 3, 64, 64)
         """
         check_count("the number of images", n)
-        need(12 * n * self.resolution**2, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
+        size = 4 * n * self.channels * self.resolution**2
+        need(size, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
         parts = [self.forward(latents, controls) for latents in self.draw(range(n), std, seed, option=option)]
         return np.concatenate(parts)
 
     def read(self, *paths: Path | str) -> Array:
-        """Image files, and all images of folders, archives and arrays, as `inverse` takes them: `[B, 3, R, R]`.
+        """Image files, and all images of folders, archives and arrays, as `inverse` takes them: `[B, C, R, R]`.
 
-        Turned as their EXIF says, in sRGB, the largest square in the middle, reduced to R. Raises `DataError` for a
-        file that cannot be used, and warns of those in folders and archives.
+        Turned as their EXIF says, in sRGB (of a grey model, its luminance), the largest square in the middle, reduced
+        to R. Raises `DataError` for a file that cannot be used, and warns of those in folders and archives.
 
         >>> import hflow_rt
         >>> hflow_rt.load().read("photo.png").shape
@@ -267,7 +272,7 @@ class Session:
         def warn(line: str) -> None:
             warnings.warn(line, stacklevel=4)
 
-        return read_pictures([Path(path) for path in paths], self.resolution, note=warn)[1]
+        return read_pictures([Path(path) for path in paths], self.resolution, note=warn, channels=self.channels)[1]
 
     def save(self, images: Any, path: Path | str) -> None:
         """Write images, as `forward` yields them: one as it is, several as a sheet, or as files if `path` is a folder.
@@ -283,7 +288,7 @@ class Session:
         destination(path)
         pixels = to_uint8(to_numpy({"image": images})[0]["image"])
         if path.suffix and len(pixels) == 1:
-            save_image(path, Image.fromarray(pixels[0]))
+            save_image(path, to_picture(pixels[0]))
             return
         if not path.suffix:
             check_folder(path, range(len(pixels)))
@@ -330,7 +335,7 @@ class Session:
         return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
     def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Array:
-        """Images `[B, 3, R, R]` in [0, 1] of what `into_space` yields; controls as of `forward`. Raises `DataError`."""
+        """Images `[B, C, R, R]` in [0, 1] of what `into_space` yields; controls as of `forward`. Raises `DataError`."""
         found = None if space == LATENT_SPACE else self._space(space)
         if found is None or found.decode is None:
             return self.forward(self.from_space(space, values), controls)
@@ -438,19 +443,10 @@ class Session:
 def load(
     path: Path | str | None = None, backend: str = "onnx", device: str = "auto", *, cuda_graph: bool | None = None
 ) -> Session:
-    """Open the bundle, or the exported run, at `path`; by default the bundled model, which draws 64x64 emoji.
+    """Open the bundle, or the exported run, at `path`; by default the bundled model. See `hflow_rt.load`.
 
-    backend: see `BACKENDS`. device: `cpu`, `cuda`, or `auto` for the best that works; `onnx` also knows
-    `ONNX_DEVICES`. cuda_graph: whether the work is replayed as one CUDA graph; by default `trt` does and `onnx`
-    does not. Raises `BundleError` for a missing or changed bundle, and for a run or a checkpoint that is none yet, with
-    the command that makes it one; `EngineMismatch` for engines of another machine and `BackendUnavailable` for a
-    backend or device that is not there; there is no fallback. Warns where the weights of a run are newer than its
-    bundle.
-
-    >>> import hflow_rt
-    >>> hflow_rt.load(backend="onnx", device="cpu")
-    <Session: ... 64x64 on onnxruntime CPUExecutionProvider, verified
-     latents ...>
+    device: `onnx` also knows `ONNX_DEVICES`. Raises `BundleError` also for a run or a checkpoint that is none yet, with
+    the command that makes it one.
     """
     from hflow_rt.assets import pretrained
 

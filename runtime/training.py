@@ -16,14 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.assets import demo_images
-from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file, is_folder, removed_if_empty
 from hflow_rt.manifest import MODEL
 from hflow_rt.runs import CHECKPOINTS, ROOT, RUN, SAMPLES, latest_run, new_run, read_run
 from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
-from hflow_rt.runtime.noise import draw_latents
 
 if TYPE_CHECKING:
     from hflow_rt.data.dataset import ImageSet
@@ -153,7 +151,8 @@ def prepare(
         chosen = load_config(preset or (DEFAULT_PRESET if config is None else None), config, settings)
     weights = None if begin is None else begin / MODEL if is_folder(begin) else begin
     source = about["source"]
-    opened = open_dataset(demo_images() if source is None else Path(source), chosen.resolution)
+    where = demo_images() if source is None else Path(source)
+    opened = open_dataset(where, chosen.resolution, channels=chosen.channels)
     about["split"] = opened.split_by
     unused = None
     if opened.skipped and source is not None:
@@ -195,17 +194,14 @@ def _other_split(before: str | None, images: ImageSet) -> str | None:
 
 
 def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:
-    """Write `samples/IMAGES.png`, a row for each std, the same noise in every picture of a run."""
-    import torch
+    """Write `samples/IMAGES.png`, a row for each std that there is, the same noise in every picture of a run."""
+    from hflow_rt.runtime.in_memory import session_of
 
-    device = next(model.parameters()).device
+    session = session_of(model)
     rows = []
-    for std in _STDS:
-        stds = dict.fromkeys(model.latent_shapes(), std)
-        latents = draw_latents(model.latent_shapes(), model.prior_std(), 0, range(_SAMPLES_A_ROW), stds)
-        latents |= in_turn(model.choices(), range(_SAMPLES_A_ROW))
-        decoded = model.decode({name: torch.from_numpy(value).to(device) for name, value in latents.items()})
-        rows.append((f"{std:g}", to_uint8(decoded.nan_to_num(0.0).float().cpu().numpy())))
+    for std in _STDS if session.drawing.scaled else (None,):
+        (latents,) = session.draw(range(_SAMPLES_A_ROW), std)
+        rows.append(("samples" if std is None else f"{std:g}", to_uint8(np.nan_to_num(session.forward(latents)))))
     picture = labelled_rows(rows)
     save_image(folder / SAMPLES / f"{images:09d}.png", picture)
-    return np.asarray(picture)
+    return np.asarray(picture.convert("RGB"))

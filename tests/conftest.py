@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +80,19 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def docs_family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`family_of_the_docs` can be imported: the code of docs/families.md."""
+    docs = Path(__file__).parents[1] / "docs" / "families.md"
+    code = re.search(r"```python\n(.*?)```", docs.read_text(), re.DOTALL)
+    assert code is not None
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "family_of_the_docs.py").write_text(code[1])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, Any]:
     from hflow_rt.models.hflow.presets import TINY
 
@@ -89,13 +103,16 @@ def initialised(family: str, settings: Any, heads: float) -> Any:
     """A seeded model in eval mode, initialised on images, with nothing left at zero: what starts there gets `heads`."""
     torch = pytest.importorskip("torch")
     from hflow_rt.models.checkpoint import build_model
+    from hflow_rt.training.config import TrainingConfig
 
     torch.manual_seed(0)
     model = build_model(family, settings)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = heads * torch.randn(parameter.shape)
-    model.initialize(torch.from_numpy(photographs(16, model.resolution)), torch.Generator().manual_seed(0))
+    plan = model.plan(TrainingConfig(learning_rates={}))
+    pictures = torch.from_numpy(photographs(16, model.resolution)[:, : model.channels])
+    plan.start(pictures, torch.Generator().manual_seed(0))
     return model.eval()
 
 

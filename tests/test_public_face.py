@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,30 @@ def test_examples_of_docstrings_run(folder: Path) -> None:
         if test.name == "hflow_rt":
             assert len(test.examples) == 5
             assert runner.run(test).failed == 0
+
+
+def test_load_makes_what_is_no_bundle_yet(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run gets its bundle, a model file one in the cache, which serves the next call."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("bundle"))
+    expected = hflow_rt.load(tiny_run).sample(1, seed=3)
+    with pytest.warns(UserWarning, match="has no bundle yet"):
+        found = hflow_rt.load(tmp_path / "run")
+    assert found.bundle.path == tmp_path / "run" / "bundle"
+    np.testing.assert_array_equal(found.sample(1, seed=3), expected)
+    with pytest.warns(UserWarning, match="making one in"):
+        found = hflow_rt.load(tmp_path / "run" / "model.safetensors")
+    assert found.bundle.path.is_relative_to(tmp_path / "cache")
+    np.testing.assert_array_equal(found.sample(1, seed=3), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hflow_rt.load(tmp_path / "run" / "model.safetensors")
+    (tmp_path / "other.bin").write_bytes(b"no model")
+    with pytest.raises(hflow_rt.errors.CheckpointError), pytest.warns(UserWarning, match="making one in"):
+        hflow_rt.load(tmp_path / "other.bin")
+    assert [path.name for path in (tmp_path / "cache" / "hflow-rt" / "imported").iterdir()] == [
+        found.bundle.path.parent.name
+    ]
 
 
 # docs/api.md

@@ -1,4 +1,4 @@
-"""An image's own colours as sRGB: the colour profile embedded in a file says what its numbers mean."""
+"""An image's own colours as sRGB, which the colour profile embedded in a file explains, and these as grey."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms
 
-__all__ = ["to_srgb"]
+__all__ = ["luminance", "to_srgb"]
 
 # the colour space of a profile: the mode that it converts from, and the modes of images that it can belong to
 _MODES = {
@@ -46,6 +46,11 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if transparent:
         converted.putalpha(plain.getchannel("A"))
     return converted
+
+
+def luminance(image: Image.Image) -> Image.Image:
+    """An RGB image as grey: `0.299 R + 0.587 G + 0.114 B` of 8-bit values, rounded, so that grey stays as it is."""
+    return image.convert("L")
 
 
 @lru_cache(maxsize=16)  # many images share a profile, and making a conversion takes longer than using it

@@ -1,4 +1,4 @@
-"""Images as one uint8 array `[N, 3, R, R]`: built once into a `.npy` file, or decoded on the fly.
+"""Images as one uint8 array `[N, C, R, R]`: built once into a `.npy` file, or decoded on the fly.
 
 A dataset is two files: `NAME.npy`, a plain NumPy array that is mapped into memory, and `NAME.json`, a
 `DatasetInfo` that says where it came from and holds the hash that proves the array is whole.
@@ -54,6 +54,7 @@ class DatasetInfo(BaseModel):
     source: str
     count: int
     resolution: int
+    channels: Literal[1, 3] = 3
     crop: Crop
     sha256: str
     skipped: dict[str, int]
@@ -92,7 +93,7 @@ class ImageSet:
         return int(self._array.shape[-1])
 
     def pixels(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint8]:
-        """The images at `indices` (any order, repeats allowed) as a new uint8 array `[n, 3, R, R]`."""
+        """The images at `indices` (any order, repeats allowed) as a new uint8 array `[n, C, R, R]`."""
         return self._array[np.asarray(indices, dtype=np.int64)]
 
     @cached_property
@@ -121,9 +122,11 @@ def build_dataset(
     crop: Crop = "center",
     strict: bool = False,
     progress: Progress | None = None,
+    channels: int = 3,
 ) -> DatasetInfo:
-    """Decode a folder, zip, tar or array into `output` (`.npy`, uint8 `[N, 3, R, R]`) and its `.json`, atomically.
+    """Decode a folder, zip, tar or array into `output` (`.npy`, uint8 `[N, C, R, R]`) and its `.json`, atomically.
 
+    channels: C, 3 or 1 for luminance.
     `strict` refuses the first file that cannot be used instead of skipping it; `progress` is called with the
     files done and the files in all. Raises `DataError` (nothing usable, unreadable, unwritable, or a file of the user's
     would be replaced) or `ConfigError`.
@@ -131,7 +134,7 @@ def build_dataset(
     source, output = Path(source), Path(output)
     if output.suffix != ".npy":
         raise ConfigError(f"the dataset file must end in .npy, not '{output.name}'")
-    _check_settings(resolution, crop)
+    _check_settings(resolution, crop, channels)
     _check_output(source, output)
     with (
         _open(source) as images,  # first, so that a wrong source leaves no new folder behind
@@ -140,13 +143,14 @@ def build_dataset(
     ):
         with open(array_file, "wb") as sink:
             sink.write(bytes(HEADER_BYTES))
-            names, skipped, unused = _decode(images, source, resolution, crop, strict, progress, sink.write)
+            names, skipped, unused = _decode(images, source, resolution, channels, crop, strict, progress, sink.write)
             sink.seek(0)
-            sink.write(_header(len(names), resolution))
+            sink.write(_header((len(names), channels, resolution, resolution)))
         info = DatasetInfo(
             source=str(source),
             count=len(names),
             resolution=resolution,
+            channels=1 if channels == 1 else 3,
             crop=crop,
             sha256=sha256(array_file),
             skipped=skipped,
@@ -158,14 +162,19 @@ def build_dataset(
 
 
 def open_dataset(
-    source: Path | str, resolution: int, crop: Crop = "center", progress: Progress | None = None
+    source: Path | str,
+    resolution: int,
+    crop: Crop = "center",
+    progress: Progress | None = None,
+    channels: int = 3,
 ) -> ImageSet:
     """A `.npy` written by `build_dataset` (mapped, checked against its hash), or a folder, zip, tar or other array.
 
-    The latter are decoded into memory, above 1 GiB into a temporary file that vanishes with the process.
+    The latter are decoded into memory, above 1 GiB into a temporary file that vanishes with the process, and so is a
+    dataset of other `channels`: 3, or 1 for grey, which is the luminance of colours.
     `crop` concerns only these: a dataset is square already. Raises `DataError` or `ConfigError`.
     """
-    _check_settings(resolution, crop)
+    _check_settings(resolution, crop, channels)
     path = Path(source)
     if _is_dataset(path):
         info = _read_info(path)
@@ -174,11 +183,12 @@ def open_dataset(
                 f"{path} holds images of {info.resolution} pixels and {resolution} are needed; "
                 f"build one with 'hflow-rt dataset --resolution {resolution}'"
             )
-        return ImageSet(_map_array(path, info), info.names, info.skipped, info.sha256, info.unused)
+        if info.channels == channels:
+            return ImageSet(_map_array(path, info), info.names, info.skipped, info.sha256, info.unused)
     with _open(path) as images, _Spool() as spool:
-        names, skipped, unused = _decode(images, path, resolution, crop, False, progress, spool.write)
-        array = spool.array((len(names), 3, resolution, resolution))
-    digest = hashlib.sha256(_header(len(names), resolution))  # the hash that the .npy of these images would have
+        names, skipped, unused = _decode(images, path, resolution, channels, crop, False, progress, spool.write)
+        array = spool.array((len(names), channels, resolution, resolution))
+    digest = hashlib.sha256(_header(array.shape))  # the hash that the .npy of these images would have
     digest.update(array.reshape(-1).data)
     return ImageSet(array, names, skipped, digest.hexdigest(), unused)
 
@@ -189,7 +199,8 @@ def _open(path: Path) -> Iterator[ImageSource]:
     if _is_dataset(path):
         info = _read_info(path)
         array = _map_array(path, info)
-        images = (Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))) for pixels in array)
+        rgb = np.broadcast_to(array, (info.count, 3, info.resolution, info.resolution))
+        images = (Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))) for pixels in rgb)
         yield ImageSource(zip(info.names, images, strict=True), info.count)
         return
     with open_array(path) if is_array(path) else open_source(path) as source:
@@ -200,6 +211,7 @@ def _decode(
     images: ImageSource,
     source: Path,
     resolution: int,
+    channels: int,
     crop: Crop,
     strict: bool,
     progress: Progress | None,
@@ -210,7 +222,7 @@ def _decode(
     unused: dict[str, str] = {}
     skipped: list[Skipped] = []
     for done, (name, image) in enumerate(images, 1):
-        pixels = image if isinstance(image, Skipped) else fit(image, resolution, crop)
+        pixels = image if isinstance(image, Skipped) else fit(image, resolution, crop, channels)
         if isinstance(pixels, Skipped):
             if strict:
                 raise DataError(f"{name} in {source} cannot be used: {pixels.detail}; fix it or go without strict")
@@ -267,9 +279,9 @@ def _read_info(path: Path) -> DatasetInfo:
 
 
 def _map_array(path: Path, info: DatasetInfo) -> NDArray[np.uint8]:
-    """The images `[N, 3, R, R]` of a dataset, mapped into memory once they are what `info` says. Raises `DataError`."""
+    """The images `[N, C, R, R]` of a dataset, mapped into memory once they are what `info` says. Raises `DataError`."""
     described, again = path.with_suffix(".json").name, "build it again with 'hflow-rt dataset'"
-    shape = (info.count, 3, info.resolution, info.resolution)
+    shape = (info.count, info.channels, info.resolution, info.resolution)
     expected = HEADER_BYTES + int(np.prod(shape, dtype=np.int64))
     try:
         size, digest = path.stat().st_size, sha256(path)
@@ -342,15 +354,17 @@ class _Spool:
         return np.asarray(np.memmap(self._file, np.uint8, "r", shape=shape))
 
 
-def _header(count: int, resolution: int) -> bytes:
+def _header(shape: tuple[int, ...]) -> bytes:
     """The first bytes of the `.npy` (format 1.0), padded to `HEADER_BYTES`."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count}, 3, {resolution}, {resolution}), }}"
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
     room = HEADER_BYTES - 10
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1).encode() + b"\n"
 
 
-def _check_settings(resolution: int, crop: Crop) -> None:
+def _check_settings(resolution: int, crop: Crop, channels: int) -> None:
     if resolution < 1:
         raise ConfigError(f"the resolution must be at least 1, not {resolution}")
+    if channels not in (1, 3):
+        raise ConfigError(f"channels must be 3, or 1 for grey, not {channels}")
     if crop not in get_args(Crop):
         raise ConfigError(f"crop must be one of {', '.join(get_args(Crop))}, not '{crop}'")

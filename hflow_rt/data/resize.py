@@ -1,4 +1,4 @@
-"""Bring an image to the resolution of the model: square first, then Lanczos."""
+"""Bring an image to the resolution and the channels of the model: square first, then Lanczos, then grey."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hflow_rt.data.colour import luminance
 from hflow_rt.data.sources import Skipped
 
 __all__ = ["Crop", "fit"]
@@ -15,8 +16,8 @@ __all__ = ["Crop", "fit"]
 Crop = Literal["center", "none"]
 
 
-def fit(image: Image.Image, resolution: int, crop: Crop = "center") -> NDArray[np.uint8] | Skipped:
-    """An RGB image as uint8 `[3, R, R]`.
+def fit(image: Image.Image, resolution: int, crop: Crop = "center", channels: int = 3) -> NDArray[np.uint8] | Skipped:
+    """An RGB image as uint8 `[C, R, R]`; with one channel its luminance.
 
     `crop="center"` keeps the largest square in the middle, `crop="none"` skips what is not square. An image
     whose shorter side is below `resolution` is skipped: enlarging would teach the model blur.
@@ -32,4 +33,6 @@ def fit(image: Image.Image, resolution: int, crop: Crop = "center") -> NDArray[n
         image = image.crop((left, top, left + side, top + side))
     if side != resolution:
         image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    if channels == 1:  # last, so that it is the luminance of what a colour model sees
+        image = luminance(image)
+    return np.ascontiguousarray(np.asarray(image).reshape(resolution, resolution, channels).transpose(2, 0, 1))

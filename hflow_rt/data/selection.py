@@ -40,13 +40,16 @@ class Selection:
         return [self.images.names[index] for index in self.indices]
 
     def pixels(self, part: range | NDArray[np.integer] | None = None) -> NDArray[np.uint8]:
-        """All of them, or those at some places of the selection, uint8 `[n, 3, R, R]`."""
+        """All of them, or those at some places of the selection, uint8 `[n, C, R, R]`."""
         return self.images.pixels(self.indices if part is None else self.indices[part])
 
 
-def select(source: Path | None, resolution: int, split: str = "test", limit: int | None = None) -> Selection:
+def select(
+    source: Path | None, resolution: int, split: str = "test", limit: int | None = None, channels: int = 3
+) -> Selection:
     """The images of a split of `source`, by default of the demo images; `limit` takes evenly spaced ones of them.
 
+    channels: of the model, see `open_dataset`.
     Raises `ConfigError` for an unknown split and `DataError` for unusable images or none.
     """
     if split not in SPLITS:
@@ -54,7 +57,7 @@ def select(source: Path | None, resolution: int, split: str = "test", limit: int
     if limit is not None:
         check_count("the number of images", limit)
     try:
-        images = open_dataset(demo_images() if source is None else source, resolution)
+        images = open_dataset(demo_images() if source is None else source, resolution, channels=channels)
     except DataError as error:
         if source is not None:
             raise

@@ -1,4 +1,4 @@
-"""Bits per dimension of a model on images: the strict bound, and the published one beside it.
+"""Bits per dimension of a model on images, by every bound that it has.
 
 `measure` tells which latent costs how many bits; `evaluate` is what training asks of it now and then.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +19,16 @@ from numpy.typing import NDArray
 from hflow_rt.data.selection import Selection
 from hflow_rt.errors import BundleError, ConfigError, DataError
 from hflow_rt.evaluation.batches import Alone, Shares, Track, batches, silent
+from hflow_rt.evaluation.figures import BITS, Estimate, Evaluation, Figure
 from hflow_rt.evaluation.session import Session
 from hflow_rt.limits import check_count, check_seed
 from hflow_rt.models.checkpoint import load_model
-from hflow_rt.models.family import BoundKind, LatentModel, NoiseScale, conditions_by_folder
+from hflow_rt.models.family import Bound, LatentModel, NoiseScale, conditions_by_folder
 from hflow_rt.streams import generator
 
 __all__ = [
     "BitsReport",
-    "Bound",
-    "Estimate",
-    "Evaluation",
+    "BoundBits",
     "LatentBits",
     "evaluate",
     "measure",
@@ -40,25 +39,6 @@ Pixels = NDArray[np.uint8]
 Parts = dict[str, NDArray[np.float64]]  # of each image, by name
 
 NO_LIKELIHOOD = "models of this family have no likelihood"
-
-
-class Estimate(NamedTuple):
-    """Mean over `n` images, and the standard error of that mean over images (NaN for a single one)."""
-
-    mean: float
-    standard_error: float
-    n: int
-
-    @classmethod
-    def of(cls, values: NDArray[np.float64]) -> Estimate:
-        """From the finite values of images `[n]`."""
-        error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return cls(float(values.mean()), float(error), len(values))
-
-    def dump(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        error = None if math.isnan(self.standard_error) else self.standard_error
-        return {"mean": self.mean, "standard_error": error, "n": self.n}
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ class LatentBits:
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundBits:
     """Bits per dimension and how they divide into latents, coarse to fine."""
 
     total: Estimate
@@ -92,13 +72,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class BitsReport:
-    """Both bounds on the same images; one that cannot be computed is None, with the reason under its name.
+    """Every bound on the same images.
 
-    noise: the running scales of the posteriors, by latent.
+    claims: the model's bounds, the one to quote first. bounds: those that could be computed. reasons: why others could
+    not, by name. noise: the running scales of the posteriors, by latent.
     """
 
-    strict: Bound | None
-    paper: Bound | None
+    claims: dict[str, Bound]
+    bounds: dict[str, BoundBits]
     reasons: dict[str, str]
     noise: dict[str, NoiseScale]
 
@@ -108,13 +89,10 @@ class BitsReport:
         return bool(self.noise) and all(scale.spread == 1 for scale in self.noise.values())
 
     def dump(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """As plain JSON values: a bound by its name, or None."""
         noise = {name: {**scale._asdict(), "std": scale.std} for name, scale in self.noise.items()}
-        bounds = {name: None if bound is None else bound.dump() for name, bound in self._bounds().items()}
+        bounds = {name: self.bounds[name].dump() if name in self.bounds else None for name in self.claims}
         return {**bounds, "reasons": self.reasons, "noise": noise, "noise_unknown": self.noise_unknown}
-
-    def _bounds(self) -> dict[str, Bound | None]:
-        return {"strict": self.strict, "paper": self.paper}
 
 
 @torch.no_grad()
@@ -129,11 +107,9 @@ def measure(
     session: Session | None = None,
     names: Sequence[str] | None = None,
 ) -> BitsReport:
-    """Both bounds on uint8 images `[n, 3, R, R]`, latent by latent; of a selection one batch at a time is in memory.
+    """Every bound on uint8 images `[n, C, R, R]`, latent by latent; of a selection one batch at a time is in memory.
 
-    strict: a true upper bound, over `draws` draws an image. paper: what the family's authors published, with proper
-    dequantisation.
-
+    draws: of an image, for each bound but a published one, which takes one.
     names: of the images in their set, whose folders tell a model of classes theirs; a selection knows its own.
     session: computes them instead of `model`, by the graph `bound` of its bundle; `model`, which is the reference
     of that bundle, then only makes the draws, so that the two differ by rounding alone. What is drawn for an image
@@ -165,7 +141,7 @@ def measure(
         arrays = {name: value.numpy() for name, value in inputs.items()}
         return {name: values.astype(np.float64) for name, values in session.run_graph("bound", arrays).items()}
 
-    def drawn(bound: BoundKind, draw: int, part: range) -> dict[str, torch.Tensor]:
+    def drawn(bound: str, draw: int, part: range) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part)))
         told = conditions_by_folder(model, [names[index] for index in part]) if names else {}
         rows = []
@@ -175,20 +151,19 @@ def measure(
             rows.append(model.bound_inputs(bound, pixels[i : i + 1], stream, one))
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def work(bound: BoundKind, part: range) -> Parts:
-        # what was published took one draw
-        found = [terms(drawn(bound, draw, part)) for draw in range(draws if claims[bound].claim == "upper" else 1)]
-        return {name: np.mean([values[name] for values in found], axis=0) for name in found[0]}
+    def work(bound: str, part: range) -> Parts:
+        claim = claims[bound]
+        found = [terms(drawn(bound, draw, part)) for draw in range(1 if claim.claim == "published" else draws)]
+        return _combined(found, claim, dimensions)
 
-    claims = model.bounds()
+    claims, dimensions = model.bounds(), 3 * model.resolution**2
     streams = list(claims)
-    bounds: dict[str, Bound | None] = {}
+    bounds: dict[str, BoundBits] = {}
     reasons: dict[str, str] = {}
     with _evaluating(model):
-        for name in claims:
-            bounds[name] = None
+        for name, claim in claims.items():
             try:
-                mine = [work(name, part) for part in track(f"{name} bound", shares.share(batches(len(images), batch)))]
+                mine = [work(name, part) for part in track(claim.title, shares.share(batches(len(images), batch)))]
                 refused = None
             except ConfigError as error:  # the settings have no such bound, which every process finds
                 mine, refused = [], str(error)
@@ -201,43 +176,8 @@ def measure(
             if infinite:
                 reasons[name] = f"it is not finite on {infinite} of {len(images)} images"
                 continue
-            bounds[name] = _bound(values, model.latent_shapes(), 3 * model.resolution**2)
-    return BitsReport(bounds.get("strict"), bounds.get("paper"), reasons, model.noise_scales())
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Bits per dimension after `images` training images.
-
-    strict: None where there is none, and `reason` says why. paper: the family's published bound on the same
-    images.
-    """
-
-    images: int
-    strict: Estimate | None
-    paper: float | None
-    reason: str | None = None
-
-    def dump(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        strict = self.strict
-        return {
-            "images": self.images,
-            "strict": None if strict is None else strict.mean,
-            "standard_error": None if strict is None or math.isnan(strict.standard_error) else strict.standard_error,
-            "held_out": 0 if strict is None else strict.n,
-            "paper": self.paper,
-            "reason": self.reason,
-        }
-
-    @classmethod
-    def load(cls, values: dict[str, Any]) -> Evaluation:
-        """From what `dump` yields."""
-        strict = None
-        if values["strict"] is not None:
-            error = values["standard_error"]
-            strict = Estimate(values["strict"], math.nan if error is None else error, values["held_out"])
-        return cls(values["images"], strict, values["paper"], values["reason"])
+            bounds[name] = _bound(values, model.latent_shapes(), dimensions)
+    return BitsReport(claims, bounds, reasons, model.noise_scales())
 
 
 def evaluate(
@@ -249,15 +189,14 @@ def evaluate(
     batch: int = 32,
     names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """The totals of `measure`; what cannot be computed is None, with the reason. Raises `DataError` as it does."""
-    if len(pixels) == 0:
-        return Evaluation(images, None, None, "there are no held-out images")
+    """The totals of `measure` by name; what cannot be computed has a reason. Raises `DataError` as it does."""
     if not model.bounds():
-        return Evaluation(images, None, None, NO_LIKELIHOOD)
+        return Evaluation(images, reason=NO_LIKELIHOOD)
+    if len(pixels) == 0:
+        return Evaluation(images, reason="there are no held-out images")
     found = measure(model, pixels, seed, draws, batch, names=names)
-    strict = None if found.strict is None else found.strict.total
-    paper = None if found.paper is None else found.paper.total.mean
-    return Evaluation(images, strict, paper, found.reasons.get("strict"))
+    figures = {name: Figure(found.claims[name].title, bound.total, BITS) for name, bound in found.bounds.items()}
+    return Evaluation(images, figures, found.reasons)
 
 
 def open_reference(path: Path | str, device: torch.device | str = "cpu") -> LatentModel:
@@ -268,7 +207,21 @@ def open_reference(path: Path | str, device: torch.device | str = "cpu") -> Late
     return load_model(path).to(device)
 
 
-def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> Bound:
+def _combined(draws: list[Parts], bound: Bound, image: int) -> Parts:
+    """Draws of the same images as one: the mean of each part.
+
+    Where likelihoods are averaged instead of bits, the bound is lower than the sum of these by `image.weighting`.
+    """
+    means = {name: np.mean([parts[name] for parts in draws], axis=0) for name in draws[0]}
+    if bound.combine == "mean":
+        return means
+    nats = image * math.log(2)
+    log_weights = [-nats * np.sum(list(parts.values()), axis=0) for parts in draws]
+    total = (math.log(len(draws)) - np.logaddexp.reduce(log_weights)) / nats
+    return means | {"image.weighting": total - np.sum(list(means.values()), axis=0)}
+
+
+def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> BoundBits:
     """From the parts of every image, named `LATENT.WHAT`."""
     latents = []
     for name in dict.fromkeys(key.partition(".")[0] for key in values):
@@ -279,7 +232,7 @@ def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> 
         latents.append(
             LatentBits(name, dimensions, estimates, Estimate.of(total), Estimate.of(total * (image / dimensions)))
         )
-    return Bound(Estimate.of(np.sum(list(values.values()), axis=0)), tuple(latents))
+    return BoundBits(Estimate.of(np.sum(list(values.values()), axis=0)), tuple(latents))
 
 
 def _part(images: Pixels | Selection, part: range) -> Pixels:
@@ -288,7 +241,7 @@ def _part(images: Pixels | Selection, part: range) -> Pixels:
 
 def _check(model: LatentModel, images: Pixels | Selection) -> None:
     """Of the first image, which all others are like."""
-    expected, first = (3, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
+    expected, first = (model.channels, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
     if len(images) == 0 or first.shape[1:] != expected or first.dtype != np.uint8:
         found = f"{first.dtype} {[len(images), *first.shape[1:]]}"
         raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")

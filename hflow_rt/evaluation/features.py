@@ -37,7 +37,7 @@ _ELSEWHERE = b"\x0a\x08location"
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """Images uint8 `[B, 3, R, R]` to float32 `[B, dimensions]`.
+    """Images uint8 `[B, C, R, R]` to float32 `[B, dimensions]`; grey ones enter as three equal channels.
 
     frechet, kernel: what the two distances in these features are called. key: changes with anything that changes
     the features.
@@ -53,7 +53,8 @@ class FeatureNetwork:
 
     def __call__(self, pixels: Pixels) -> Features:
         """The features of a batch. Raises `DataError` where the network does not give one vector an image."""
-        return _vectors(self.run(pixels), len(pixels), self.name)
+        rgb = pixels if pixels.shape[1] == 3 else pixels.repeat(3, 1)
+        return _vectors(self.run(rgb), len(pixels), self.name)
 
 
 def open_features(

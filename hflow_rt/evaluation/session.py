@@ -31,7 +31,7 @@ class Session(Protocol):
         """Outputs of one graph by name; all arrays are float32 `[B, ...]`."""
 
     def forward(self, latents: Mapping[str, Any]) -> Any:
-        """Latents to images float32 `[B, 3, R, R]` in [0, 1]."""
+        """Latents to images float32 `[B, C, R, R]` in [0, 1]."""
 
     def draw(
         self, indices: Sequence[int], std: Stds | None = None, seed: int = 0, batch: int = 16
@@ -40,5 +40,5 @@ class Session(Protocol):
 
 
 def sample_pixels(session: Session, indices: range, std: Stds | None, seed: int) -> NDArray[np.uint8]:
-    """The images `indices` of `seed`, rounded to 8 bits, `[n, 3, R, R]`. Raises `DataError` for NaN and a wrong std."""
+    """The images `indices` of `seed`, rounded to 8 bits, `[n, C, R, R]`. Raises `DataError` for NaN and a wrong std."""
     return to_levels(np.concatenate([session.forward(part) for part in session.draw(indices, std, seed, len(indices))]))

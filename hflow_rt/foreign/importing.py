@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.data.dataset import open_dataset
-from hflow_rt.errors import CheckpointError, ConfigError, DataError
+from hflow_rt.errors import CheckpointError, ConfigError, DataError, HFlowError
 from hflow_rt.files import atomic_directory, sha256
 from hflow_rt.foreign.parts import WHOLE
 from hflow_rt.manifest import MODEL
 from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model, skeleton
 from hflow_rt.models.family import LatentModel
-from hflow_rt.models.registry import FAMILIES, family
+from hflow_rt.models.registry import FAMILIES, Published, family
 
 __all__ = ["Imported", "import_published"]
 
@@ -45,6 +45,7 @@ class Imported:
     run: str
     family: str
     resolution: int
+    channels: int
     parameters: int
     values: int
     dropped: Mapping[str, int]
@@ -62,7 +63,7 @@ class Imported:
 
 def import_published(
     path: Path,
-    family_name: str,
+    family_name: str | None,
     run: Path,
     settings: Path | None = None,
     images: Path | None = None,
@@ -71,18 +72,15 @@ def import_published(
 ) -> Imported:
     """Read the checkpoint at `path` and write the run folder `run`, which must not exist.
 
-    settings: the original's settings, where the checkpoint does not hold them. images: a folder or archive whose
-    training part noise scales are estimated from. part: which weights, where the checkpoint holds several. Raises
-    `CheckpointError`, `ConfigError` and `DataError`; nothing is written then.
+    family_name: by default the one whose reader takes the file. settings: the original's settings, where the checkpoint
+    does not hold them. images: a folder or archive whose training part noise scales are estimated from. part: which
+    weights, where the checkpoint holds several. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing is
+    written then.
     """
-    reader = family(family_name).read_published
-    if reader is None:
-        able = ", ".join(sorted(name for name in FAMILIES if family(name).read_published))
-        raise ConfigError(f"the {family_name} family reads no published checkpoints; these do: {able}")
     if lexists(run):  # False for a path that cannot be asked, which writing reports
         raise ConfigError(f"{run} exists already; choose another --output")
     progress(f"reading {path}")
-    published = reader(path, settings, part)
+    family_name, published = _read(path, family_name, settings, part)
     bare = skeleton(family_name, published.config)
     # before memory is taken for what settings ask
     check_state(bare, published.state, str(path))
@@ -116,6 +114,7 @@ def import_published(
         run=str(run),
         family=family_name,
         resolution=model.resolution,
+        channels=model.channels,
         parameters=parameters,
         values=values,
         dropped=published.dropped,
@@ -126,6 +125,25 @@ def import_published(
         notes=notes,
         sha256=digest,
     )
+
+
+def _read(path: Path, name: str | None, settings: Path | None, part: str | None) -> tuple[str, Published]:
+    """What the reader of the family finds, or the first of all families whose reader takes the file.
+
+    Where none does, the error is of one that knows the names in it, else of the last.
+    """
+    able = [known for known in FAMILIES if family(known).read_published is not None]
+    if name is not None and name in FAMILIES and name not in able:
+        raise ConfigError(f"the {name} family reads no published checkpoints; these do: {', '.join(sorted(able))}")
+    errors: list[HFlowError] = []
+    for known in able if name is None else [name]:
+        reader = family(known).read_published
+        assert reader is not None
+        try:
+            return known, reader(path, settings, part)
+        except (CheckpointError, ConfigError) as error:
+            errors.append(error)
+    raise next((error for error in errors if isinstance(error, ConfigError)), errors[-1])
 
 
 def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -143,7 +161,7 @@ def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) 
 
 def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: Callable[[str], None]) -> dict[str, Any]:
     """Set the noise scales by the training part of `images`; what is held out measures models, and stays unseen."""
-    pixels = open_dataset(images, model.resolution)
+    pixels = open_dataset(images, model.resolution, channels=model.channels)
     training, held_out = pixels.split()
     if len(training) < 2:
         raise DataError(

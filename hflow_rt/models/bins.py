@@ -8,7 +8,7 @@ goes to the centre of its bin and back. So rounding a decoded image to public le
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "in_bins", "public_levels", "to_model", "to_public"]
+__all__ = ["in_bins", "public_levels", "to_model", "to_public"]
 
 
 def in_bins(pixels: Tensor, bits: int, uniform: Tensor | float = 0.5) -> Tensor:
@@ -19,19 +19,6 @@ def in_bins(pixels: Tensor, bits: int, uniform: Tensor | float = 0.5) -> Tensor:
     bins = 1 << bits
     levels = (pixels // (256 // bins)).to(uniform.dtype if isinstance(uniform, Tensor) else torch.float32)
     return (levels + uniform) / bins - 0.5
-
-
-def dequantize(pixels: Tensor, bits: int, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-    """uint8 images to the flow's range with uniform noise in each bin, then Gaussian noise of `noise_std`.
-
-    Without a generator both are off and every pixel stands at the centre of its bin. Draws are made on the CPU.
-    """
-    if generator is None:
-        return in_bins(pixels, bits)
-    x = in_bins(pixels, bits, torch.rand(pixels.shape, generator=generator).to(pixels.device))
-    if noise_std:
-        x = x + noise_std * torch.randn(pixels.shape, generator=generator).to(pixels.device)
-    return x
 
 
 def public_levels(pixels: Tensor, bits: int) -> Tensor:

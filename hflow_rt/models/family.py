@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.models.plan import TrainingPlan
+    from hflow_rt.training.config import TrainingConfig
+
     Gain = float | NDArray[np.float64]
 else:
     Gain = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
@@ -28,9 +31,7 @@ else:
 __all__ = [
     "LOG_PROB",
     "Bound",
-    "BoundKind",
     "Conditions",
-    "Encoding",
     "Gain",
     "GraphSpec",
     "LatentModel",
@@ -43,29 +44,24 @@ __all__ = [
     "Space",
     "TensorSpec",
     "conditions_by_folder",
-    "loss_draws",
 ]
 
-# of bits per dimension: the true upper bound, and what the family's authors published
-BoundKind = Literal["strict", "paper"]
 # one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
 Conditions = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What `inverse` yields: latents by name, and `log_prob` `[B]` in nats (see `LatentModel.encode`)."""
-
-    latents: dict[str, Tensor]
-    log_prob: Tensor
-
-
-@dataclass(frozen=True)
 class Bound:
-    """A bound on bits per dimension: what people call it, and whether it is a true upper one or as published only."""
+    """A bound on bits per dimension: what people call it, and what it claims.
+
+    claim: the exact figure, a true upper bound, or what the family's authors published, which need not bound anything
+    and takes one draw. combine: how draws of an image become one: their mean, or the logarithm of the mean of their
+    likelihoods, which is the importance-weighted bound where each draw is of one weight.
+    """
 
     title: str
-    claim: Literal["upper", "published"]
+    claim: Literal["exact", "upper", "published"]
+    combine: Literal["mean", "logmeanexp"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -182,11 +178,11 @@ class Space:
 
 
 class LatentModel(nn.Module, ABC):
-    """A reference model. Public images are float32 `[B, 3, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
+    """A reference model. Public images are float32 `[B, C, R, R]` in [0, 1]; latents are a dict of `[B, *shape]`.
 
-    An 8-bit image `v` enters as `v / 255` and stands at the centre of its bin. Log-probabilities are densities in
-    units where one bin is 1/2^bits wide, so bits per dimension are `-log_prob / (D ln 2) + bits`, D = 3 R R, with
-    `bits` 8 unless the settings say otherwise.
+    C is 3, or 1 where the settings say that images are grey. An 8-bit image `v` enters as `v / 255` and stands at the
+    centre of its bin. Log-probabilities are densities in units where one bin is 1/2^bits wide, so bits per dimension
+    are `-log_prob / (D ln 2) + bits`, D = C R R, with `bits` 8 unless the settings say otherwise.
     """
 
     config: ModelConfig
@@ -195,6 +191,11 @@ class LatentModel(nn.Module, ABC):
     @abstractmethod
     def resolution(self) -> int:
         """Side of the image in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """C, of the image."""
+        return self.config.channels
 
     @abstractmethod
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -213,35 +214,17 @@ class LatentModel(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Latents to images `[B, 3, R, R]` in [0, 1] (clamped). Raises `DataError` if a latent does not fit."""
+    def plan(self, settings: TrainingConfig) -> TrainingPlan:
+        """How it is trained; what a family needs to know beside the training settings is in its own config."""
 
-    @abstractmethod
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
-        """Images `[B, 3, R, R]` in [0, 1] to latents and log-probability. Raises `DataError` on a wrong shape."""
-
-    @abstractmethod
-    def loss(
-        self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None
-    ) -> LossTerms:
-        """Training loss for a batch made by `dequantize`.
-
-        `noise` gives every standard normal draw by name (`noise_shapes`, each `[B, *shape]`); without it they
-        come from torch's default generator.
-        """
-
-    @abstractmethod
-    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes without batch of the standard normal draws of one loss, in the order they are used."""
-
-    def bounds(self) -> dict[BoundKind, Bound]:
+    def bounds(self) -> dict[str, Bound]:
         """The bounds on bits per dimension that there are, the one to quote first; none without a likelihood."""
         return {}
 
     def bound_inputs(
-        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
-        """One draw of everything random in a bound of uint8 images `[B, 3, R, R]`, as inputs of `bound_terms`.
+        """One draw of everything random in a bound of uint8 images `[B, C, R, R]`, as inputs of `bound_terms`.
 
         `image` in [0, 1], `uniform` noise in [0, 1) of the pixels, the family's own noises and the conditions, each
         `[B, *shape]`. Families with `bounds` have it. Raises `ConfigError` where the settings admit no such bound.
@@ -261,26 +244,11 @@ class LatentModel(nn.Module, ABC):
         return {}
 
     def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        """Set the running noise scales, which published files lack, from uint8 images `[B, 3, R, R]`.
+        """Set the running noise scales, which published files lack, from uint8 images `[B, C, R, R]`.
 
         Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
         """
         raise NotImplementedError
-
-    @abstractmethod
-    def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
-        """Data-dependent initialisation from uint8 images `[B, 3, R, R]`; called once before training."""
-
-    @abstractmethod
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        """uint8 images to what `loss` takes: uniform noise within the bin, then Gaussian noise of `noise_std`.
-
-        Without a generator both are off and every pixel stands at the centre of its bin.
-        """
-
-    @abstractmethod
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by optimizer group; the training settings give each group its learning rate."""
 
     def routes(self) -> Mapping[Route, str | Loop]:
         """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""
@@ -309,21 +277,9 @@ class LatentModel(nn.Module, ABC):
         Everything that does not depend on the input is folded in float64; nothing random is inside.
         """
 
-    @abstractmethod
-    def folded(self) -> LatentModel:
-        """A float32 inference copy of the same map with every constant folded in float64."""
-
     def spaces(self) -> Mapping[str, Space]:
         """Other spaces than that of the latents, by name."""
         return {}
-
-
-def loss_draws(model: LatentModel, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `model.loss` takes, for uint8 images `[B, 3, R, R]`, on their device."""
-    images = model.dequantize(pixels, generator)
-    shapes = model.noise_shapes()
-    noise = {name: torch.randn(len(images), *shape, generator=generator) for name, shape in shapes.items()}
-    return images, {name: draw.to(images.device) for name, draw in noise.items()}
 
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:

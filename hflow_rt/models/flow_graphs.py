@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from hflow_rt.models.family import LOG_PROB, GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from hflow_rt.models.family import LatentModel
+    from hflow_rt.models.flow import FlowModel
 
 __all__ = ["flow_graphs"]
 
 
 class _Forward(nn.Module):
-    def __init__(self, model: "LatentModel", names: Sequence[str]) -> None:
+    def __init__(self, model: "FlowModel", names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
@@ -23,7 +23,7 @@ class _Forward(nn.Module):
 
 
 class _Inverse(nn.Module):
-    def __init__(self, model: "LatentModel", names: Sequence[str]) -> None:
+    def __init__(self, model: "FlowModel", names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
@@ -34,7 +34,7 @@ class _Inverse(nn.Module):
 
 
 class _Bound(nn.Module):
-    def __init__(self, model: "LatentModel", names: Sequence[str]) -> None:
+    def __init__(self, model: "FlowModel", names: Sequence[str]) -> None:
         super().__init__()
         self.model, self.names = model, names
 
@@ -43,8 +43,8 @@ class _Bound(nn.Module):
 
 
 def flow_graphs(
-    model: "LatentModel",
-    folded: "LatentModel",
+    model: "FlowModel",
+    folded: "FlowModel",
     noises: Mapping[str, tuple[int, ...]] | None = None,
     terms: Sequence[str] = (),
 ) -> dict[str, GraphSpec]:
@@ -58,7 +58,7 @@ def flow_graphs(
     conditions = [
         TensorSpec(name, (len(options),), "condition", (0.0, 1.0)) for name, options in model.choices().items()
     ]
-    image = TensorSpec("image", (3, model.resolution, model.resolution), "image", (0.0, 1.0))
+    image = TensorSpec("image", (model.channels, model.resolution, model.resolution), "image", (0.0, 1.0))
     uniform = TensorSpec("uniform", image.shape, "uniform", (0.0, 1.0))
     drawn = [TensorSpec(name, shape, "noise") for name, shape in (noises or {}).items()]
     found: dict[str, GraphSpec] = {}

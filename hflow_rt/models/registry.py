@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hflow_rt.errors import ConfigError
 
@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 
     from hflow_rt.models.family import LatentModel
 
-__all__ = ["DEFAULT_FAMILY", "DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "family"]
+__all__ = ["DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "Settings", "family"]
 
 
-class ModelConfig(BaseModel):
-    """Base of every family's settings: typed, closed, immutable. `resolution` is the side of the square image."""
+class Settings(BaseModel):
+    """Base of all settings of models: typed, closed, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Settings):
+    """Base of every family's settings. Beside `channels` all have `resolution`, the side of the square image.
+
+    A family of colour images alone declares `channels: Literal[3] = 3`.
+    """
+
+    channels: Literal[1, 3] = Field(default=3, description="of the image: 3 colours, or 1 for grey")
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,6 @@ FAMILIES = {
     "glow": "hflow_rt.models.glow",
     "hflow": "hflow_rt.models.hflow",
 }
-DEFAULT_FAMILY = "hflow"  # of a published checkpoint, where --family is omitted
 DEFAULT_PRESET = "hflow-demo"  # of `hflow-rt train` and `demo`: small enough to be trained while somebody waits
 
 

@@ -1,21 +1,21 @@
 """Which images a micro-batch sees and every random number it needs, as a function of its place in the run.
 
-Nothing here keeps a random state: a draw depends on (seed, step, micro-batch, process) alone and is made on
-the CPU. So a resumed run needs no state, and a run sees the same noise on every device.
+Nothing here keeps a random state: a draw depends on (seed, step, micro-batch, process, phase) alone and is made
+on the CPU. So a resumed run needs no state, and a run sees the same noise on every device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hflow_rt.models.family import LatentModel, conditions_by_folder
+from hflow_rt.models.family import conditions_by_folder
+from hflow_rt.models.plan import Batch, Place, TrainingPlan, draw
 from hflow_rt.streams import generator
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.processes import Processes
@@ -23,7 +23,7 @@ from hflow_rt.training.processes import Processes
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Images", "MicroBatch", "MicroBatches", "Place", "Shuffle"]
+__all__ = ["Images", "MicroBatches", "Shuffle"]
 
 
 @runtime_checkable
@@ -36,29 +36,12 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def pixels(self, indices: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint8]:
-        """uint8 `[n, 3, R, R]`."""
+        """uint8 `[n, C, R, R]`."""
         ...
 
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Indices to train on, and held out."""
         ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run stands: completed steps and images seen by all processes together."""
-
-    step: int = 0
-    images: int = 0
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Input of one call of `loss`: images as `dequantize` made them, and noise and conditions by name."""
-
-    images: Tensor
-    noise: dict[str, Tensor]
-    conditions: dict[str, Tensor]
 
 
 class Shuffle:
@@ -96,62 +79,70 @@ class MicroBatches:
 
     def __init__(
         self,
-        model: LatentModel,
+        plan: TrainingPlan,
         data: Images,
         indices: NDArray[np.int64],
         config: TrainingConfig,
         processes: Processes,
     ) -> None:
-        self._model, self._data, self._config, self._processes = model, data, config, processes
+        self._plan, self._data, self._config, self._processes = plan, data, config, processes
+        self._phases = plan.phases()
         self._shuffle = Shuffle(indices, config.seed)
         # On a CPU the thread would only take the cores from the training itself.
         self._thread = ThreadPoolExecutor(1) if processes.device.type == "cuda" else None
-        self._ahead: tuple[tuple[Place, int], Future[MicroBatch]] | None = None
+        self._ahead: tuple[tuple[Place, int, int], Future[Batch]] | None = None
 
     @property
     def step_images(self) -> int:
         """Images of one step, over all processes."""
         return self._config.batch_size * self._config.accumulate * self._processes.count
 
-    def get(self, place: Place, micro: int) -> MicroBatch:
-        """Micro-batch `micro` of the step that starts at `place`, on the device."""
+    def after(self, place: Place) -> Place:
+        """Where the step that starts at `place` ends."""
+        return Place(place.step + 1, place.images + self.step_images, place.total)
+
+    def get(self, place: Place, micro: int, phase: int = 0) -> Batch:
+        """Micro-batch `micro` of phase number `phase` of the step that starts at `place`, on the device."""
         if self._thread is None:
-            return self._make(place, micro)
-        key = (place, micro)
+            return self._make(place, micro, phase)
+        key = (place, micro, phase)
         batch = self._ahead[1].result() if self._ahead and self._ahead[0] == key else self._make(*key)
-        following = (
-            (place, micro + 1)
-            if micro + 1 < self._config.accumulate
-            else (Place(place.step + 1, place.images + self.step_images), 0)
-        )
+        following = self._following(*key)
         self._ahead = following, self._thread.submit(self._make, *following)
-        noise, conditions = (
-            {name: self._move(value) for name, value in values.items()} for values in (batch.noise, batch.conditions)
+        draws, conditions = (
+            {name: self._move(value) for name, value in values.items()} for values in (batch.draws, batch.conditions)
         )
-        return MicroBatch(self._move(batch.images), noise, conditions)
+        return Batch(self._move(batch.pixels), draws, conditions)
 
     def close(self) -> None:
         """End the thread."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def _make(self, place: Place, micro: int) -> MicroBatch:
-        config = self._config
+    def _following(self, place: Place, micro: int, phase: int) -> tuple[Place, int, int]:
+        if micro + 1 < self._config.accumulate:
+            return place, micro + 1, phase
+        due = [later for later in range(phase + 1, len(self._phases)) if place.step % self._phases[later].every == 0]
+        return (place, 0, due[0]) if due else (self.after(place), 0, 0)
+
+    def _make(self, place: Place, micro: int, phase: int) -> Batch:
+        config, rank = self._config, self._processes.rank
         size = config.batch_size
-        draws = generator(config.seed, place.step, micro, self._processes.rank)
-        start = place.images + (micro * self._processes.count + self._processes.rank) * size
+        draws = generator(config.seed, place.step, micro, rank)
+        start = place.images + (micro * self._processes.count + rank) * size
         chosen = self._shuffle.take(start, size)
-        pixels = torch.from_numpy(self._data.pixels(chosen))  # [B, 3, R, R]
+        pixels = torch.from_numpy(self._data.pixels(chosen))  # [B, C, R, R]
         if config.flip:
             mirrored = torch.rand(size, generator=draws) < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        images = self._model.dequantize(pixels, draws, config.added_noise_std)
-        noise = {name: torch.randn(size, *shape, generator=draws) for name, shape in self._model.noise_shapes().items()}
-        conditions = conditions_by_folder(self._model, [self._data.names[index] for index in chosen])
+        if phase:  # the first goes on with the stream of the flips, as it did when it was the only one
+            draws = generator(config.seed, place.step, micro, rank, phase)
+        drawn = draw(self._plan.draws(self._phases[phase].name), size, draws)
+        conditions = conditions_by_folder(self._plan.model, [self._data.names[index] for index in chosen])
         if self._thread is not None:
-            images, noise = images.pin_memory(), {name: value.pin_memory() for name, value in noise.items()}
+            pixels, drawn = pixels.pin_memory(), {name: value.pin_memory() for name, value in drawn.items()}
             conditions = {name: value.pin_memory() for name, value in conditions.items()}
-        return MicroBatch(images, noise, conditions)
+        return Batch(pixels, drawn, conditions)
 
     def _move(self, value: Tensor) -> Tensor:
         return value.to(self._processes.device, non_blocking=True)

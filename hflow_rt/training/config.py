@@ -11,28 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    ValidationError,
-)
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.registry import FAMILIES, ModelConfig, family
 
-__all__ = ["RunConfig", "TrainingConfig", "load_config", "preset_names"]
+__all__ = ["OptimizerConfig", "RunConfig", "TrainingConfig", "load_config", "preset_names"]
 
 # what people can wait for, and every counter holds
 _Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 _Images = Annotated[int, Field(gt=0, le=2**53)]
 _FromImage = Annotated[int, Field(ge=0, le=2**53)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Rate = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 _M = TypeVar("_M", bound=BaseModel)
 _Group = str  # of parameters, as the family names them
+_Kind = Literal["adam", "adamax"]
+_Betas = tuple[_Decay, _Decay]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class OptimizerConfig(BaseModel):
+    """What one of several optimizers has other than the rest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: _Kind | None = None
+    betas: _Betas | None = None
+    eps: _Positive | None = None
+    weight_decay: _Rate | None = None
 
 
 class TrainingConfig(BaseModel):
@@ -44,18 +51,27 @@ class TrainingConfig(BaseModel):
     accumulate: _Count = 4  # micro-batches of one step
     images: _Images = 60_000_000  # to see in all: 2000 epochs of 30,000
 
-    optimizer: Literal["adam", "adamax"] = "adam"
-    betas: tuple[_Decay, _Decay] = (0.9, 0.999)  # of the running moments of the gradient
+    optimizer: _Kind = "adam"
+    betas: _Betas = (0.9, 0.999)  # of the running moments of the gradient
+    eps: _Positive = 1e-8  # beside the second moment
+    weight_decay: _Rate = 0.0  # times the weights is added to their gradient
+    optimizers: dict[str, OptimizerConfig] = {}  # what is different, by optimizer, for families with several
     learning_rates: dict[_Group, _Rate]
     warmup_images: _FromImage = 0  # rates grow from 0 to theirs
+    decay: Literal["steps", "cosine"] = "steps"
     decay_start_images: _FromImage = 300_000
-    decay_every_images: _Images = 60_000
-    decay_factors: dict[_Group, _Rate] = {}  # from the start on, once every `decay_every_images`
+    decay_every_images: _Images = 60_000  # what rates change at
+    decay_factors: dict[_Group, _Rate] = {}  # of steps: from the start on, once every `decay_every_images`
+    decay_end_images: _Images | None = None  # of a cosine; by default `images`
+    final_rates: dict[_Group, _Rate] = {}  # of a cosine, else 0
     cut_images: dict[_Group, _FromImage] = {}  # from here on the rate is 0
     frozen: tuple[str, ...] = ()  # names of parameters that stay as they are, with * for any part
-    grad_clip: Annotated[_Finite, Field(gt=0)] = 50.0  # global norm
+    grad_clip: _Positive | None = 50.0  # global norm of the gradient of an optimizer; null for any
 
     ema_weight: Annotated[float, Field(gt=0, le=1)] = 0.005  # of the new weights, each step
+    ema_growing: bool = False  # the new weights of step n have a weight of at least 9 / (10 + n)
+    ema_half_life_images: _Positive | None = None  # instead of `ema_weight`: when former weights count half
+    ema_ramp: _Positive | None = None  # the half-life is at most this share of the images seen
     ema_warmup_images: _FromImage = 30_000  # until then the average is a copy
 
     added_noise_std: _Rate = 0.005  # Gaussian, in units of the range of values
@@ -68,9 +84,23 @@ class TrainingConfig(BaseModel):
     sample_every_images: _Images = 20_000
     evaluate_every_images: _Images = 20_000
     evaluate_images: _Images = 200  # held-out images, at most
-    evaluate_draws: _Count = 1  # of every posterior, for the strict bound
+    evaluate_draws: _Count = 1  # of an image, for every bound but a published one
     checkpoint_every_images: _Images = 20_000
     keep_last: _Count = 3  # checkpoints
+
+    def optimizer_settings(self, name: str) -> OptimizerConfig:
+        """Those of the optimizer `name`, complete."""
+        common = {"kind": self.optimizer, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        own = self.optimizers.get(name, OptimizerConfig()).model_dump(exclude_none=True)
+        return OptimizerConfig(**common | own)
+
+    @model_validator(mode="after")
+    def _one_average(self) -> TrainingConfig:
+        if self.ema_ramp is not None and self.ema_half_life_images is None:
+            raise ValueError("ema_ramp shortens a half-life; give ema_half_life_images too")
+        if self.ema_growing and self.ema_half_life_images is not None:
+            raise ValueError("ema_growing belongs to ema_weight; a half-life grows with ema_ramp")
+        return self
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,11 @@ class RunConfig:
         """Side of the images in pixels."""
         side: int = self.model.resolution  # type: ignore[attr-defined]  # every family's settings have it
         return side
+
+    @property
+    def channels(self) -> int:
+        """Of the images: 3, or 1 for grey."""
+        return self.model.channels
 
     def dump(self) -> dict[str, Any]:
         """As plain JSON values; `load_config(file)` reads them back."""

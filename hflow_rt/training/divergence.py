@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from hflow_rt.errors import TrainingError
+from hflow_rt.models.plan import Place
 from hflow_rt.names import quoted
-from hflow_rt.training.batches import Place
 from hflow_rt.training.config import TrainingConfig
 
 __all__ = ["TERM", "broken_values", "diverged"]
@@ -43,8 +43,9 @@ def diverged(
     after = f"go on with --resume {quoted(checkpoint)}" if checkpoint else "start again (there is no checkpoint yet)"
     rates = ", ".join(f"{name} {rate:g}" for name, rate in config.learning_rates.items())
     precision = "" if config.precision == "no" else " or training.precision=no"
+    clip = "none" if config.grad_clip is None else f"{config.grad_clip:g}"
     return TrainingError(
         f"loss and gradients must stay finite: at step {place.step} ({place.images} images) {what}; "
         f"{after} and try lower training.learning_rates (now {rates}), a smaller training.grad_clip (now "
-        f"{config.grad_clip:g}){precision}"
+        f"{clip}){precision}"
     )

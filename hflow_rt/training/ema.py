@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from hflow_rt.models.family import LatentModel
+from hflow_rt.models.plan import Place
+from hflow_rt.training.config import TrainingConfig
 
-__all__ = ["averaged_copy", "update_average"]
+__all__ = ["average_weight", "averaged_copy", "update_average"]
 
 
 def averaged_copy(model: LatentModel) -> LatentModel:
@@ -15,6 +17,20 @@ def averaged_copy(model: LatentModel) -> LatentModel:
     average = deepcopy(model)
     average.requires_grad_(False)
     return average.eval()
+
+
+def average_weight(config: TrainingConfig, place: Place, step_images: int) -> float:
+    """Weight of the new weights after the step of `step_images` that ended at `place`."""
+    if place.images <= config.ema_warmup_images:
+        return 1.0
+    if config.ema_half_life_images is not None:
+        half_life = config.ema_half_life_images
+        if config.ema_ramp is not None:
+            half_life = min(half_life, config.ema_ramp * (place.images - step_images))
+        return 1.0 - 0.5 ** (step_images / half_life) if half_life else 1.0
+    if config.ema_growing:
+        return max(config.ema_weight, 9 / (10 + place.step))
+    return config.ema_weight
 
 
 @torch.no_grad()

@@ -14,29 +14,30 @@ from torch import Tensor
 
 from hflow_rt.memory import available, need
 from hflow_rt.models.checkpoint import skeleton
-from hflow_rt.models.family import LatentModel, conditions_by_folder, loss_draws
+from hflow_rt.models.family import conditions_by_folder
+from hflow_rt.models.plan import Batch, Place, TrainingPlan, draw
 from hflow_rt.streams import generator
 from hflow_rt.training.batches import Images
 from hflow_rt.training.config import RunConfig, TrainingConfig
 
 __all__ = ["check_batch", "check_model", "saved_bytes"]
 
-# float32 copies of every weight: itself, its gradient, the average, two moments
-_COPIES = 5
+_COPIES = 4  # of every weight, float32: itself, its gradient, two moments; one more is the average of a model
 _FEW, _MORE = 2, 3  # images that are tried; a single one has no spread
 
 
 def check_model(config: RunConfig, device: torch.device) -> None:
-    """Raise `OutOfMemory` unless the weights of such a model can be trained on `device`. Nothing is built."""
-    model = skeleton(config.family, config.model)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    masks = sum(buffer.nbytes for buffer in model.buffers())
-    size = _COPIES * weights + 2 * masks
+    """Raise `OutOfMemory` unless the weights of such a plan can be trained on `device`. Nothing is built."""
+    with torch.device("meta"):
+        plan = skeleton(config.family, config.model).plan(config.training)
+    weights, averaged = (sum(parameter.nbytes for parameter in module.parameters()) for module in (plan, plan.model))
+    masks = sum(buffer.nbytes for module in (plan, plan.model) for buffer in module.buffers())
+    size = _COPIES * weights + averaged + masks
     need(size, f"a model of {weights // 4:,} parameters", "lower its channels, steps or levels", _room(device))
 
 
 def check_batch(
-    model: LatentModel,
+    plan: TrainingPlan,
     data: Images,
     indices: NDArray[np.int64],
     training: TrainingConfig,
@@ -48,9 +49,9 @@ def check_batch(
     """
     if training.batch_size <= _MORE:
         return
-    device = next(model.parameters()).device
+    device = next(plan.parameters()).device
     few, more = (
-        saved_bytes(model, torch.from_numpy(data.pixels(chosen)), [data.names[index] for index in chosen], autocast)
+        saved_bytes(plan, torch.from_numpy(data.pixels(chosen)), [data.names[index] for index in chosen], autocast)
         for chosen in (np.resize(indices, _FEW), np.resize(indices, _MORE))
     )
     need(
@@ -62,14 +63,27 @@ def check_batch(
 
 
 def saved_bytes(
-    model: LatentModel,
+    plan: TrainingPlan,
     pixels: Tensor,
     names: list[str],
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> int:
-    """Bytes that the loss of uint8 images `[B, 3, R, R]` keeps for its gradient; the model stays as it is."""
-    device = next(model.parameters()).device
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    """Bytes that the loss of uint8 images `[B, C, R, R]` keeps for its gradient, in the phase that keeps most.
+
+    The plan stays as it is.
+    """
+    return max(_saved_bytes(plan, phase.name, pixels, names, autocast) for phase in plan.phases())
+
+
+def _saved_bytes(
+    plan: TrainingPlan,
+    phase: str,
+    pixels: Tensor,
+    names: list[str],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> int:
+    device = next(plan.parameters()).device
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*plan.parameters(), *plan.buffers())}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -78,13 +92,14 @@ def saved_bytes(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # itself would hold its node, which holds it
 
-    before = [buffer.clone() for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        images, noise = loss_draws(model, pixels.to(device), generator(0))
-        conditions = {name: rows.to(device) for name, rows in conditions_by_folder(model, names).items()}
-        with autocast():
-            model.loss(images, noise, conditions)
-    for buffer, value in zip(model.buffers(), before, strict=True):
+    before = [buffer.clone() for buffer in plan.buffers()]
+    drawn = draw(plan.draws(phase), len(pixels), generator(0))
+    conditions = conditions_by_folder(plan.model, names)
+    moved = ({name: value.to(device) for name, value in values.items()} for values in (drawn, conditions))
+    watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), watched, autocast():
+        plan.loss(phase, Batch(pixels.to(device), *moved), Place())
+    for buffer, value in zip(plan.buffers(), before, strict=True):
         buffer.copy_(value)
     return sum(kept.values())
 

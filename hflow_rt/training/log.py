@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from hflow_rt.evaluation.bits import Evaluation
+from hflow_rt.evaluation.figures import BITS, Evaluation
 
 __all__ = ["Log", "Meter", "Progress"]
 
@@ -19,7 +19,8 @@ __all__ = ["Log", "Meter", "Progress"]
 class Progress:
     """Handed to `on_progress` after every step, and with an `evaluation` after each of these.
 
-    bits_per_dim: the published bound on recent training batches. seconds_left: None while nobody can tell.
+    loss: of the plan's first phase. bits_per_dim: the published bound on recent training batches; NaN where that phase
+    tells none. seconds_left: None while nobody can tell.
     """
 
     step: int
@@ -46,13 +47,13 @@ class Meter:
         self.seconds += seconds
         self._images += images
         self._seconds += seconds
-        self._steps += 1
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, count + 1
 
     def means(self) -> dict[str, float]:
-        """Mean of every value since the reset."""
-        return {name: total / self._steps for name, total in self._sums.items()}
+        """Mean of every value since the reset, over the steps that had it."""
+        return {name: total / count for name, (total, count) in self._sums.items()}
 
     @property
     def recent_rate(self) -> float:
@@ -66,8 +67,8 @@ class Meter:
 
     def reset(self) -> None:
         """Start new means."""
-        self._sums: dict[str, float] = {}
-        self._images, self._seconds, self._steps = 0, 0.0, 0
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._images, self._seconds = 0, 0.0
 
 
 class Log:
@@ -85,9 +86,12 @@ class Log:
 
     def evaluation(self, found: Evaluation) -> None:
         """Add what an evaluation found."""
-        strict = {} if found.strict is None else {"bits_per_dim/held_out_strict": found.strict.mean}
-        paper = {} if found.paper is None else {"bits_per_dim/held_out_paper": found.paper}
-        self.scalars(strict | paper, found.images)
+        starts = {BITS: "bits_per_dim/held_out_"}
+        tags = {
+            f"{starts.get(figure.unit, 'held_out/')}{name}": figure.estimate.mean
+            for name, figure in found.figures.items()
+        }
+        self.scalars(tags, found.images)
 
     def picture(self, image: NDArray[np.uint8], images: int) -> None:
         """Add a picture `[H, W, 3]`."""

@@ -1,28 +1,30 @@
 """Checkpoints: everything that resuming needs, in one folder that appears whole or not at all.
 
-    checkpoints/000012800/state.safetensors   model/NAME, average/NAME, adam/SLOT/NAME
+    checkpoints/000012800/state.safetensors   model/NAME, average/NAME, plan/NAME, optimizer/OPTIMIZER/SLOT/NAME
                           state.json          step, images, family, data, evaluations
 
-The weights to go on from are the raw ones, to which the optimizer's moments belong; their average is beside.
+The weights to go on from are the raw ones, to which the optimizers' moments belong; their average is beside. `plan`
+is what the plan holds beside its model; moments have the plan's names, such as `model.levels.0.chain.weight`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hflow_rt.errors import CheckpointError, DataError, TrainingError
 from hflow_rt.files import atomic_directory, exists, is_file, is_folder
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.family import LatentModel
+from hflow_rt.models.plan import TrainingPlan
 from hflow_rt.names import quoted
 from hflow_rt.runs import CHECKPOINTS, checkpoints
 
@@ -30,12 +32,14 @@ __all__ = ["find_checkpoint", "load_checkpoint", "prune", "read_about", "save_ch
 
 _TENSORS, _ABOUT = "state.safetensors", "state.json"
 
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
 
 def save_checkpoint(
     run: Path,
-    model: LatentModel,
+    plan: TrainingPlan,
     average: LatentModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     images: int,
     about: Mapping[str, Any],
 ) -> Path:
@@ -43,11 +47,12 @@ def save_checkpoint(
 
     Raises `TrainingError` if a weight is not finite (nothing is written then) and `DataError` on a full disk.
     """
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors = {_stored(name): value for name, value in plan.state_dict().items()}
     tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        slots = optimizer.state.get(parameter, {})
-        tensors |= {f"adam/{slot}/{name}": value for slot, value in slots.items()}
+    for key, optimizer in optimizers.items():
+        for name, parameter in _parameters(plan, optimizer):
+            slots = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{key}/{slot}/{name}": value for slot, value in slots.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -86,35 +91,62 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def load_checkpoint(
-    checkpoint: Path, model: LatentModel, average: LatentModel, optimizer: torch.optim.Optimizer
-) -> None:
-    """Restore weights, their average and the optimizer's moments. Raises `CheckpointError`."""
+def load_checkpoint(checkpoint: Path, plan: TrainingPlan, average: LatentModel, optimizers: Optimizers) -> None:
+    """Restore the plan, the average of its model and the optimizers' moments. Raises `CheckpointError`."""
     path = checkpoint / _TENSORS
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(_broken(checkpoint, _TENSORS, error)) from error
-    load_state(model, _part(tensors, "model/"), str(path))
+    state = {f"model.{name}": value for name, value in _part(tensors, "model/").items()}
+    load_state(plan, state | _part(tensors, "plan/"), str(path))
     load_state(average, _part(tensors, "average/"), str(path))
-    adam: dict[str, dict[str, Tensor]] = {}
-    for key, value in _part(tensors, "adam/").items():
+    # of runs begun when there was one optimizer, of a model
+    former = _part(tensors, "adam/").items()
+    moments = {
+        f"{next(iter(optimizers))}/{slot}/model.{name}": v for key, v in former for slot, name in [key.split("/")]
+    }
+    moments |= _part(tensors, "optimizer/")
+    for key, optimizer in optimizers.items():
+        _load_moments(_part(moments, f"{key}/"), plan, optimizer, f"{path}: optimizer/{key}")
+
+
+def _load_moments(
+    tensors: Mapping[str, Tensor], plan: TrainingPlan, optimizer: torch.optim.Optimizer, source: str
+) -> None:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
         slot, _, name = key.partition("/")
-        adam.setdefault(name, {})[slot] = value
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in order:
-        slots = adam.get(names[parameter], {})
+        found.setdefault(name, {})[slot] = value
+    state = {}
+    for index, (name, parameter) in enumerate(_parameters(plan, optimizer)):
+        slots = found.get(name, {})
         for slot, value in slots.items():
             if slot == "step":
                 continue
             if value.shape != parameter.shape:
-                found, needed = list(value.shape), list(parameter.shape)
-                raise CheckpointError(f"{path}: adam/{slot}/{names[parameter]} is {found} and must be {needed}")
+                raise CheckpointError(
+                    f"{source}/{slot}/{name} is {list(value.shape)} and must be {list(parameter.shape)}"
+                )
             # the fused optimizer walks memory, so a moment must lie as its parameter does (channels last or not)
             slots[slot] = torch.empty_like(parameter, requires_grad=False).copy_(value)
-    state = {index: adam[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in adam}
+        if slots:
+            state[index] = slots
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(plan: TrainingPlan, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The optimizer's parameters in its order, by their names in the plan."""
+    names = {parameter: name for name, parameter in plan.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[parameter], parameter
+
+
+def _stored(name: str) -> str:
+    """What a tensor of the plan is called in a checkpoint."""
+    model = name.startswith("model.")
+    return f"model/{name.removeprefix('model.')}" if model else f"plan/{name}"
 
 
 def prune(run: Path, keep: int) -> None:

@@ -1,7 +1,8 @@
 """Pictures in and out: files to arrays, arrays to grids, grids to files.
 
-Images are uint8 `[B, H, W, 3]` to look at and float32 `[B, 3, R, R]` in [0, 1] for models; `v / 255` and
-rounding lead from one to the other, so an 8-bit image survives the trip unchanged.
+Images are uint8 `[B, H, W, C]` to look at and float32 `[B, C, R, R]` in [0, 1] for models; `v / 255` and
+rounding lead from one to the other, so an 8-bit image survives the trip unchanged. C is 3, or 1 for grey images, of
+which grey pictures are made.
 """
 
 import math
@@ -30,6 +31,7 @@ __all__ = [
     "check_picture_size",
     "check_pictures",
     "check_pixels",
+    "coloured",
     "from_uint8",
     "grid",
     "grid_size",
@@ -40,6 +42,7 @@ __all__ = [
     "strip",
     "table",
     "table_size",
+    "to_picture",
     "to_uint8",
     "write_pictures",
     "written_by",
@@ -69,7 +72,7 @@ _DAMAGED = ("empty file", "not an image", "broken image")
 
 
 def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Float `[B, 3, R, R]` in [0, 1] to uint8 `[B, R, R, 3]`, rounded; values a little outside are clipped.
+    """Float `[B, C, R, R]` in [0, 1] to uint8 `[B, R, R, C]`, rounded; values a little outside are clipped.
 
     Raises `DataError` for another shape or type and for NaN.
     """
@@ -77,23 +80,33 @@ def to_uint8(images: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def from_uint8(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`, `v / 255`; raises as `check_pixels` does."""
+    """uint8 `[B, H, W, C]` to float32 `[B, C, H, W]`, `v / 255`; raises as `check_pixels` does."""
     check_pixels(images)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
 
 
+def to_picture(image: NDArray[np.uint8]) -> Image.Image:
+    """uint8 `[H, W, C]` as a picture of Pillow's, grey for one channel."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def coloured(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 `[..., C]` as `[..., 3]`: grey as three equal colours."""
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
 def check_pixels(images: NDArray[np.uint8], what: str = "images") -> None:
-    """Raise `DataError` unless `images` is a non-empty uint8 array `[B, H, W, 3]`."""
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or images.size == 0:
+    """Raise `DataError` unless `images` is a non-empty uint8 array `[B, H, W, C]`."""
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8 or images.size == 0:
         found = f"{images.dtype} {list(images.shape)}"
-        raise DataError(f"{what} must be uint8 [B, H, W, 3] and not empty; found {found}")
+        raise DataError(f"{what} must be uint8 [B, H, W, 3 or 1] and not empty; found {found}")
 
 
-def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArray[np.float32]:
-    """An image file as float32 `[3, R, R]` in [0, 1]: turned as its EXIF says, in sRGB, transparency on white.
+def read_image(path: Path | str, resolution: int, crop: str = "center", channels: int = 3) -> NDArray[np.float32]:
+    """An image file as float32 `[C, R, R]` in [0, 1]: turned as its EXIF says, in sRGB, transparency on white.
 
     `crop` is `center` (the largest square in the middle) or `none` (the image must be square); what is larger
-    than R is reduced with a Lanczos filter.
+    than R is reduced with a Lanczos filter. channels: C; with 1 it is the luminance.
     Raises `DataError` for a file that is missing, damaged, no image, too large or too small.
     """
     if crop not in ("center", "none"):
@@ -105,7 +118,7 @@ def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArr
         if picture.reason == "too large":
             raise DataError(f"{path} cannot be used: {picture.detail}; reduce it first")
         raise DataError(f"no image at {path}: {picture.detail}; check the name")
-    fitted = fit(picture, resolution, "none" if crop == "none" else "center")
+    fitted = fit(picture, resolution, "none" if crop == "none" else "center", channels)
     if isinstance(fitted, Skipped):
         wanted = f"{resolution}x{resolution}"
         raise DataError(f"{path} cannot be used: {fitted.detail}; give a square image of at least {wanted}")
@@ -115,14 +128,14 @@ def read_image(path: Path | str, resolution: int, crop: str = "center") -> NDArr
 def grid(
     images: NDArray[np.uint8], columns: int | None = None, padding: int = _PADDING, scale: int | None = None
 ) -> Image.Image:
-    """uint8 `[B, H, W, 3]` in rows on white, `padding` pixels apart; nearly square unless `columns` is given.
+    """uint8 `[B, H, W, C]` in rows on white, `padding` pixels apart; nearly square unless `columns` is given.
 
     Each pixel becomes `scale` x `scale`; without it small images are enlarged to about 96 pixels, but no square grid
     to more than a screen.
     Raises `DataError` for an empty or wrong array and for counts out of range.
     """
     check_pixels(images)
-    count, height, width, _ = images.shape
+    count, height, width, channels = images.shape
     columns, scale = _arranged(count, width, height, columns, scale)
     if columns < 1 or padding < 0 or scale < 1:
         found = f"{columns}, {padding} and {scale}"
@@ -130,14 +143,14 @@ def grid(
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     step_y, step_x = height * scale + padding, width * scale + padding
-    shape = (rows * step_y + padding, columns * step_x + padding, 3)
+    shape = (rows * step_y + padding, columns * step_x + padding, channels)
     _check_memory(shape[1], shape[0])
     canvas = np.full(shape, 255, dtype=np.uint8)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = padding + row * step_y, padding + column * step_x
         canvas[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    return Image.fromarray(canvas)
+    return to_picture(canvas)
 
 
 def grid_size(count: int, side: int, columns: int | None = None) -> tuple[int, int]:
@@ -161,7 +174,7 @@ def strip(images: NDArray[np.uint8], padding: int = _PADDING, scale: int | None 
 
 @dataclass(frozen=True)
 class Row:
-    """Images uint8 `[B, H, W, 3]` side by side, a label to their left and a caption (of several lines) under each."""
+    """Images uint8 `[B, H, W, C]` side by side, a label to their left and a caption (of several lines) under each."""
 
     images: NDArray[np.uint8]
     label: str = ""
@@ -171,6 +184,7 @@ class Row:
 def table(rows: Sequence[Row], padding: int = _PADDING, scale: int | None = None) -> Image.Image:
     """Rows of any length below each other, each a `strip` with its words; words too long for their place are cut.
 
+    Grey if all images are.
     Raises `DataError` for no rows, a wrong array, or more captions than images.
     """
     if not rows:
@@ -183,7 +197,7 @@ def table(rows: Sequence[Row], padding: int = _PADDING, scale: int | None = None
     margin = gap + width + gap if width else 0
     size = margin + max(s.width for s in strips), sum(s.height for s in strips)
     _check_memory(*size)
-    canvas = Image.new("RGB", size, "white")
+    canvas = Image.new("L" if {s.mode for s in strips} == {"L"} else "RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     top = 0
     for label, row in zip(labels, strips, strict=True):
@@ -196,7 +210,7 @@ def table(rows: Sequence[Row], padding: int = _PADDING, scale: int | None = None
 def labelled_rows(
     rows: Sequence[tuple[str, NDArray[np.uint8]]], padding: int = _PADDING, scale: int | None = None
 ) -> Image.Image:
-    """`table` of (label, uint8 `[B, H, W, 3]`) pairs."""
+    """`table` of (label, uint8 `[B, H, W, C]`) pairs."""
     return table([Row(images, label) for label, images in rows], padding, scale)
 
 
@@ -234,7 +248,7 @@ def _captioned_strip(row: Row, padding: int, scale: int | None) -> Image.Image:
     if not lines:
         return images
     font = ImageFont.load_default(_CAPTION)
-    canvas = Image.new("RGB", (images.width, images.height + lines * (_CAPTION + 3) + 3), "white")
+    canvas = Image.new(images.mode, (images.width, images.height + lines * (_CAPTION + 3) + 3), "white")
     canvas.paste(images)
     pen = ImageDraw.Draw(canvas)
     cell = (images.width - padding) / len(row.images)
@@ -335,10 +349,10 @@ def check_pictures(output: Path, indices: range, side: int) -> None:
 
 
 def write_pictures(output: Path, images: NDArray[np.uint8], start: int = 0) -> str:
-    """Write uint8 `[N, R, R, 3]` as one grid if `output` names an image file, else one file each in that folder."""
+    """Write uint8 `[N, R, R, C]` as one grid if `output` names an image file, else one file each in that folder."""
     if output.suffix:
         save_image(output, grid(images))
         return str(output)
     for index, image in enumerate(images):
-        save_image(output / f"{start + index:06d}.png", Image.fromarray(image))
+        save_image(output / f"{start + index:06d}.png", to_picture(image))
     return f"{output}/"

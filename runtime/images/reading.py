@@ -26,31 +26,33 @@ def read_pictures(
     choices: Choices | None = None,
     unused: dict[str, str] | None = None,
     note: Callable[[str], None] = lambda line: None,
+    channels: int = 3,
 ) -> tuple[list[str], NDArray[np.float32]]:
-    """Names and pixels `[N, 3, R, R]` in [0, 1] of image files, folders, archives and arrays, the first `limit`.
+    """Names and pixels `[N, C, R, R]` in [0, 1] of image files, folders, archives and arrays, the first `limit`.
 
     choices: of the model; a file's or folder's name then tells its class, see `class_folder`.
     unused: takes the names of images in folders and archives that cannot be used, and why; if there are several
-    sources, with the source before the name. note: takes a line with their number. Raises `DataError`.
+    sources, with the source before the name. note: takes a line with their number. channels: C; with 1 what is read
+    is the luminance. Raises `DataError`.
     """
     names: list[str] = []
     images: list[NDArray[np.float32]] = []
     for path in paths:
         folder = class_folder(choices or {}, path)
         if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
-            found = open_dataset(path, resolution)
+            found = open_dataset(path, resolution, channels=channels)
             if found.unused:
                 note(f"{len(found)} images in {path}; not used: {found.left_out}")
             if unused is not None:
                 above = f"{path}/" if len(paths) > 1 else folder
                 unused |= {above + name: reason for name, reason in found.unused.items()}
             count = len(found) if limit is None else min(limit, len(found))
-            need(36 * count * resolution**2, f"{count:,} images", "take fewer together")  # thrice as float32
+            need(12 * channels * count * resolution**2, f"{count:,} images", "take fewer together")  # thrice as float32
             names += [folder + name for name in found.names[:limit]]
             images += list(found.pixels(range(len(found))[:limit]).astype(np.float32) / 255)
         else:
             names.append(folder + shown(path.name))
-            images.append(read_image(path, resolution))
+            images.append(read_image(path, resolution, channels=channels))
     if not images:
         raise DataError("no images given; name at least one file, folder or archive")
     return names[:limit], np.stack(images[:limit])

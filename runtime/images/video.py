@@ -14,7 +14,16 @@ from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, destination, is_folder, unusable
 from hflow_rt.memory import need
-from hflow_rt.runtime.images.pictures import check_picture_size, check_pixels, grid_size, save_image, strip, written_by
+from hflow_rt.runtime.images.pictures import (
+    check_picture_size,
+    check_pixels,
+    coloured,
+    grid_size,
+    save_image,
+    strip,
+    to_picture,
+    written_by,
+)
 
 __all__ = ["SUFFIXES", "check_animation", "check_frames", "kept", "save_animation"]
 
@@ -55,7 +64,7 @@ def check_frames(path: Path, count: int, side: int) -> None:
 
 
 def kept(frames: Iterable[NDArray[np.uint8]], beside: Path) -> NDArray[np.uint8]:
-    """All frames of uint8 batches `[n, H, W, 3]`, in a nameless file on the disk of `beside`: memory holds one batch.
+    """All frames of uint8 batches `[n, H, W, C]`, in a nameless file on the disk of `beside`: memory holds one batch.
 
     Raises `DataError` for no frames and where the disk is full.
     """
@@ -76,7 +85,7 @@ def kept(frames: Iterable[NDArray[np.uint8]], beside: Path) -> NDArray[np.uint8]
 
 
 def save_animation(path: Path | str, frames: NDArray[np.uint8], fps: float, order: Sequence[int] | None = None) -> None:
-    """Write uint8 frames `[T, H, W, 3]` at `fps`, in the format the suffix names; gif and webp loop for ever.
+    """Write uint8 frames `[T, H, W, C]` at `fps`, in the format the suffix names; gif and webp loop for ever.
 
     order: numbers of the frames as they are shown, each as often as one likes; by default all, once. One frame at a
     time is in memory where `frames` is a file (`kept`), but for .gif, whose writer holds a byte a pixel.
@@ -113,7 +122,7 @@ class _Reel(Image.Image):
     def seek(self, frame: int) -> None:
         if not 0 <= frame < self.n_frames:
             raise EOFError
-        shown = Image.fromarray(np.ascontiguousarray(self._frames[self._order[frame]]))
+        shown = to_picture(np.ascontiguousarray(self._frames[self._order[frame]]))
         self.im, self._mode, self._size, self._at = shown.im, shown.mode, shown.size, frame
 
     def tell(self) -> int:
@@ -151,7 +160,7 @@ def _save_mp4(path: Path, frames: NDArray[np.uint8], fps: float, order: Sequence
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _STUDIO_RANGE
         for index in order:
-            even = np.pad(frames[index], margin, mode="edge")
+            even = np.pad(coloured(frames[index]), margin, mode="edge")
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")
             container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
         container.mux(stream.encode(None))

@@ -1,6 +1,6 @@
 """What the latents of a model hold, shown: walks, redrawn and zeroed latents, seeds side by side, mixed styles.
 
-Every function takes a `Session` and yields float32 images `[B, 3, R, R]` in [0, 1] a batch at a time, so that
+Every function takes a `Session` and yields float32 images `[B, C, R, R]` in [0, 1] a batch at a time, so that
 memory stays flat. Latents are those of `hflow_rt.runtime.latents.operations`.
 """
 
@@ -78,7 +78,7 @@ def encoded(
     conditions: Mapping[str, Array],
     track: Callable[[Sequence[range]], Iterable[range]] = lambda parts: parts,
 ) -> Encoded:
-    """Images `[N, 3, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
+    """Images `[N, C, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
     starts = range(0, len(pixels), _BATCH)
     parts = []
     for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
@@ -90,7 +90,7 @@ def encoded(
 def between(
     session: Session, ends: Latents, frames: int, mode: str = "lerp", space: str = LATENT_SPACE
 ) -> Iterator[Array]:
-    """Images `[n, 3, R, R]`, `frames` of them in all, from the first of two items to the second through `space`.
+    """Images `[n, C, R, R]`, `frames` of them in all, from the first of two items to the second through `space`.
 
     Raises `DataError` as `interpolate` does.
     """
@@ -114,7 +114,7 @@ def walk(
     fixed: Iterable[str] = (),
     option: str | None = None,
 ) -> Iterator[Array]:
-    """Frames `[paths, 3, R, R]` of as many independent walks through random keyframes, see `random_walk`.
+    """Frames `[paths, C, R, R]` of as many independent walks through random keyframes, see `random_walk`.
 
     Path p passes through the images p * keyframes .. (p + 1) * keyframes - 1 of `seed`, drawn as `Session.draw` does;
     between them it moves in `space`, whose names `fixed` takes. Raises `DataError` before the first frame.
@@ -194,7 +194,7 @@ def heat_map(
 def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...], Array]]:
     """The images of `latents`, then again and again with one latent more set to zero, fine to coarse.
 
-    Yields the names that are zero, finest first, with the images `[B, 3, R, R]`: first none, last all.
+    Yields the names that are zero, finest first, with the images `[B, C, R, R]`: first none, last all.
     """
     current, zero = dict(latents), tuple[str, ...]()
     yield zero, _images(session, current)
@@ -205,7 +205,7 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
 
 
 def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
-    """The images `[B, 3, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
+    """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
     for factor in factors:
         scaled = {name: np.float32(factor) * latents[name] for name in session.latent_shapes}
         yield _images(session, dict(latents) | scaled)
@@ -250,7 +250,7 @@ def coarse_down_to(session: Session, cut: str | None) -> list[str]:
 
 
 def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
-    """Images `[B, 3, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
+    """Images `[B, C, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
 
     What the model is told, such as a class, goes with the coarsest latent. Raises `DataError` for an unknown name.
     """

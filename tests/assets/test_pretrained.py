@@ -47,8 +47,9 @@ def test_the_card_gives_its_bits_per_dimension() -> None:
 
     images = open_dataset(demo_images(), 64)
     held_out = images.split()[1]
-    found = evaluate(load_model(pretrained() / "model.safetensors"), images.pixels(held_out), 0).strict
-    assert found is not None
+    found = (
+        evaluate(load_model(pretrained() / "model.safetensors"), images.pixels(held_out), 0).figures["strict"].estimate
+    )
     said = re.search(r"\| strict bits/dim.*\((\d+)\) \| ([\d.]+) ± ([\d.]+) \|", CARD.read_text())
     assert said, "the card has no line of strict bits/dim"
     assert int(said[1]) == len(held_out) == found.n

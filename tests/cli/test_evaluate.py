@@ -106,7 +106,11 @@ def test_bits_latent_by_latent(hflow: Command, run: Path, pictures: Path) -> Non
     result = ok(hflow("eval", "bpd", "--data", pictures, "--seed", 3, "--draws", 2, "-o", "report.json"))
     assert result.err == f"hflow 16x16 from {run}/model.safetensors on torch cpu\n"
     report = json.loads(Path("report.json").read_text())
-    direct = evaluate(open_reference(run / "model.safetensors"), select(pictures, 16).pixels(), 0, 3, 2).strict
+    direct = (
+        evaluate(open_reference(run / "model.safetensors"), select(pictures, 16).pixels(), 0, 3, 2)
+        .figures["strict"]
+        .estimate
+    )
     assert direct is not None
     assert report["strict"]["mean"] == pytest.approx(direct.mean, rel=1e-6)
     assert report["strict"]["n"] == report["images"] == 5
@@ -216,7 +220,7 @@ def test_a_bound_that_there_is_not(hflow: Command, run: Path, pictures: Path) ->
     _changed(run, {}, spread_z1=torch.tensor(3e38))  # whose square is infinite
     lines = ok(hflow("eval", "bpd", "--data", pictures)).out.splitlines()
     for title in ("strict bound", "paper's bound"):
-        assert f"{title}: none, for it is not finite on 5 of 5 images" in lines
+        assert f"{title}: none, because it is not finite on 5 of 5 images" in lines
 
 
 # distances

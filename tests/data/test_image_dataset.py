@@ -281,6 +281,28 @@ def test_what_is_not_used_is_named(photos: Path, tmp_path: Path) -> None:
         assert images.left_out == "1 empty file, 1 named pipe, 2 not an image, 1 too small"
 
 
+def test_grey_sets_are_the_luminance_whatever_they_are_opened_from(photos: Path, tmp_path: Path) -> None:
+    build_dataset(photos, tmp_path / "colour.npy", R)
+    info = build_dataset(photos, tmp_path / "grey.npy", R, channels=1)
+    assert info.channels == 1
+    assert np.load(tmp_path / "grey.npy").shape == (12, 1, R, R)
+    grey = open_dataset(tmp_path / "grey.npy", R, channels=1)
+    colours = open_dataset(photos, R)
+    for seen, pixels in zip(grey.pixels(range(12)), colours.pixels(range(12)), strict=True):
+        np.testing.assert_array_equal(seen[0], np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L")))
+    for source in (photos, tmp_path / "colour.npy"):
+        assert open_dataset(source, R, channels=1).hash == grey.hash != colours.hash
+    coloured = open_dataset(tmp_path / "grey.npy", R).pixels(range(12))
+    np.testing.assert_array_equal(coloured, grey.pixels(range(12)).repeat(3, 1))
+
+
+def test_grey_arrays_stay_what_they_are(tmp_path: Path) -> None:
+    """Such as those of handwritten digits, one byte a pixel."""
+    levels = np.random.default_rng(0).integers(0, 256, (5, R, R), dtype=np.uint8)
+    np.save(tmp_path / "digits.npy", levels)
+    np.testing.assert_array_equal(open_dataset(tmp_path / "digits.npy", R, channels=1).pixels(range(5))[:, 0], levels)
+
+
 def test_a_description_without_what_is_not_used_is_read(photos: Path, tmp_path: Path) -> None:
     build_dataset(photos, tmp_path / "set.npy", R)
     info = json.loads((tmp_path / "set.json").read_text())
@@ -294,6 +316,8 @@ def test_impossible_settings_are_refused(photos: Path, tmp_path: Path) -> None:
         build_dataset(photos, tmp_path / "set.bin", R)
     with pytest.raises(ConfigError, match="at least 1"):
         open_dataset(photos, 0)
+    with pytest.raises(ConfigError, match="channels must be 3, or 1 for grey, not 2"):
+        open_dataset(photos, R, channels=2)
     with pytest.raises(ConfigError, match="center, none"):
         open_dataset(photos, R, crop="left")  # type: ignore[arg-type]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hflow_rt.errors import ConfigError, DataError
-from hflow_rt.evaluation.bits import Evaluation, evaluate, measure
+from hflow_rt.evaluation.bits import evaluate, measure
+from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.models.family import Bound, LatentModel
 from hflow_rt.streams import generator
 
@@ -14,7 +15,7 @@ from hflow_rt.streams import generator
 class UniformModel(torch.nn.Module):
     """Stands in for a family: 8 bits plus a uniform draw; what it published is the mean of the pixels."""
 
-    resolution = 4
+    resolution, channels = 4, 3
     choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class UniformModel(torch.nn.Module):
         return {"z": (48,)}
 
     def bounds(self) -> dict[str, Bound]:
-        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
+        return {"strict": Bound("strict bound", "upper"), "paper": Bound("paper's bound", "published")}
 
     def bound_inputs(self, bound: str, pixels: torch.Tensor, generator: torch.Generator, conditions: Any) -> Any:
         assert not self.training
@@ -48,9 +49,7 @@ def model() -> Any:
 
 
 def strict_bits(model: Any, pixels: Any, **settings: int) -> Any:
-    found = measure(model, pixels, **settings).strict
-    assert found is not None
-    return found.total
+    return measure(model, pixels, **settings).bounds["strict"].total
 
 
 PIXELS = np.arange(10 * 48, dtype=np.uint32).astype(np.uint8).reshape(10, 3, 4, 4)
@@ -79,34 +78,60 @@ def test_strict_bits_are_deterministic_and_draws_average(model: Any) -> None:
 
 def test_one_image_has_no_error_and_survives_json(model: Any) -> None:
     found = evaluate(model, PIXELS[:1], 7)
-    assert found.strict is not None
-    assert math.isnan(found.strict.standard_error)
-    assert found.dump()["standard_error"] is None
-    again = Evaluation.load(found.dump())
-    assert (again.images, again.paper, again.strict[0]) == (7, found.paper, found.strict.mean)  # type: ignore[index]
+    assert math.isnan(found.figures["strict"].estimate.standard_error)
+    assert found.dump()["figures"]["strict"]["standard_error"] is None
+    assert Evaluation.load(found.dump()) == found
+
+
+def test_evaluations_of_before_are_read() -> None:
+    former = {"images": 7, "strict": 3.5, "standard_error": 0.25, "held_out": 6, "paper": 3.25, "reason": None}
+    found = Evaluation.load(former)
+    assert found.quoted == ("strict bound", (3.5, 0.25, 6), "bits/dim")
+    assert found.figures["paper"][:2] == ("paper's bound", (3.25, math.nan, 6))
+    assert Evaluation.load(found.dump()) == found
+    found = Evaluation.load(former | {"strict": None, "standard_error": None, "reason": "z1 has no noise"})
+    assert (list(found.figures), found.reasons) == (["paper"], {"strict": "z1 has no noise"})
+    found = Evaluation.load(former | dict.fromkeys(("strict", "paper")) | {"held_out": 0, "reason": "no images"})
+    assert found == Evaluation(7, reason="no images")
 
 
 def test_paper_bits_weight_a_last_small_batch_rightly(model: Any) -> None:
-    assert evaluate(model, PIXELS, 0, batch=4).paper == pytest.approx(PIXELS.mean())
+    assert evaluate(model, PIXELS, 0, batch=4).figures["paper"].estimate.mean == pytest.approx(PIXELS.mean())
 
 
-def test_what_cannot_be_computed_is_none_with_the_reason(model: Any) -> None:
+def test_what_cannot_be_computed_is_absent_with_the_reason(model: Any) -> None:
     assert evaluate(model, PIXELS[:0], 0).reason == "there are no held-out images"
     model.bounded = False
     found = evaluate(model, PIXELS, 0)
-    assert (found.strict, found.reason) == (None, "no bound here")
-    assert found.paper is not None
+    assert (list(found.figures), found.reasons) == (["paper"], {"strict": "no bound here"})
     model.bounded, model.value = True, math.inf
     found = evaluate(model, PIXELS, 0)
-    assert found.strict is None
-    assert found.reason == "it is not finite on 10 of 10 images"
+    assert (list(found.figures), found.reasons) == (["paper"], {"strict": "it is not finite on 10 of 10 images"})
     with torch.no_grad():
         model.weight.fill_(math.nan)
-    assert evaluate(model, PIXELS, 0).paper is None
+    assert evaluate(model, PIXELS, 0).figures == {}
     model.bounds = dict
-    assert evaluate(model, PIXELS, 0).reason == "models of this family have no likelihood"
+    assert evaluate(model, PIXELS, 0) == Evaluation(0, reason="models of this family have no likelihood")
     with pytest.raises(ConfigError, match="models of this family have no likelihood; use 'hflow-rt eval distance'"):
         measure(model, PIXELS)
+
+
+def test_likelihoods_of_draws_are_averaged(model: Any) -> None:
+    """The importance-weighted bound: of each image the logarithm of the mean of 2^(-bits D) over the draws."""
+    model.bounds = lambda: {"strict": Bound("mean", "upper"), "weighted": Bound("weighted", "upper", "logmeanexp")}
+    found = measure(model, PIXELS, seed=1, draws=5, batch=4)
+    drawn = [[8 + float(torch.rand(1, generator=generator(1, 1, k, i))) for i in range(10)] for k in range(5)]
+    bits = np.float64(drawn) * 48
+    expected = -np.log2(np.exp2(-bits).mean(0)) / 48
+    assert (expected < bits.mean(0) / 48 - 0.05).all()  # a bound that is better by more than rounding
+    assert found.bounds["weighted"].total.mean == pytest.approx(expected.mean(), rel=1e-6)
+    (image,) = found.bounds["weighted"].latents
+    assert list(image.parts) == ["bits", "weighting"]
+    assert image.parts["bits"].mean == pytest.approx(bits.mean() / 48, rel=1e-6)
+    assert image.total == found.bounds["weighted"].total
+    assert list(found.bounds["strict"].latents[0].parts) == ["bits"]
+    one = measure(model, PIXELS, seed=1, batch=4).bounds["weighted"].latents[0].parts
+    assert one["weighting"].mean == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("pixels", [PIXELS[:0], PIXELS[:, :, :2], PIXELS.astype(np.float32)])

@@ -39,6 +39,12 @@ def test_torchscript_gives_its_features_from_bytes_or_floats(scripted: Save, tak
     assert network.sha256 == sha256(path)
 
 
+def test_grey_images_enter_as_three_equal_channels(scripted: Save) -> None:
+    grey = PIXELS[:, :1]
+    network = open_features(str(scripted(Means())), R)
+    np.testing.assert_allclose(network(grey), expected(grey.repeat(3, 1)), rtol=1e-5)
+
+
 def test_what_a_file_takes_is_part_of_its_key(scripted: Save) -> None:
     path = str(scripted(Means()))
     keys = {open_features(path, R, takes=takes).key for takes in ("uint8", "float")}

@@ -1,5 +1,6 @@
 """`hflow_rt.export` and `hflow_rt.check`, which the commands call."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import hflow_rt
 from hflow_rt.errors import BackendUnavailable, BundleError, ParityError
 from hflow_rt.export import bundle as exporting
-from hflow_rt.export.making import GraphOptions
+from hflow_rt.export.making import GraphOptions, wanted_graphs
 from hflow_rt.manifest import read_manifest
 
 
@@ -28,6 +29,22 @@ def test_export_returns_the_bundle_and_keeps_what_it_was(run: Path) -> None:
     assert list(again.graphs) == ["inverse"]
     assert list(again.std) == ["0.5"]
     assert again.verified
+
+
+def test_a_bundle_of_a_version_that_knew_no_channels_is_exported_as_it_was(run: Path) -> None:
+    """Its settings are fewer than those of its model file, and mean the same."""
+    folder = run / "bundle"
+    about = json.loads((folder / "manifest.json").read_text())
+    assert about["config"].pop("channels") == 3
+    about["std"] = ["0.25"]
+    (folder / "manifest.json").write_text(json.dumps(about))
+    assert read_manifest(folder).channels == 3
+    options, _, _ = wanted_graphs(run / "model.safetensors", folder, GraphOptions())
+    assert list(options.std or ()) == ["0.25"]
+    about["config"]["channels"] = 2
+    (folder / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(BundleError, match="an image has 3 channels, or 1"):
+        read_manifest(folder)
 
 
 def test_export_refuses(run: Path) -> None:

@@ -12,6 +12,7 @@ from golden_cases import Absent, Listed, Quantities, compute
 from torch import Tensor
 
 from hflow_rt.models.checkpoint import load_state
+from hflow_rt.models.ihdm.bank import coefficients, waves
 from hflow_rt.models.ihdm.blur import blur_lengths
 from hflow_rt.models.ihdm.bound import pixel_cost, start_cost, step_cost
 from hflow_rt.models.ihdm.config import IHDMConfig
@@ -61,6 +62,7 @@ class Case:
             blocks=described["nres"],
             attention=tuple(described["attn_levels"]),
             dropout=described["dropout"],
+            bank=0,
         )
 
     def original(self) -> dict[str, Tensor]:
@@ -234,8 +236,8 @@ def averages(case: Case) -> Quantities:
 def likelihood(case: Case) -> Quantities:
     model, delta, x = case.model(), case.described["delta"], case["x_test"]
     with torch.no_grad():
-        batches = case["x_train"].split(4)
-        start = start_cost(model, x, batches, delta)
+        blurred = prior_state(model, case["x_train"].double())
+        start = start_cost(model, x, coefficients(blurred, waves(model.config)), delta)
         level_1 = torch.ones(len(x), dtype=torch.int64)
         errors = [model.errors(x, level_1, case["nll_noise0"])]
         errors += [model.errors(x, level_1 * k, case["noise"][k - 1]) for k in range(1, model.config.steps + 1)]

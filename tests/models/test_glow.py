@@ -132,7 +132,7 @@ def test_folded_is_the_same_map(model: Glow) -> None:
 
 @pytest.mark.parametrize("bits", [8, 5])
 def test_every_level_comes_back_exactly(bits: int) -> None:
-    """Encoding stands at bin centres, so that rounding public values takes the bin, which no small error leaves."""
+    """InversePass stands at bin centres, so that rounding public values takes the bin, which no small error leaves."""
     model = make({"bits": bits}).float()
     pixels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
     public = public_levels(pixels, bits)
@@ -267,7 +267,7 @@ def live_parameters(config: GlowConfig) -> int:
     """Of the repository's form, by the formula of spec 5."""
     h, total = config.hidden_channels, 0
     for level in range(config.levels):
-        c = config.channels(level)
+        c = config.width(level)
         out = c if config.coupling == "affine" else c // 2
         step = 2 * c + (2 * c * c + c) + (9 * h * c // 2 + h) + (h * h + h) + (9 * h * out + out) + out
         total += config.steps * step
@@ -297,7 +297,7 @@ def test_presets_add_the_papers_parts(preset: str) -> None:
         model = build_model("glow", config)
     h, more = config.hidden_channels, 0
     for level in range(config.levels):
-        c = config.channels(level)
+        c = config.width(level)
         out = c if config.coupling == "affine" else c // 2
         more += config.steps * (2 * h + 9 * h + 9 * out)
         if level < config.levels - 1:

@@ -9,12 +9,22 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.checkpoint import parse_config
+from hflow_rt.models.ihdm.bank import coefficients, rebuilt, starts, surviving, waves
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
-from hflow_rt.models.ihdm.bound import bits_per_dim, pixel_cost, start_cost, step_cost
+from hflow_rt.models.ihdm.bound import (
+    bits_per_dim,
+    bound_draws,
+    bound_terms,
+    level_costs,
+    pixel_cost,
+    start_cost,
+    step_cost,
+)
 from hflow_rt.models.ihdm.config import IHDMConfig
+from hflow_rt.models.ihdm.inverse import decoded, read_parallel, read_sequence
 from hflow_rt.models.ihdm.model import IHDM, levels_of
 from hflow_rt.models.ihdm.presets import PRESETS, TINY
-from hflow_rt.models.ihdm.sampling import blend, interpolation_weights, prior_state, sample
+from hflow_rt.models.ihdm.sampling import blend, interpolation_weights, prior_state, sample, states
 
 # preset: numbers, tensors, and level biases of all blocks
 SIZES = {
@@ -119,14 +129,15 @@ def test_start_cost_is_that_of_a_mixture() -> None:
     model, delta = make(), 0.02
     train, test = images(5, seed=4), images(2, seed=5)
     test[1] = train[3]
-    found = start_cost(model, test, train.split(2), delta)
+    kept = waves(model.config)
+    found = start_cost(model, test, coefficients(model.blur(train, 4), kept), delta)
     values, sigma = 3 * 64, model.config.sigma
     squared = (model.blur(test, 4)[:, None] - model.blur(train, 4)[None]).square().flatten(2).sum(2)
     ratio = sigma**2 / delta**2
     divergence = (values * (ratio - 1 - math.log(ratio)) + squared / delta**2) / 2
-    assert torch.allclose(found, math.log(5) - torch.logsumexp(-divergence, 1), rtol=1e-12)
-    with pytest.raises(DataError, match="needs training images"):
-        start_cost(model, test, [], delta)
+    assert torch.allclose(found, math.log(5) - torch.logsumexp(-divergence, 1), rtol=1e-9)
+    with pytest.raises(DataError, match="the bank has none; give images"):
+        start_cost(model, test, torch.zeros(0, 3, len(kept)), delta)
 
 
 def test_costs_of_a_perfect_step() -> None:
@@ -158,3 +169,108 @@ def test_interpolation_ends_at_both() -> None:
     assert torch.allclose(ends[-1], second)
     with pytest.raises(ConfigError, match="at least 2 points, not 1"):
         interpolation_weights(1)
+
+
+def test_as_few_waves_as_rebuild_any_start() -> None:
+    counts = {name: len(surviving(IHDMConfig(**PRESETS[name]["model"]))) for name in SIZES}
+    assert list(counts.values()) == [8, 8, 8, 13, 4, 13, 13, 13]
+    config = IHDMConfig(**TINY["model"])
+    kept = waves(config)
+    extreme = (images(9) > 0.5).double()
+    blurred = Blur(config)(extreme, 4)
+    found = coefficients(blurred, kept)
+    assert (rebuilt(found, kept) - blurred).abs().max() < 1e-6
+    assert (rebuilt(found[..., :-3], kept[:-3]) - blurred).abs().max() > 1e-6
+    assert torch.allclose(found[..., 0], extreme.mean((2, 3)))
+
+
+def test_the_bank_is_of_images_evenly() -> None:
+    config = IHDMConfig(**TINY["model"])
+    pixels = (images(6) * 255).round().to(torch.uint8)
+    few, many = starts(config, pixels, 3), starts(config, pixels, 8)
+    assert few.dtype == torch.float32
+    assert torch.equal(many[:6], many[torch.tensor([6, 7, 2, 3, 4, 5])])
+    assert torch.equal(few, many[[0, 2, 4]])
+
+
+def test_folded_graphs_are_the_model() -> None:
+    """`step` and `read` of a row of the table, against the network that is told the level."""
+    model = make()
+    graphs, loop = model.graphs(), model.routes()["inverse"]
+    assert not [name for name, _ in graphs["step"].module.named_parameters() if "embedding" in name or "level" in name]
+    u, noise, x = images(2), images(2, seed=7) - 0.5, images(2, seed=8)
+    delta, zero = torch.tensor([0.01, 0.02]), torch.zeros(2, 3, 8, 8)
+    for index, k in ((0, 4), (3, 1)):
+        rows = {name: torch.from_numpy(table[index : index + 1]) for name, table in loop.schedule.items()}
+        mean = model.mean(u, torch.tensor([k, k]))
+        aim = model.blur(x, k - 1) + 0.01 * noise if k > 1 else x
+        reached = mean + delta[:, None, None, None] * noise if k > 1 else mean
+        expected = {
+            "step": (reached, reached.clamp(0, 1)),
+            "read": ((aim - mean) / delta[:, None, None, None], zero, aim) if k > 1 else (zero, x - mean, x),
+        }
+        given = {
+            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta),
+            "read": (u, x, noise, rows["level"], rows["goes_on"], rows["damping"], delta),
+        }
+        for name, values in given.items():
+            found = graphs[name].module(*(value.float() for value in values))
+            exact = graphs[name].reference.double()(*(value.double() for value in values))
+            scale = 1 / delta.min() if name == "read" else 1
+            for one, other, correct in zip(found, exact, expected[name], strict=True):
+                assert (other - correct).abs().max() < 3e-7 * scale
+                assert (one - correct).abs().max() < 2e-5 * scale
+
+
+def test_images_come_back_from_what_was_read_off() -> None:
+    model = make()
+    x, draws = images(3), torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    sequence, parallel = read_sequence(model, x, draws, 0.02), read_parallel(model, x, draws, 0.02)
+    for latents in (sequence, parallel):
+        assert (decoded(model, latents, 0.02) - x).abs().max() < 1e-9
+        assert not latents.noise[:, -1].any()
+    # in exact arithmetic both are the same, and the states that decoding passes are those that were drawn
+    assert (sequence.noise - parallel.noise).abs().max() < 1e-8
+    path = [
+        x_k for _, x_k in states(model, model.blur(x, 4) + 0.01 * draws[:, 0], lambda k: sequence.noise[:, 4 - k], 0.02)
+    ]
+    assert torch.allclose(path[0], model.blur(x, 3) + 0.01 * draws[:, 1], atol=1e-9)
+    rough = read_sequence(model, x, draws, 0.02, grid=1 / 16)
+    assert (rough.noise * 16).frac().abs().max() == 0
+    assert (decoded(model, rough, 0.02) - x).abs().max() < 1e-9
+    assert (decoded(model, sequence._replace(noise=rough.noise), 0.02) - x).abs().max() > 1e-3
+
+
+def test_only_the_sequence_stands_rounding() -> None:
+    """In float32, with a network that makes much of little: what is lost in parallel is not in sequence."""
+    model = make().float()
+    model.network.head.weight.data *= 200
+    x = images(3).float()
+    draws = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    errors = [(decoded(model, read(model, x, draws)) - x).abs().max() for read in (read_sequence, read_parallel)]
+    assert errors[0] * 20 < errors[1]
+
+
+def test_a_start_without_noise_is_a_setting() -> None:
+    assert make().prior() == {"start": "bank", "start_noise": "normal", "residual": "unscaled"}
+    quiet = make(noisy_start=False)
+    assert quiet.prior()["start_noise"] == "unscaled"
+    assert quiet.prior_std() == {"start": 1.0, "start_noise": 0.0, "residual": 0.0}
+
+
+def test_the_bound_is_the_mean_of_its_draws() -> None:
+    """Over levels drawn evenly, the parts of one draw add up to all steps; and all is near what noise alone costs."""
+    model = make(bank=3)
+    pixels = (images(3, seed=11) * 255).round().to(torch.uint8)
+    model.fill_bank(pixels)
+    image = pixels[:1].double().expand(3, -1, -1, -1) / 255
+    draws = {name: torch.rand(3, *spec.shape, dtype=torch.float64) for name, spec in bound_draws(model).items()}
+    draws["level"] = torch.tensor([0.1, 0.5, 0.9])  # levels 2, 3 and 4
+    draws |= {name: draws[name][:1].expand(3, -1, -1, -1) for name in ("uniform", "noise", "pixel_noise")}
+    parts = bound_terms(model, image, draws)
+    x = (255 * image[:1] + draws["uniform"][:1]) / 256
+    states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
+    costs = level_costs(model, x, states)
+    total = bits_per_dim(model, start_cost(model, x, model.bank()["start"], 0.0125) + costs.sum(1))
+    assert torch.allclose(torch.stack(list(parts.values())).sum(0).mean(), total, rtol=1e-12)
+    assert costs.shape == (1, 4)

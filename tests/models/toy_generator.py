@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hflow_rt.errors import NoInverse
-from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, LossTerms, Space, TensorSpec
+from hflow_rt.models.family import GraphSpec, LatentModel, LossTerms, Space, TensorSpec
+from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
 from hflow_rt.models.registry import Family, ModelConfig
 
 NO_INVERSE = "a toy generator maps latents to images only"
@@ -53,25 +52,8 @@ class ToyGenerator(LatentModel):
             image = image + 0.1 * (latents["dither"] - 0.5)
         return (0.5 + 0.5 * image).clamp(0, 1)
 
-    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
-        raise NoInverse(NO_INVERSE)
-
-    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"z": (6,)}
-
-    def loss(self, images: Tensor, noise: Any = None, conditions: Any = None) -> LossTerms:
-        z = torch.randn(len(images), 6) if noise is None else noise["z"]
-        error = (self.decode({"z": z}) - images).square().mean()
-        return LossTerms(error, None, {"error": error.detach()})
-
-    def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
-        pass
-
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        return pixels / 255
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"generator": list(self.parameters())}
+    def plan(self, settings: Any) -> TrainingPlan:
+        return ToyPlan(self)
 
     def routes(self) -> dict[str, str]:
         return {"forward": "generate"}
@@ -92,8 +74,28 @@ class ToyGenerator(LatentModel):
             for name, (inputs, output) in made.items()
         }
 
-    def folded(self) -> "ToyGenerator":
-        return self
+
+class ToyPlan(TrainingPlan):
+    """Every z to every image, which ends at the mean image."""
+
+    model: ToyGenerator
+
+    def __init__(self, model: ToyGenerator) -> None:
+        super().__init__()
+        self.model = model
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("generator", "generator"),)
+
+    def groups(self) -> dict[str, dict[str, list[nn.Parameter]]]:
+        return {"generator": {"plane": list(self.model.parameters())}}
+
+    def draws(self, phase: str) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("z", (6,), "noise"),)
+
+    def loss(self, phase: str, batch: Batch, place: Place) -> LossTerms:
+        error = (self.model.decode(batch.draws) - batch.pixels / 255).square().mean()
+        return LossTerms(error, None, {"error": error.detach()})
 
 
 class Part(nn.Module):
@@ -108,7 +110,7 @@ class Part(nn.Module):
 
 TINY: dict[str, Any] = {
     "model": {},
-    "training": {"batch_size": 4, "accumulate": 1, "learning_rates": {"generator": 1e-2}, "init_images": 4},
+    "training": {"batch_size": 4, "accumulate": 1, "learning_rates": {"plane": 1e-2}, "init_images": 4},
 }
 
 FAMILY = Family("toy-generator", "a toy without inverse", ToyConfig, {"toy-generator": TINY}, TINY, ToyGenerator)

@@ -1,6 +1,5 @@
 """A family of many steps each way: a table for its prior, fresh noise and a row of a schedule in every call."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from hflow_rt.models.family import Encoding, GraphSpec, LatentModel, Loop, LossTerms, TensorSpec
+from hflow_rt.models.family import GraphSpec, LatentModel, Loop, LossTerms, TensorSpec
+from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
 from hflow_rt.models.registry import Family, ModelConfig
 
 STEPS, COARSE, ROWS = 4, 2, 12
@@ -56,31 +56,8 @@ class ToyLoop(LatentModel):
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         return u + 0.5 * (self.conv(u) + level[:, :, None, None]).tanh()
 
-    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def loss(self, images: Tensor, noise: Any = None, conditions: Any = None) -> LossTerms:
-        found = self.mean(self.fine(self.coarse(images)), self.levels[:1])
-        error = (found - images).square().mean()
-        return LossTerms(error, None, {"error": error.detach()})
-
-    def initialize(self, pixels: Tensor, generator: torch.Generator) -> None:
-        self.bank_rows.copy_(self.coarse(pixels[torch.arange(ROWS) % len(pixels)] / 255))
-
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        return pixels / 255
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"net": list(self.parameters())}
-
-    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        raise NotImplementedError
-
-    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
-        raise NotImplementedError
-
-    def folded(self) -> "ToyLoop":
-        return self
+    def plan(self, settings: Any) -> "ToyPlan":
+        return ToyPlan(self)
 
     def routes(self) -> dict[Any, Any]:
         levels = {"level": self.levels.detach().numpy()}
@@ -111,6 +88,34 @@ class ToyLoop(LatentModel):
             name: GraphSpec(name, module, module, inputs, outputs)
             for name, (module, inputs, outputs) in zip(names, made, strict=True)
         }
+
+
+class ToyPlan(TrainingPlan):
+    """Every call is to lead to the image; the bank is made of the first images."""
+
+    model: ToyLoop
+
+    def __init__(self, model: ToyLoop) -> None:
+        super().__init__()
+        self.model = model
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("sharpen", "net"),)
+
+    def groups(self) -> dict[str, dict[str, list[nn.Parameter]]]:
+        return {"net": {"net": list(self.model.parameters())}}
+
+    def draws(self, phase: str) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("call", (), "uniform"),)
+
+    def start(self, pixels: Tensor, generator: torch.Generator) -> None:
+        self.model.bank_rows.copy_(self.model.coarse(pixels[torch.arange(ROWS) % len(pixels)] / 255))
+
+    def loss(self, phase: str, batch: Batch, place: Place) -> LossTerms:
+        images = batch.pixels / 255
+        levels = self.model.levels[(STEPS * batch.draws["call"]).long()]
+        error = (self.model.mean(self.model.fine(self.model.coarse(images)), levels) - images).square().mean()
+        return LossTerms(error, None, {"error": error.detach()})
 
 
 class _Part(nn.Module):

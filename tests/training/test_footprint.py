@@ -9,9 +9,15 @@ import torch
 
 from hflow_rt.data.dataset import build_dataset, open_dataset
 from hflow_rt.errors import OutOfMemory
-from hflow_rt.models.family import loss_draws
+from hflow_rt.models.plan import Batch, Place, TrainingPlan, draw
 from hflow_rt.training import footprint
 from hflow_rt.training.config import load_config
+
+
+def plan_of(model: Any) -> TrainingPlan:
+    plan: TrainingPlan = model.plan(load_config("hflow-demo").training)
+    return plan
+
 
 STEPS = {"learning_rates": dict.fromkeys(("encoders", "decoders", "flows"), 1e-4)}
 
@@ -19,7 +25,7 @@ STEPS = {"learning_rates": dict.fromkeys(("encoders", "decoders", "flows"), 1e-4
 def test_saved_bytes_grow_with_the_images_and_leave_the_model_as_it_is(tiny_model: Any) -> None:
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     pixels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    two, three, six = (footprint.saved_bytes(tiny_model, pixels[:n], []) for n in (2, 3, 6))
+    two, three, six = (footprint.saved_bytes(plan_of(tiny_model), pixels[:n], []) for n in (2, 3, 6))
     assert two < three < six
     # what does not depend on the images, as weights times gains, is no part of the slope
     assert six == pytest.approx(two + 4 * (three - two), rel=0.02)
@@ -32,12 +38,12 @@ def test_saved_bytes_are_what_really_stays(tiny_model: Any) -> None:
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        images, noise = loss_draws(tiny_model, pixels, torch.Generator().manual_seed(0))
-        tiny_model.loss(images, noise, {})
+        plan = plan_of(tiny_model)
+        plan.loss("flow", Batch(pixels, draw(plan.draws("flow"), 2, torch.Generator().manual_seed(0)), {}), Place())
     own = {p.untyped_storage().data_ptr() for p in (*tiny_model.parameters(), *tiny_model.buffers())}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     expected = sum(size for pointer, size in storages.items() if pointer not in own)
-    assert footprint.saved_bytes(tiny_model, pixels, []) == pytest.approx(expected, rel=0.01)
+    assert footprint.saved_bytes(plan_of(tiny_model), pixels, []) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(("batch", "fits"), [(3, True), (4, True), (100_000, False)])
@@ -59,10 +65,10 @@ def test_a_batch_is_judged(
     monkeypatch.setattr(footprint, "available", lambda: 2**30)
     indices = images.split()[0]
     if fits:
-        footprint.check_batch(tiny_model, images, indices, config.training)
+        footprint.check_batch(plan_of(tiny_model), images, indices, config.training)
     else:
         with pytest.raises(OutOfMemory, match=r"training\.batch_size=100000 would take .* lower it, and raise"):
-            footprint.check_batch(tiny_model, images, indices, config.training)
+            footprint.check_batch(plan_of(tiny_model), images, indices, config.training)
 
 
 def test_a_model_is_judged(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +95,7 @@ def test_nothing_of_the_trial_stays(tiny_model: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "exp", watched)
-        footprint.saved_bytes(tiny_model, torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), [])
+        footprint.saved_bytes(plan_of(tiny_model), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), [])
         result = watched(torch.ones(3, requires_grad=True))
     assert result is not None
     del result

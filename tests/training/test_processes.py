@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hflow_rt.models.checkpoint import build_model
+from hflow_rt.models.plan import Place
 from hflow_rt.streams import generator
-from hflow_rt.training.batches import MicroBatches, Place, Shuffle
+from hflow_rt.training.batches import MicroBatches, Shuffle
 from hflow_rt.training.config import load_config
 from hflow_rt.training.schedule import learning_rates
 
@@ -44,7 +45,8 @@ def _expected(images: Any) -> dict[str, torch.Tensor]:
     settings = load_config("toy")
     training, trained_on = settings.training, images.split()[0]
     torch.manual_seed(training.seed)
-    model = build_model("toy", settings.model).train()
+    plan = build_model("toy", settings.model).plan(training).train()
+    model: Any = plan.model
     first = Shuffle(trained_on, training.seed).take(0, training.init_images)
     model.initialize(torch.from_numpy(images.pixels(first)), generator(training.seed, training.init_images))
     groups = model.parameter_groups()
@@ -55,11 +57,11 @@ def _expected(images: Any) -> dict[str, torch.Tensor]:
         start, ends = model.spread.clone(), []
         for rank in (0, 1):
             shard: Any = SimpleNamespace(rank=rank, count=2, device=torch.device("cpu"))
-            batches = MicroBatches(model, images, trained_on, training, shard)
+            batches = MicroBatches(plan, images, trained_on, training, shard)
             model.spread.copy_(start)
             for micro in range(training.accumulate):
                 batch = batches.get(place, micro)
-                (model.loss(batch.images, batch.noise).loss / training.accumulate / 2).backward()
+                (plan.loss("flow", batch, place).loss / training.accumulate / 2).backward()
             ends.append(model.spread.clone())
         model.spread.copy_((ends[0] + ends[1]) / 2)
         rates = learning_rates(training, place.images)
@@ -105,5 +107,5 @@ def test_the_command_trains_with_two_processes(images: Any, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["images"], found["step"]) == (16, 2)
-    assert math.isfinite(found["final"]["strict"])
+    assert math.isfinite(found["final"]["figures"]["strict"]["mean"])
     assert (tmp_path / "run" / "model.safetensors").is_file()

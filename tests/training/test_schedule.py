@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from hflow_rt.training.config import load_config
@@ -28,6 +30,24 @@ def test_rates_warm_up() -> None:
     for images, share in ((0, 0.0), (40, 0.25), (120, 0.75), (160, 1.0), (1000, 1.0)):
         expected = {name: share * rate for name, rate in learning_rates(plain, images).items()}
         assert learning_rates(config, images) == pytest.approx(expected)
+
+
+def test_a_cosine_by_epochs_ends_at_the_final_rates() -> None:
+    """Two epochs of 80 images before it and five of it: a recursion over the epochs, the last at the final rate."""
+    changes = ["decay=cosine", "decay_start_images=80", "images=480", "final_rates.flows=1e-3", "cut_images={}"]
+    config = load_config("toy", overrides=[f"training.{change}" for change in changes]).training
+    flows, encoders = 5e-3, 1e-3
+    for epoch in range(6):
+        j, last = epoch - 1, 6 - 1 - 1
+        if j >= 1:
+            ratio = (1 + math.cos(math.pi * j / last)) / (1 + math.cos(math.pi * (j - 1) / last))
+            flows, encoders = 1e-3 + (flows - 1e-3) * ratio, encoders * ratio
+        for images in (80 * epoch, 80 * epoch + 79):
+            found = learning_rates(config, images)
+            assert (found["flows"], found["encoders"]) == pytest.approx((flows, encoders), abs=1e-12)
+    assert flows == pytest.approx(1e-3)
+    shorter = config.model_copy(update={"decay_end_images": 240})
+    assert learning_rates(shorter, 160)["flows"] == learning_rates(shorter, 10_000)["flows"] == pytest.approx(1e-3)
 
 
 def test_due_counts_every_multiple_once() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,10 +46,10 @@ def test_train_then_resume(folder: Path, tmp_path: Path) -> None:
     lines = first.stdout.splitlines()
     assert lines[0].startswith(f"{run}: 80 images in 10 steps, ")
     assert lines[0].endswith(" images/s")
-    assert lines[1].startswith("bits/dim on ")
-    assert "at initialisation: " in lines[2]
-    assert "strict" in lines[2]
-    assert "paper's bound" in lines[2]
+    assert lines[1] == "on 5 held-out images:"
+    assert re.match(
+        r"  at initialisation: bits/dim \d+\.\d{3} ± \d\.\d{3} strict bound, \d+\.\d{3} paper's bound$", lines[2]
+    )
     assert "now: " in lines[3]
     assert lines[-1] == f"next: hflow-rt export {run}"
     # piped: a line at each evaluation
@@ -61,7 +62,7 @@ def test_train_then_resume(folder: Path, tmp_path: Path) -> None:
     assert second.exit_code == 0, second.output
     found = json.loads(second.stdout)
     assert (found["images"], found["step"], found["stopped_by"]) == (160, 20, "images")
-    assert found["final"]["strict"] < found["initial"]["strict"]
+    assert found["final"]["figures"]["strict"]["mean"] < found["initial"]["figures"]["strict"]["mean"]
     third = _train("--resume", "--out", run, "--images", 168, "--json")
     assert json.loads(third.stdout)["images"] == 168
     earlier = checkpoints(run)[0]

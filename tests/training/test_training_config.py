@@ -43,6 +43,13 @@ def test_a_complete_file_takes_nothing_from_its_preset() -> None:
     assert load_config(file=values).training.decay_factors == {}
 
 
+def test_settings_of_an_optimizer() -> None:
+    config = load_config("toy", overrides=["training.eps=1e-3", "training.optimizers.one.weight_decay=0.5"]).training
+    common = {"kind": "adam", "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.0}
+    assert config.optimizer_settings("other").model_dump() == common
+    assert config.optimizer_settings("one").model_dump() == common | {"weight_decay": 0.5}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -54,6 +61,8 @@ def test_a_complete_file_takes_nothing_from_its_preset() -> None:
         ("training.grad_clip=-1", r"training.grad_clip: .*; found -1"),
         ("training.learning_rates.flows=NaN", r"training.learning_rates.flows: "),
         ("training.precision=fp8", r"training.precision: .*; found \"fp8\""),
+        ("training.optimizers.x.kind=sgd", r"training.optimizers.x.kind: .*; found \"sgd\""),
+        ("training.ema_ramp=0.05", r"training: ema_ramp shortens a half-life; give ema_half_life_images too"),
         ("training.batch_size", r"--set takes a.b=value"),
     ],
 )

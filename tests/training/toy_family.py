@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import Bound, BoundKind, Encoding, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.family import Bound, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.registry import Family, ModelConfig
 
 SIDE = 8
@@ -19,9 +20,10 @@ class ToyConfig(ModelConfig):
     resolution: int = SIDE
     hidden: int = 4
     strict: bool = True
+    bits: int = 8
 
 
-class ToyFlow(LatentModel):
+class ToyFlow(FlowModel):
     """x given code y: z0 = (x - shift(y)) / scale; y: a Gaussian of learned mean."""
 
     config: ToyConfig
@@ -49,7 +51,7 @@ class ToyFlow(LatentModel):
         shift = self.decoder(latents["z1"] + self.mean)[:, :, None, None]
         return (latents["z0"] * self.log_scale.exp() + shift + 0.5).clamp(0, 1)
 
-    def encode(self, images: Tensor, conditions: Any = None) -> Encoding:
+    def encode(self, images: Tensor, conditions: Any = None) -> InversePass:
         raise NotImplementedError
 
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,14 +74,14 @@ class ToyFlow(LatentModel):
         total = torch.stack(list(terms.values())).sum(0).mean()
         return LossTerms(total, total.detach() + 8, {k: v.mean().detach() for k, v in terms.items()})
 
-    def bounds(self) -> dict[BoundKind, Bound]:
-        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
+    def bounds(self) -> dict[str, Bound]:
+        return {"strict": Bound("strict bound", "upper"), "paper": Bound("paper's bound", "published")}
 
     def bound_inputs(
-        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Any = None
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Any = None
     ) -> dict[str, Tensor]:
         if bound == "strict" and not self.config.strict:
-            raise ConfigError("no strict bits/dim: z1 has no posterior noise")
+            raise ConfigError("z1 has no posterior noise")
         noise = torch.randn(len(pixels), 2, generator=generator)
         return {"x": self.dequantize(pixels, generator), "z1.flow": noise}
 
@@ -91,12 +93,6 @@ class ToyFlow(LatentModel):
         x = self.dequantize(pixels, generator)
         with torch.no_grad():
             self.log_scale.copy_(x.std((0, 2, 3)).log()[:, None, None])
-
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        if generator is None:
-            return (pixels + 0.5) / 256 - 0.5
-        x = (pixels + torch.rand(pixels.shape, generator=generator)) / 256 - 0.5
-        return x + noise_std * torch.randn(pixels.shape, generator=generator)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {

@@ -9,19 +9,20 @@ from safetensors.torch import save_file
 from hflow_rt.models.registry import FAMILIES
 from hflow_rt.training import trainer
 from hflow_rt.training.config import load_config
+from hflow_rt.training.run import Run
 
 FAMILIES["toy"] = "toy_family"
 
 
 def main(out: Path) -> None:
-    save = trainer._Trainer._save
+    save = Run.save
 
-    def also_here(self: trainer._Trainer) -> None:
+    def also_here(self: Run) -> None:
         save(self)
-        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        state = {name: value.clone() for name, value in self.plan.model.state_dict().items()}
         save_file(state, out / f"rank{self.processes.rank}.safetensors")
 
-    trainer._Trainer._save = also_here  # type: ignore[method-assign]
+    Run.save = also_here  # type: ignore[method-assign]
     overrides = ["training.images=80", "training.ema_warmup_images=0"]
     result = trainer.train(load_config("toy", overrides=overrides), ToyImages(), out / "run", device="cpu")
     assert result.images == 80

@@ -15,6 +15,7 @@ _LARGEST_SIDE = 4096
 class GlowConfig(ModelConfig):
     """`levels` of `steps` flow steps each; every level halves the side and doubles the channels it hands on."""
 
+    channels: Literal[3] = 3
     resolution: Annotated[int, Field(ge=2, le=_LARGEST_SIDE)]
     levels: Annotated[int, Field(ge=1, le=12)] = 3
     steps: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -43,7 +44,7 @@ class GlowConfig(ModelConfig):
         default=True, description="recompute activations from outputs, so that memory does not grow with the steps"
     )
 
-    def channels(self, level: int) -> int:
+    def width(self, level: int) -> int:
         """Channels inside level `level`, 0 being the finest."""
         return int(12 * 2**level)
 

@@ -59,7 +59,7 @@ class FlowChain(nn.Module):
 
     def __init__(self, config: GlowConfig, level: int) -> None:
         super().__init__()
-        channels = config.channels(level)
+        channels = config.width(level)
         self.side = config.side(level)
         self.steps = nn.ModuleList(FlowStep(channels, config) for _ in range(config.steps))
         self.invertible_backward = config.invertible_backward

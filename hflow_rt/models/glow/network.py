@@ -16,8 +16,9 @@ from hflow_rt.conditions import Choices
 from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.fold import folded_copy
-from hflow_rt.models.bins import dequantize, public_levels, to_model, to_public
-from hflow_rt.models.family import Bound, BoundKind, Conditions, Encoding, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.bins import public_levels, to_model, to_public
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LossTerms
+from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.glow.config import GlowConfig
 from hflow_rt.models.glow.flow import ChainResult, FlowChain
 from hflow_rt.models.glow.folded import FOLDS
@@ -67,7 +68,7 @@ class Level(nn.Module):
         self.prior = SplitPrior(config, index) if learned else None
 
 
-class Glow(LatentModel):
+class Glow(FlowModel):
     """Invertible multi-scale image model; `latents -> image -> latents` and back are both the identity.
 
     Latents coarse to fine: `z{L-1}` `[B, 12 2^(L-1), R/2^L, R/2^L]`, then `z{L-2}` ... `z0`. With learned priors they
@@ -82,7 +83,7 @@ class Glow(LatentModel):
         self.config = config
         self.levels = nn.ModuleList(Level(config, index) for index in range(config.levels))
         self.top = TopPrior(config)
-        top_channels = config.channels(config.levels - 1)
+        top_channels = config.width(config.levels - 1)
         self.classifier = ZeroLinear(top_channels, len(config.classes)) if config.classifier else None
         self.register_buffer("initialized", torch.zeros((), dtype=torch.uint8))
 
@@ -97,7 +98,7 @@ class Glow(LatentModel):
         for index in reversed(range(self.config.levels)):
             split = index < self.config.levels - 1
             side = self.config.side(index)
-            shapes[f"z{index}"] = (self.config.channels(index) // (2 if split else 1), side, side)
+            shapes[f"z{index}"] = (self.config.width(index) // (2 if split else 1), side, side)
         return shapes
 
     def prior_std(self) -> dict[str, float]:
@@ -168,12 +169,12 @@ class Glow(LatentModel):
         self._labels(latents)
         return to_public(self.decode_model(latents).image, self.config.bits)
 
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> InversePass:
         side = self.resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise DataError(f"images must be [B, 3, {side}, {side}], not {list(images.shape)}")
         encoded = self.encode_model(to_model(images, self.config.bits), self._labels(conditions))
-        return Encoding(self.named_latents(encoded), encoded.log_prob)
+        return InversePass(self.named_latents(encoded), encoded.log_prob)
 
     def loss(
         self, images: Tensor, noise: Mapping[str, Tensor] | None = None, conditions: Conditions | None = None
@@ -190,11 +191,11 @@ class Glow(LatentModel):
             loss = bits + self.config.class_weight * terms["class"]
         return LossTerms(loss, bits.detach(), {name: value.detach() for name, value in terms.items()})
 
-    def bounds(self) -> dict[BoundKind, Bound]:
-        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
+    def bounds(self) -> dict[str, Bound]:
+        return {"strict": Bound("strict bound", "upper"), "paper": Bound("paper's bound", "published")}
 
     def bound_inputs(
-        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
         """The published bound is the strict one: uniform dequantisation is all that is random."""
         uniform = torch.rand(pixels.shape, generator=generator).to(pixels.device)
@@ -243,9 +244,6 @@ class Glow(LatentModel):
             for level in self._levels():
                 x = level.chain.inverse(F.pixel_unshuffle(x, 2)).value.chunk(2, 1)[0]
             self.initialized.fill_(1)
-
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        return dequantize(pixels, self.config.bits, generator, noise_std)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"flow": list(self.parameters())}

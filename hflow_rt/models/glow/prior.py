@@ -53,7 +53,7 @@ class SplitPrior(nn.Module):
 
     def __init__(self, config: GlowConfig, level: int) -> None:
         super().__init__()
-        channels = config.channels(level)
+        channels = config.width(level)
         self.side = config.side(level)
         self.conv = ZeroConv2d(channels // 2, channels, config)
 
@@ -93,7 +93,7 @@ class TopPrior(nn.Module):
     def __init__(self, config: GlowConfig) -> None:
         super().__init__()
         level = config.levels - 1
-        channels, self.side = config.channels(level), config.side(level)
+        channels, self.side = config.width(level), config.side(level)
         self.learned = config.top_prior == "learned"
         if self.learned:
             self.bias = nn.Parameter(torch.zeros(2 * channels))

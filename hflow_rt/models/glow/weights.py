@@ -125,7 +125,7 @@ def from_original(config: GlowConfig, state: Mapping[str, Tensor], source: str =
             _check_permutation(result[where.name], tensor, f"{source}: {shown(name)}")
     if config.permutation == "reverse":
         for level in range(config.levels):
-            order = torch.arange(config.channels(level) - 1, -1, -1)
+            order = torch.arange(config.width(level) - 1, -1, -1)
             names = (f"levels.{level}.chain.steps.{step}.mixing.order" for step in range(config.steps))
             result |= {name: order for name in names if name not in result}
     return result
@@ -145,7 +145,7 @@ def place(config: GlowConfig, layout: Layout, name: str) -> Place:
             return _in_step(config, layout, level, position - 1, match[2], match[3])
         if position == config.steps + 1 and match[2] in ("conv", "conv.conv"):
             ours = f"levels.{level}.prior.conv.{_LEAVES.get(match[3], match[3])}"
-            return Place(ours, order=_deinterleaved(config.channels(level)))
+            return Place(ours, order=_deinterleaved(config.width(level)))
         return Place(name)
     for theirs, ours in _HEADS.items():
         if name.startswith(theirs):
@@ -159,7 +159,7 @@ def _in_step(config: GlowConfig, layout: Layout, level: int, step: int, rest: st
     leaf = (_NORM_LEAVES if is_norm else _LEAVES).get(leaf, leaf)
     order = None
     if module == "coupling.net.out" and config.coupling == "affine":
-        channels = config.channels(level)
+        channels = config.width(level)
         # shift first; theirs is the scale first, or every second one
         order = torch.arange(channels).roll(channels // 2) if layout == "blocks" else _deinterleaved(channels)
     return Place(f"levels.{level}.chain.steps.{step}.{module}.{leaf}", -1 if is_norm else 1, order)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.bins import public_levels, to_model
-from hflow_rt.models.family import BoundKind, LossTerms
+from hflow_rt.models.family import LossTerms
 from hflow_rt.models.hflow.flow import FlowResult
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def bound_shapes(model: HFlow) -> dict[str, tuple[int, ...]]:
     }
 
 
-def bound_inputs(model: HFlow, bound: BoundKind, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def bound_inputs(model: HFlow, bound: str, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """`image`, `uniform` and the noises of `bound_shapes` that make `bound_terms` either of the two bounds.
 
     strict: everything that depends on a target sees one and the same draw of its posterior; without a posterior its
@@ -205,7 +205,7 @@ def bound_inputs(model: HFlow, bound: BoundKind, pixels: Tensor, generator: torc
     shapes, relative = bound_shapes(model), model.noised()
     missing = [name for name in model.latent_shapes() if name not in relative and name != "z0"]
     if bound == "strict" and missing:
-        raise ConfigError(f"no strict bits/dim: {', '.join(missing)} has no posterior noise in this configuration")
+        raise ConfigError(f"{', '.join(missing)} has no posterior noise in this configuration")
     inputs = {
         "image": public_levels(pixels, model.config.bits),
         "uniform": torch.rand(pixels.shape, generator=generator),

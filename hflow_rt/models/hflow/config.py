@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hflow_rt.layers.masks import PERIODS, split_steps
-from hflow_rt.models.registry import ModelConfig
+from hflow_rt.models.registry import ModelConfig, Settings
 
 __all__ = ["CouplingNet", "EndConfig", "HFlowConfig", "LevelConfig", "unet_widths"]
 
@@ -19,7 +19,7 @@ _StepCount = Annotated[int, Field(ge=1, le=4096)]
 _Size = Annotated[int, Field(gt=0, le=1 << 16)]
 
 
-class LevelConfig(ModelConfig):
+class LevelConfig(Settings):
     """One level: its target's shape, the flow over it, and the encoder and decoder between it and the next coarser."""
 
     resolution: _Size
@@ -78,7 +78,7 @@ class LevelConfig(ModelConfig):
         return self
 
 
-class EndConfig(ModelConfig):
+class EndConfig(Settings):
     """The 1x1 end vector: its parts, the flow over each, and which entries reach style and base."""
 
     channels: tuple[_Size, ...] = (4, 508)
@@ -116,6 +116,7 @@ class EndConfig(ModelConfig):
 class HFlowConfig(ModelConfig):
     """The whole model. `levels[0]` is the image, 3 channels, scaled by 4; the last level must be 8x8."""
 
+    channels: Literal[3] = 3
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
     end: EndConfig
     style_channels: _Size = 512

@@ -10,18 +10,9 @@ from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
-from hflow_rt.models.bins import dequantize, to_model, to_public
-from hflow_rt.models.family import (
-    Bound,
-    BoundKind,
-    Conditions,
-    Encoding,
-    GraphSpec,
-    LatentModel,
-    LossTerms,
-    NoiseScale,
-    Space,
-)
+from hflow_rt.models.bins import to_model, to_public
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LossTerms, NoiseScale, Space
+from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.hflow import bound as bounding
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
 from hflow_rt.models.hflow.config import HFlowConfig
@@ -89,7 +80,7 @@ class Level(nn.Module):
         return theta, self.condition(features), None if self.skip is None else self.skip(features)
 
 
-class HFlow(LatentModel):
+class HFlow(FlowModel):
     """Invertible hierarchical image model.
 
     Latents coarse to fine: `end0`, `end1`, ... `[B, d_i, 1, 1]`, then `z{L-1}` ... `z0` `[B, C_l, R_l, R_l]`.
@@ -219,13 +210,13 @@ class HFlow(LatentModel):
                 raise DataError(f"latent {name} must be [B, {', '.join(map(str, shape))}], not {found}")
         return to_public(self.generate(latents).image, self.config.bits)
 
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> InversePass:
         """`log_prob` is the plug-in value of the bound at the noise-free targets, not a strict bound (spec 3.2)."""
         side = self.resolution
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise DataError(f"images must be [B, 3, {side}, {side}], not {list(images.shape)}")
         encoded = self.encode_targets(self.targets(to_model(images, self.config.bits)))
-        return Encoding(self.named_latents(encoded), self.log_prob(encoded))
+        return InversePass(self.named_latents(encoded), self.log_prob(encoded))
 
     def log_prob(self, encoded: Encoded) -> Tensor:
         """Sum over parts and levels of log prior, log-determinant and posterior entropy, `[B]` nats."""
@@ -240,11 +231,11 @@ class HFlow(LatentModel):
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
         return bounding.noise_shapes(self)
 
-    def bounds(self) -> dict[BoundKind, Bound]:
-        return {"strict": Bound("strict", "upper"), "paper": Bound("paper's bound", "published")}
+    def bounds(self) -> dict[str, Bound]:
+        return {"strict": Bound("strict bound", "upper"), "paper": Bound("paper's bound", "published")}
 
     def bound_inputs(
-        self, bound: BoundKind, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
     ) -> dict[str, Tensor]:
         return bounding.bound_inputs(self, bound, pixels, generator)
 
@@ -262,9 +253,6 @@ class HFlow(LatentModel):
             if len(x) > 1:  # one image has no spread; the first real batch will set it
                 self.update_spreads(self.batch_spreads(targets), weight=1.0)
             self.encode_targets(targets)
-
-    def dequantize(self, pixels: Tensor, generator: torch.Generator | None, noise_std: float = 0.0) -> Tensor:
-        return dequantize(pixels, self.config.bits, generator, noise_std)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {"encoders": [], "decoders": [], "flows": []}

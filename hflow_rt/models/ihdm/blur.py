@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hflow_rt.models.ihdm.config import IHDMConfig
 
-__all__ = ["Blur", "blur_lengths", "cosine_basis", "damping"]
+__all__ = ["Blur", "blur_lengths", "cosine_basis", "damped", "damping"]
 
 
 def blur_lengths(config: IHDMConfig) -> Tensor:
@@ -34,6 +34,12 @@ def damping(config: IHDMConfig) -> Tensor:
     """What every level multiplies the frequencies of one axis by, float64 `[K + 1, R]`."""
     frequency = torch.arange(config.resolution, dtype=torch.float64, device="cpu") * (math.pi / config.resolution)
     return torch.exp(-(frequency**2) * blur_lengths(config)[:, None] ** 2 / 2)
+
+
+def damped(images: Tensor, basis: Tensor, damping: Tensor) -> Tensor:
+    """Images whose waves are multiplied by `damping`, `[R]` or `[1, R]`, along both axes."""
+    matrix = (basis.T * damping) @ basis
+    return matrix @ images @ matrix
 
 
 class Blur:

@@ -40,6 +40,9 @@ class IHDMConfig(ModelConfig):
     train_last_level: bool = Field(
         default=True, description="the published code never trains the level that sampling begins with"
     )
+    bank: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
+        default=4096, description="training images whose starts are kept, as numbers a few a channel"
+    )
     noisy_start: bool = Field(default=True, description="sampling begins with noise on the blurred image")
 
     def width(self, stage: int) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import LossTerms, TensorSpec
+from hflow_rt.models.family import GraphSpec, Loop, LossTerms, Prior, Route, TensorSpec
+from hflow_rt.models.ihdm.bank import starts, surviving
 from hflow_rt.models.ihdm.blur import Blur
 from hflow_rt.models.ihdm.config import IHDMConfig
+from hflow_rt.models.ihdm.graphs import graphs, loops
 from hflow_rt.models.ihdm.network import UNet
 
 __all__ = ["IHDM", "levels_of"]
@@ -18,17 +21,59 @@ __all__ = ["IHDM", "levels_of"]
 class IHDM(nn.Module):
     """The network and the blur it undoes. Images are `[B, C, R, R]` in [0, 1]; levels int64 `[B]`, 1 to `steps`."""
 
+    starts: Tensor | None
+
     def __init__(self, config: IHDMConfig) -> None:
         super().__init__()
         self.config = config
         self.network = UNet(config)
         self.blur = Blur(config)
+        self.start_shape = (config.channels, len(surviving(config)))
+        self.register_buffer("starts", torch.zeros(config.bank, *self.start_shape) if config.bank else None)
 
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         """The expected image one level sharper, given `u` at each image's `level`."""
         return u + self.network(u, level)
 
+    # -- what is exported
+
+    @property
+    def resolution(self) -> int:
+        """Side of the image in pixels."""
+        return self.config.resolution
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`start`, the surviving waves; `start_noise` on the image of them; `residual`, see `graphs.py`."""
+        shape = self.config.image_shape
+        return {"start": self.start_shape, "start_noise": shape, "residual": shape}
+
+    def prior_std(self) -> dict[str, float]:
+        """Of each latent at temperature 1; nothing is missing of a sample."""
+        return {"start": 1.0, "start_noise": float(self.config.noisy_start), "residual": 0.0}
+
+    def prior(self) -> dict[str, Prior]:
+        """Where each latent comes from."""
+        noisy: Prior = "normal" if self.config.noisy_start else "unscaled"
+        return {"start": "bank", "start_noise": noisy, "residual": "unscaled"}
+
+    def bank(self) -> dict[str, Tensor]:
+        """Starts of training images, `[rows, C, M]`; none of a published model, which holds no images."""
+        return {} if self.starts is None else {"start": self.starts}
+
+    def graphs(self) -> dict[str, GraphSpec]:
+        """See `graphs.py`."""
+        return graphs(self)
+
+    def routes(self) -> dict[Route, Loop]:
+        """See `graphs.py`."""
+        return loops(self)
+
     # -- training
+
+    def fill_bank(self, pixels: Tensor) -> None:
+        """Make the bank of uint8 images `[N, C, R, R]`, as evenly of them as it has rows."""
+        if self.starts is not None:
+            self.starts.copy_(starts(self.config, pixels, len(self.starts)))
 
     def draws(self) -> dict[str, TensorSpec]:
         """What one loss draws for every image, by name."""

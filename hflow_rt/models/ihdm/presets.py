@@ -22,6 +22,7 @@ def _training(batch: int, rate: float, average: float = 0.999, **changes: Any) -
         "ema_warmup_images": 0,
         "added_noise_std": 0.0,
         "flip": False,
+        "init_images": 4096,  # rows of the bank
         **changes,
     }
 
@@ -100,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     "model": {
         "resolution": 8, "steps": 4, "blur_max": 4.0, "base_width": 4, "widths": (8, 16), "blocks": 1,
-        "attention": (1,),
+        "attention": (1,), "bank": 8,
     },
-    "training": _training(4, 1e-3, 0.9, images=400, warmup_images=40),
+    "training": _training(4, 1e-3, 0.9, images=400, warmup_images=40, init_images=8),
 }  # fmt: skip

@@ -67,7 +67,7 @@ def test_values_are_rounded_and_clipped(value, level):
     ],
 )
 def test_to_uint8_refuses(images):
-    with pytest.raises(DataError, match=r"images must be float \[B, 3, R, R\]|pixels must be finite"):
+    with pytest.raises(DataError, match=r"images must be float \[B, 3 or 1, R, R\]|pixels must be finite"):
         to_uint8(images)
 
 
@@ -76,7 +76,7 @@ def test_to_uint8_refuses(images):
 )
 @pytest.mark.parametrize("function", [check_pixels, from_uint8, grid, strip])
 def test_pixels_of_another_kind_are_refused(function, images):
-    with pytest.raises(DataError, match=r"images must be uint8 \[B, H, W, 3\] and not empty; found"):
+    with pytest.raises(DataError, match=r"images must be uint8 \[B, H, W, 3 or 1\] and not empty; found"):
         function(images)
 
 
@@ -316,3 +316,16 @@ def test_square_grids_stay_as_large_as_a_screen() -> None:
     assert grid(small).size == (2 * 98 + 2, 2 * 98 + 2)
     assert grid(many).size == (32 * 66 + 2, 32 * 66 + 2)
     assert grid(many[:60], columns=60).size[0] == 60 * 98 + 2  # rows that were asked for are as they always are
+
+
+def test_grey_images_make_grey_pictures() -> None:
+    """A table is coloured once one of its images is; every letter and pixel is then where it would be."""
+    images = noise(2, 16, 16, 1)
+    for picture in (grid(images), strip(images), labelled_rows([("a", images)]), captioned(images, ["a", "b"])):
+        assert picture.mode == "L"
+    assert grid(images, padding=0, scale=1, columns=2).tobytes() == np.concatenate([*images[..., 0]], 1).tobytes()
+    colour = noise(2, 16, 16, 3)
+    mixed = labelled_rows([("grey", images), ("colour", colour)])
+    assert mixed.mode == "RGB"
+    same = labelled_rows([("grey", np.repeat(images, 3, -1)), ("colour", colour)])
+    assert mixed.tobytes() == same.tobytes()

@@ -77,6 +77,16 @@ def test_mp4_holds_every_frame(tmp_path, height, width):
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_grey_frames_stay_grey(tmp_path, suffix):
+    frames = clip()[..., :1]
+    save_animation(tmp_path / f"a{suffix}", frames, 10)
+    seen, _ = decode(tmp_path / f"a{suffix}")
+    assert len(seen) == len(frames)
+    assert np.abs(seen.astype(int) - frames).mean() < (0.01 if suffix == ".gif" else 3)
+    assert np.abs(np.diff(seen.astype(int), axis=-1)).max() <= (0 if suffix == ".gif" else 4)
+
+
 def test_png_is_a_strip(tmp_path):
     frames = clip(3, 96, 96)
     save_animation(tmp_path / "a.png", frames, 10)
@@ -106,7 +116,7 @@ def test_gif_cannot_be_faster_than_50(tmp_path):
 
 @pytest.mark.parametrize("frames", [clip()[:0], clip()[0], clip().astype(np.float32), clip()[..., :2]])
 def test_frames_of_another_kind_are_refused(tmp_path, frames):
-    with pytest.raises(DataError, match=r"frames must be uint8 \[B, H, W, 3\] and not empty"):
+    with pytest.raises(DataError, match=r"frames must be uint8 \[B, H, W, 3 or 1\] and not empty"):
         save_animation(tmp_path / "a.gif", frames, 10)
 
 

@@ -1,0 +1,78 @@
+"""What a manifest says of a model, and the tables that go beside it: loops' schedules and the bank of its prior."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hflow_rt import manifest
+from hflow_rt.manifest import Route
+from hflow_rt.models.family import LatentModel, Loop, TensorSpec
+
+__all__ = ["TABLES", "described", "described_tensor", "latents_of", "tables_of"]
+
+_BANK = "bank.safetensors"
+TABLES = (_BANK, *(f"{route}.schedule.safetensors" for route in get_args(Route)))  # files that a bundle may have
+
+
+def described(model: LatentModel, ways: Mapping[Route, str | Loop], graphs: Collection[str]) -> dict[str, Any]:
+    """Fields of the manifest of a bundle with these routes and graphs of the model."""
+    return {
+        "config": model.config.model_dump(mode="json"),
+        "resolution": model.resolution,
+        "latents": latents_of(model),
+        "choices": dict(model.choices()),
+        "routes": {route: way if isinstance(way, str) else _loop(route, way) for route, way in ways.items()},
+        "absent": dict(model.absent()),
+        "bank": _BANK if model.bank() else None,
+        "spaces": {
+            name: manifest.Space(into=space.into, back=space.back, decode=space.decode)
+            for name, space in model.spaces().items()
+            if {*space.graphs} <= {*graphs}
+        },
+    }
+
+
+def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Contents of the files that `described` names: float32 arrays by name."""
+    found = {
+        _schedule(route): {name: np.ascontiguousarray(table, np.float32) for name, table in way.schedule.items()}
+        for route, way in ways.items()
+        if isinstance(way, Loop)
+    }
+    if bank := model.bank():
+        found[_BANK] = {name: rows.detach().float().cpu().contiguous().numpy() for name, rows in bank.items()}
+    return found
+
+
+def latents_of(model: LatentModel) -> tuple[manifest.Latent, ...]:
+    """The latents and their priors."""
+    stds, prior = model.prior_std(), model.prior()
+    return tuple(
+        manifest.Latent(name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"))
+        for name, shape in model.latent_shapes().items()
+    )
+
+
+def described_tensor(tensor: TensorSpec) -> manifest.Tensor:
+    """A tensor of a graph."""
+    return manifest.Tensor(
+        name=tensor.name, shape=tensor.shape, role=tensor.role, range=tensor.range, default=tensor.default
+    )
+
+
+def _schedule(route: Route) -> str:
+    return f"{route}.schedule.safetensors"
+
+
+def _loop(route: Route, loop: Loop) -> manifest.Loop:
+    return manifest.Loop(
+        start=loop.start,
+        step=loop.step,
+        steps=loop.steps,
+        schedule=_schedule(route),
+        carry=dict(loop.carry),
+        last=loop.last,
+        every=dict(loop.every),
+    )

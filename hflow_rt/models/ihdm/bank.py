@@ -1,0 +1,63 @@
+"""Where sampling begins, as a few numbers: the cosine waves that survive the largest blur (spec 14).
+
+A start is `[C, M]`, M waves a channel in units in which the first, the constant wave, is the mean colour in [0, 1].
+Starts of training images are the prior: a bank, of which every sample takes one.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hflow_rt.models.ihdm.blur import Blur, cosine_basis, damping
+from hflow_rt.models.ihdm.config import IHDMConfig
+
+__all__ = ["coefficients", "rebuilt", "starts", "surviving", "waves"]
+
+_TOLERANCE = 1e-6  # of a pixel, for any image: far below the noise that is added to it
+_BATCH = 64
+
+
+def surviving(config: IHDMConfig) -> list[tuple[int, int]]:
+    """Frequencies (row, column) of the waves that are kept, from the longest to the shortest.
+
+    As few with `row^2 + column^2` up to some number as rebuild the blurred image of any image in [0, 1] to 1e-6.
+    """
+    basis, left = cosine_basis(config.resolution).abs(), damping(config)[-1]
+    # how much a wave of an image of 0s and 1s can contribute to a pixel: half, because all but the mean have no mean
+    reach = left * basis.amax(1) * basis.sum(1)
+    each = 0.5 * reach[:, None] * reach
+    squares = torch.arange(config.resolution, device="cpu") ** 2
+    radius = squares[:, None] + squares
+    for enough in radius.unique():
+        if each[radius > enough].sum() <= _TOLERANCE:
+            break
+    kept = (radius <= enough).nonzero()
+    return sorted(map(tuple, kept.tolist()), key=lambda wave: (wave[0] ** 2 + wave[1] ** 2, wave))
+
+
+def waves(config: IHDMConfig) -> Tensor:
+    """What one unit of every surviving wave adds to the pixels, float64 `[M, R * R]`."""
+    basis, kept = cosine_basis(config.resolution), torch.tensor(surviving(config), device="cpu")
+    products = basis[kept[:, 0], :, None] * basis[kept[:, 1], None, :]
+    return products.flatten(1) * config.resolution
+
+
+def coefficients(images: Tensor, waves: Tensor) -> Tensor:
+    """The waves in blurred images `[B, C, R, R]`, `[B, C, M]`."""
+    # the waves are orthogonal, and each has the norm R
+    return images.flatten(2) @ waves.to(images).T / math.prod(images.shape[2:])
+
+
+def rebuilt(start: Tensor, waves: Tensor) -> Tensor:
+    """The blurred images `[B, C, R, R]` of starts `[B, C, M]`."""
+    side = math.isqrt(waves.shape[1])
+    return (start @ waves.to(start)).unflatten(2, (side, side))
+
+
+def starts(config: IHDMConfig, pixels: Tensor, rows: int) -> Tensor:
+    """Starts of `rows` of the uint8 images `[N, C, R, R]`, float32 `[rows, C, M]`; of fewer images, each repeatedly."""
+    blur, kept = Blur(config), waves(config)
+    chosen = torch.arange(rows) % len(pixels) if rows > len(pixels) else torch.arange(rows) * len(pixels) // rows
+    batches = (pixels[part].to(kept) / 255 for part in chosen.split(_BATCH))
+    return torch.cat([coefficients(blur(images, config.steps), kept) for images in batches]).float()

@@ -53,7 +53,7 @@ def demo(
     say_next(
         "hflow-rt sample --std 0.7",
         "hflow-rt interpolate -o walk.gif",
-        "hflow-rt train --preset hflow-64 --data YOUR_IMAGES.zip",
+        "hflow-rt train --data YOUR_IMAGES.zip",
     )
 
 

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,6 @@ from hflow_rt.cli.options import BackendOption, CudaGraphOption, DeviceOption, J
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
-
-if TYPE_CHECKING:
-    pass
 
 _TRT = "TensorRT"  # heading in the help
 
@@ -161,10 +158,8 @@ def export(
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
-    from hflow_rt.errors import ConfigError
-    from hflow_rt.export.making import GraphOptions, check_engine, fail_on, model_and_bundle
+    from hflow_rt.export.making import EngineOptions, GraphOptions, check_engine, fail_on, model_and_bundle
 
-    check_engine(engine)
     graphs = GraphOptions(
         images,
         None if direction is None else direction.value,
@@ -174,18 +169,15 @@ def export(
         None if precision is None else precision.value,
         None if tune is None else tune.value,
     )
+    options = EngineOptions(
+        None if flavor is None else flavor.value, capabilities, batch, workspace, refit, update_weights
+    )
+    check_engine(engine, options)
     if engine == "trt":
-        from hflow_rt.cli.engines import EngineOptions, build_engines, update_engines
+        from hflow_rt.cli.engines import make_engines
 
-        act = update_engines if update_weights else build_engines
-        options = EngineOptions(None if flavor is None else flavor.value, capabilities, batch, workspace, refit)
-        act(run, output, graphs, options, json)
+        make_engines(run, output, graphs, options, json)
         return
-    if flavor or capabilities or batch or workspace or refit or update_weights:
-        raise ConfigError(
-            "--flavor, --compute-capability, --batch, --workspace, --refit and --update-weights are for --engine trt;"
-            " add it"
-        )
     source, folder = model_and_bundle(run, output)
     manifest = export_graphs(source, folder, graphs, json)
     report = manifest.parity

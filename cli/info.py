@@ -262,9 +262,11 @@ def _trt_backend() -> str:
     from hflow_rt.runtime.engines.cuda import find_gpus
     from hflow_rt.runtime.engines.plans import FLAVORS, installed, product
 
-    gpus = find_gpus()
-    machine = ", ".join(f"{gpu.name} (compute capability {gpu.capability})" for gpu in gpus)
     found = installed()
+    try:
+        machine = ", ".join(f"{gpu.name} (compute capability {gpu.capability})" for gpu in find_gpus())
+    except BackendUnavailable as error:
+        machine = str(error)
     if not found:
         extras = " or ".join(f"'hflow-rt[{kind.extra}]' ({kind.title})" for kind in FLAVORS.values())
         return f"missing: pip install {extras}; " + (machine or "no GPU here")

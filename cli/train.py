@@ -34,7 +34,9 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Named settings; by default the small model's.", show_default=False),
+        typer.Option(
+            help="Named settings, see 'hflow-rt info --presets'; by default the small model's.", show_default=False
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -69,9 +71,9 @@ def train(
 ) -> None:
     """Train a model, by default the small one on the bundled images; Ctrl-C saves.
 
-    Example: hflow-rt train --preset hflow-64 --data photos.zip --minutes 60
+    Example: hflow-rt train --data photos.zip --minutes 60
 
-    Several GPUs: accelerate launch -m hflow_rt.cli train --preset hflow-256 --data photos.npy
+    Several GPUs: accelerate launch -m hflow_rt.cli train --data photos.npy
     """
     need_extra("train", "torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError

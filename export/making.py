@@ -24,6 +24,7 @@ from hflow_rt.runtime.images.reading import read_pictures
 
 __all__ = [
     "ENGINES",
+    "EngineOptions",
     "GraphOptions",
     "Tell",
     "check_engine",
@@ -87,6 +88,21 @@ class GraphOptions:
         return words
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """What `export` was asked for of TensorRT, as it was typed; None where nothing was asked.
+
+    update: give the engines that are there other weights instead of building any.
+    """
+
+    flavor: Literal["tensorrt", "rtx"] | None = None
+    capabilities: str | None = None
+    batch: str | None = None
+    workspace: int | None = None
+    refit: bool = False
+    update: bool = False
+
+
 def checked(
     bundle: Bundle,
     images: Sequence[Path | str] | None,
@@ -107,10 +123,15 @@ def checked(
     return check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=cuda_graph)
 
 
-def check_engine(engine: str) -> None:
-    """Raise `BackendUnavailable` for an engine that nobody can build."""
+def check_engine(engine: str, options: EngineOptions) -> None:
+    """Raise `BackendUnavailable` for an engine that nobody can build, `ConfigError` for options of another one."""
     if engine not in ENGINES:
         raise BackendUnavailable(f"this version builds no '{engine}' engines; known: {', '.join(ENGINES)}")
+    if engine != "trt" and options != EngineOptions():
+        raise ConfigError(
+            "--flavor, --compute-capability, --batch, --workspace, --refit and --update-weights are for --engine trt;"
+            " add it"
+        )
 
 
 def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:

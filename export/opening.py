@@ -36,7 +36,7 @@ def load(
 
     >>> import hflow_rt
     >>> hflow_rt.load(backend="onnx", device="cpu")
-    <Session: hflow 64x64 on onnxruntime CPUExecutionProvider, verified
+    <Session: ... 64x64 on onnxruntime CPUExecutionProvider, verified
      latents ...>
     """
     if path is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hflow_rt.assets import pretrained
 from hflow_rt.export.making import (
+    EngineOptions,
     GraphOptions,
     Tell,
     check_engine,
@@ -46,6 +47,12 @@ def export(
     half: bool | None = None,
     precision: Literal["fp32", "mixed"] | None = None,
     tune: Literal["any", "cpu"] | None = None,
+    flavor: Literal["tensorrt", "rtx"] | None = None,
+    capabilities: str | None = None,
+    batch: str | None = None,
+    workspace: int | None = None,
+    refit: bool = False,
+    update_weights: bool = False,
     progress: Callable[[str], None] = nobody,
 ) -> Path:
     """Write the engines of a trained model, prove that they are that model, and return the bundle's folder.
@@ -53,15 +60,17 @@ def export(
     run: a run, a bundle or a model file; by default the latest run. engine: `onnx`, or `trt` for TensorRT engines
     beside it, for the GPU that is here. out: by default RUN/bundle. images: to prove the engines on (the first 8, or 3
     above 64x64); by default bundled ones. Everything else is as of `hflow-rt export` and, where it is None, as in the
-    bundle that is replaced. progress: hears of each step. Raises `ParityError` for engines that are not the model, and
-    `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of images that cannot be
-    used and of TensorRT engines that went with the graphs they were built from.
+    bundle that is replaced; `flavor` and what follows are for TensorRT. progress: hears of each step. Raises
+    `ParityError` for engines that are not the model, and `CheckpointError`, `BundleError`, `ConfigError`, `DataError`,
+    `BackendUnavailable`; warns of images that cannot be used and of TensorRT engines that went with the graphs they
+    were built from.
 
     >>> import hflow_rt
     >>> hflow_rt.export("runs/my-run", direction="forward").as_posix()
     'runs/my-run/bundle'
     """
-    check_engine(engine)
+    engines = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
+    check_engine(engine, engines)
     paths = None if images is None else [Path(path) for path in images]
     options = GraphOptions(paths, direction, bound, std, half, precision, tune)
     run, out = (None if path is None else Path(path) for path in (run, out))
@@ -77,7 +86,10 @@ def export(
         if engine == "trt":
             from hflow_rt.export.tensorrt_bundle import add_plans
 
-            return add_plans(run, out, options, make, progress, warn)
+            made = add_plans(run, out, options, engines, make, progress, warn)
+            if made.report is not None:
+                fail_on(made.report)
+            return made.bundle.path
         source, folder = model_and_bundle(run, out)
         make(source, folder, options)
         return folder

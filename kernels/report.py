@@ -102,7 +102,7 @@ def _coupling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         calls += [((3, 256, "board"), form, True) for form in ("sigmoid", "exp_sigmoid", "additive")]
         calls += [((3, 256, "split"), "sigmoid", False), ((5, 30, "board"), "clipped", True)]
         calls += [((16, 64, "post"), form, inverse) for form, inverse in (("clipped", True), ("sigmoid", False))]
-        # Glow, whose nets give one half only: with the map that follows on the finest level, and alone as it trains
+        # nets that give one half only: with the map that follows on the finest level, and alone as it trains
         for form in ("sigmoid", "exp_sigmoid", "additive"):
             sizes = [(12, 32, "half"), (12, 32, "half alone")]
             sizes += [(c, 384 // c, "half alone") for c in (24, 48, 96) if form == "sigmoid"]

@@ -64,7 +64,7 @@ def train(
     `CheckpointError`, `TrainingError`, `OutOfMemory` and `BackendUnavailable`; warns of images that cannot be used.
 
     >>> import hflow_rt
-    >>> result = hflow_rt.train(preset="hflow-demo", data="photos", out="runs/x", minutes=5)
+    >>> result = hflow_rt.train(data="photos", out="runs/x", minutes=5)
     >>> result.run.as_posix()
     'runs/x'
     """

@@ -53,7 +53,7 @@ class Run:
             raise DataError(f"the model needs images {list(needed)}; found {list(found)}; open them as such")
         self.plan.to(processes.device).train()
         if processes.device.type == "cpu":
-            # oneDNN then skips reordering: 1.12 to 1.15 times the steps of hflow-demo; not measured on CUDA
+            # oneDNN then skips reordering: 1.12 to 1.15 times the steps of the demo preset; not measured on CUDA
             self.plan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_batch(self.plan, data, self.trained_on, training, processes.accelerator.autocast)
         self.average = averaged_copy(self.plan.model)

@@ -1,27 +1,19 @@
-"""The CUDA driver through ctypes: which GPUs there are, and the memory, streams and graphs an engine needs.
+"""What of CUDA an engine needs: which GPUs there are, memory, streams and graphs, by NVIDIA's bindings of its driver.
 
-The driver is all that a machine with a GPU is sure to have: no CUDA toolkit, torch or wrapper package is needed. The
-primary context is used, which is torch's too, so that tensors of either are good for the other.
+The primary context is used, which is torch's too, so that tensors of either are good for the other.
 """
 
-import ctypes
 import functools
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from hflow_rt.errors import BackendUnavailable
+from hflow_rt.extras import needed
 
 __all__ = ["Cuda", "Gpu", "chosen_gpu", "find_gpus"]
-
-_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream
-_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 
 
 @dataclass(frozen=True)
@@ -35,11 +27,13 @@ class Gpu:
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs that CUDA can use here; none where there is no driver, or where it refuses."""
+    """The GPUs that CUDA can use here; none where there is no driver, or where it refuses.
+
+    Raises `BackendUnavailable` where the bindings are missing.
+    """
+    _bindings()
     try:
-        cuda = _driver()
-        count = cuda.integer("cuDeviceGetCount")
-        return [cuda.gpu(index) for index in range(count)]
+        return [_gpu(index) for index in range(_call("cuDeviceGetCount"))]
     except BackendUnavailable:
         return []
 
@@ -58,133 +52,119 @@ class Cuda:
     """
 
     def __init__(self, gpu: Gpu) -> None:
-        self._driver = _driver()
-        self._context = self._driver.handle("cuDevicePrimaryCtxRetain", self._driver.device(gpu.index))
+        self._context = _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", gpu.index))
 
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make the GPU this thread's for the time being."""
-        self._driver("cuCtxPushCurrent_v2", _pointer(self._context))
+        _call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
-            self._driver("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+            _call("cuCtxPopCurrent")
 
     def allocate(self, size: int) -> int:
         """Bytes on the GPU."""
-        return self._driver.handle("cuMemAlloc_v2", ctypes.c_size_t(size))
+        return int(_call("cuMemAlloc", size))
 
     def free(self, address: int) -> None:
-        self._driver("cuMemFree_v2", _pointer(address))
+        _call("cuMemFree", address)
 
     def allocate_host(self, size: int) -> int:
         """Pinned bytes of the host, which copies reach without a detour."""
-        return self._driver.handle("cuMemHostAlloc", ctypes.c_size_t(size), ctypes.c_uint(0))
+        return int(_call("cuMemHostAlloc", size, 0))
 
     def free_host(self, address: int) -> None:
-        self._driver("cuMemFreeHost", _pointer(address))
+        _call("cuMemFreeHost", address)
 
     def upload(self, target: int, source: int, size: int, stream: int) -> None:
         """Host to GPU, in the order of the stream."""
-        self._driver(
-            "cuMemcpyHtoDAsync_v2", _pointer(target), _pointer(source), ctypes.c_size_t(size), _pointer(stream)
-        )
+        _call("cuMemcpyHtoDAsync", target, source, size, stream)
 
     def download(self, target: int, source: int, size: int, stream: int) -> None:
         """GPU to host, in the order of the stream."""
-        self._driver(
-            "cuMemcpyDtoHAsync_v2", _pointer(target), _pointer(source), ctypes.c_size_t(size), _pointer(stream)
-        )
+        _call("cuMemcpyDtoHAsync", target, source, size, stream)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         """GPU to GPU, in the order of the stream."""
-        self._driver(
-            "cuMemcpyDtoDAsync_v2", _pointer(target), _pointer(source), ctypes.c_size_t(size), _pointer(stream)
-        )
+        _call("cuMemcpyDtoDAsync", target, source, size, stream)
 
     def stream(self) -> int:
         """A new stream that waits for no other."""
-        return self._driver.handle("cuStreamCreate", ctypes.c_uint(_NON_BLOCKING))
+        return int(_call("cuStreamCreate", _bindings().CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def synchronize(self, stream: int) -> None:
         """Wait until the stream has done everything."""
-        self._driver("cuStreamSynchronize", _pointer(stream))
+        _call("cuStreamSynchronize", stream)
 
     def destroy_stream(self, stream: int) -> None:
-        self._driver("cuStreamDestroy_v2", _pointer(stream))
+        _call("cuStreamDestroy", stream)
 
     def order(self, first: int, then: int) -> None:
         """What is queued on stream `then` from now on waits for what stream `first` holds now."""
-        event = self._driver.handle("cuEventCreate", ctypes.c_uint(_NO_TIMING))
-        self._driver("cuEventRecord", _pointer(event), _pointer(first))
-        self._driver("cuStreamWaitEvent", _pointer(then), _pointer(event), ctypes.c_uint(0))
-        self._driver("cuEventDestroy_v2", _pointer(event))  # the driver keeps it until it is reached
+        event = _call("cuEventCreate", _bindings().CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        _call("cuEventRecord", event, first)
+        _call("cuStreamWaitEvent", then, event, 0)
+        _call("cuEventDestroy", event)  # the driver keeps it until it is reached
 
     def begin_capture(self, stream: int) -> None:
-        """Record what is queued on the stream instead of doing it."""
-        self._driver("cuStreamBeginCapture_v2", _pointer(stream), ctypes.c_int(_THREAD_LOCAL))
+        """Record what is queued on the stream instead of doing it; other threads may allocate meanwhile."""
+        _call("cuStreamBeginCapture", stream, _bindings().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> int:
         """What was recorded, as an executable graph."""
-        graph = ctypes.c_void_p()
-        self._driver("cuStreamEndCapture", _pointer(stream), ctypes.byref(graph))
+        graph = _call("cuStreamEndCapture", stream)
         try:
-            return self._driver.handle("cuGraphInstantiateWithFlags", graph, ctypes.c_ulonglong(0))
+            return int(_call("cuGraphInstantiate", graph, 0))
         finally:
-            self._driver("cuGraphDestroy", graph)
+            _call("cuGraphDestroy", graph)
 
     def launch(self, graph: int, stream: int) -> None:
         """Queue an executable graph."""
-        self._driver("cuGraphLaunch", _pointer(graph), _pointer(stream))
+        _call("cuGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: int) -> None:
-        self._driver("cuGraphExecDestroy", _pointer(graph))
+        _call("cuGraphExecDestroy", graph)
 
 
-class _Driver:
-    """Calls functions of the driver's library and turns their error codes into exceptions."""
+def _gpu(index: int) -> Gpu:
+    device, attribute = _call("cuDeviceGet", index), _bindings().CUdevice_attribute
+    name = _call("cuDeviceGetName", 256, device).rstrip(b"\0").decode()
+    major, minor = (
+        _call("cuDeviceGetAttribute", which, device)
+        for which in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return Gpu(index, name, f"{major}.{minor}", int(_call("cuDeviceTotalMem", device)))
 
-    def __init__(self) -> None:
-        try:
-            self._library: Any = ctypes.CDLL(_LIBRARY)
-        except OSError as error:
-            raise BackendUnavailable(f"no NVIDIA driver here ({_LIBRARY} cannot be loaded)") from error
-        self("cuInit", ctypes.c_uint(0))
 
-    def __call__(self, function: str, *arguments: Any) -> None:
-        code = getattr(self._library, function)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorName(code, ctypes.byref(text))
-            name = (text.value or b"").decode() or f"error {code}"
-            raise BackendUnavailable(f"CUDA reports {name} in {function}; see 'nvidia-smi' and 'hflow-rt doctor'")
+def _call(function: str, *arguments: Any) -> Any:
+    """What a function of the driver yields, its error code turned into an exception."""
+    code, *values = getattr(_driver(), function)(*arguments)
+    _check(code, function)
+    return values[0] if values else None
 
-    def integer(self, function: str, *arguments: Any) -> int:
-        value = ctypes.c_int()
-        self(function, ctypes.byref(value), *arguments)
-        return value.value
 
-    def handle(self, function: str, *arguments: Any) -> int:
-        value = ctypes.c_void_p()
-        self(function, ctypes.byref(value), *arguments)
-        return value.value or 0
-
-    def device(self, index: int) -> ctypes.c_int:
-        return ctypes.c_int(self.integer("cuDeviceGet", ctypes.c_int(index)))
-
-    def gpu(self, index: int) -> Gpu:
-        device = self.device(index)
-        name = ctypes.create_string_buffer(256)
-        self("cuDeviceGetName", name, ctypes.c_int(len(name)), device)
-        major, minor = (self.integer("cuDeviceGetAttribute", ctypes.c_int(which), device) for which in _CAPABILITY)
-        memory = self.handle("cuDeviceTotalMem_v2", device)
-        return Gpu(index, name.value.decode(), f"{major}.{minor}", memory)
+def _check(code: Any, function: str) -> None:
+    if int(code):
+        raise BackendUnavailable(f"CUDA reports {code.name} in {function}; see 'nvidia-smi' and 'hflow-rt doctor'")
 
 
 @functools.cache
-def _driver() -> _Driver:
-    return _Driver()
+def _driver() -> Any:
+    """The bindings, with the driver loaded and initialised."""
+    driver = _bindings()
+    try:
+        code, *_ = driver.cuInit(0)
+    except RuntimeError as error:  # the library that comes with the driver
+        raise BackendUnavailable("no NVIDIA driver here: its library cannot be loaded") from error
+    _check(code, "cuInit")
+    return driver
 
 
-def _pointer(value: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p(value)
+def _bindings() -> Any:
+    with needed("cuda", "a GPU is reached through cuda-bindings: pip install 'hflow-rt[trt]', or [rtx] or [gpu]"):
+        from cuda.bindings import driver
+    return driver

@@ -55,7 +55,7 @@ def test_a_shift_is_recovered(session: Session) -> None:
     np.testing.assert_allclose(found.vector, [3, 0, 0, 0, 0, 0], atol=0.1)
     about = found.about
     assert (about.positive, about.negative, about.positives, about.negatives) == ("smiling", "neutral", 4000, 3000)
-    assert about.place == U1
+    assert about.address == U1
     assert about.norm == pytest.approx(3, abs=0.1)
     assert about.separation == pytest.approx(3, abs=0.1)  # stds are 1
     assert about.held_out_separation == pytest.approx(3, abs=0.1)

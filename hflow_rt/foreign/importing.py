@@ -20,7 +20,7 @@ from hflow_rt.foreign.parts import WHOLE
 from hflow_rt.manifest import MODEL
 from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model, skeleton
 from hflow_rt.models.family import LatentModel
-from hflow_rt.models.registry import FAMILIES, Published, family
+from hflow_rt.models.registry import DEFAULT_PRESET, FAMILIES, Published, family
 
 __all__ = ["Imported", "import_published"]
 
@@ -130,9 +130,10 @@ def import_published(
 def _read(path: Path, name: str | None, settings: Path | None, part: str | None) -> tuple[str, Published]:
     """What the reader of the family finds, or the first of all families whose reader takes the file.
 
-    Where none does, the error is of one that knows the names in it, else of the last.
+    Where none does, the error is of one that knows the names in it, else of the family of the default preset.
     """
     able = [known for known in FAMILIES if family(known).read_published is not None]
+    able.sort(key=lambda known: DEFAULT_PRESET not in family(known).presets)
     if name is not None and name in FAMILIES and name not in able:
         raise ConfigError(f"the {name} family reads no published checkpoints; these do: {', '.join(sorted(able))}")
     errors: list[HFlowError] = []
@@ -143,7 +144,7 @@ def _read(path: Path, name: str | None, settings: Path | None, part: str | None)
             return known, reader(path, settings, part)
         except (CheckpointError, ConfigError) as error:
             errors.append(error)
-    raise next((error for error in errors if isinstance(error, ConfigError)), errors[-1])
+    raise next((error for error in errors if isinstance(error, ConfigError)), errors[0])
 
 
 def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

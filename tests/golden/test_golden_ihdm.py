@@ -14,14 +14,18 @@ from torch import Tensor
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.ihdm.bank import coefficients, waves
 from hflow_rt.models.ihdm.blur import blur_lengths
-from hflow_rt.models.ihdm.bound import pixel_cost, start_cost, step_cost
+from hflow_rt.models.ihdm.bound import pixel_cost, start_cost, step_cost, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.model import IHDM
 from hflow_rt.models.ihdm.network import sinusoid
+from hflow_rt.models.ihdm.presets import PRESETS
 from hflow_rt.models.ihdm.published import TrainingState, read_published, read_training_state
 from hflow_rt.models.ihdm.sampling import Noise, blend, interpolation_weights, prior_state, sample, states
 from hflow_rt.models.ihdm.weights import from_original, infer_network
-from hflow_rt.training.ema import update_average
+from hflow_rt.models.plan import Place
+from hflow_rt.training.config import TrainingConfig
+from hflow_rt.training.ema import average_weight, update_average
+from hflow_rt.training.schedule import learning_rates
 
 FAMILY = "ihdm"
 HEAD, STEM = "network.head.weight", "network.down.0.conv.weight"
@@ -165,11 +169,18 @@ def losses(case: Case) -> Quantities:
     yield "grad_stem", gradients[STEM]
 
 
+def recipe(rate: float, warmup: int, average: float) -> TrainingConfig:
+    """The presets' settings with these numbers, and updates of one image, so that both are counted alike."""
+    values = PRESETS["ihdm-mnist"]["training"] | {"learning_rates": {"network": rate}, "batch_size": 1}
+    return TrainingConfig(**values | {"warmup_images": warmup, "ema_weight": 1 - average})
+
+
 class Run:
     """Published updates: warm-up, clipping, Adam, ramped average."""
 
     def __init__(self, case: Case, resumed: TrainingState | None = None) -> None:
         self.settings = case.described["train"]
+        self.training = recipe(self.settings["lr"], self.settings["warmup"], self.settings["ema_rate"])
         self.model = case.model(None if resumed is None else resumed.weights)
         self.average = copy.deepcopy(self.model)
         betas = tuple(self.settings["betas"])
@@ -191,12 +202,13 @@ class Run:
         self.adam.zero_grad()
         errors.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["grad_clip"])
-        rate = self.settings["lr"] * min(self.step / self.settings["warmup"], 1)
+        rate = learning_rates(self.training, self.step)["network"]
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         self.step += 1
         self.updates += 1
-        update_average(self.average, self.model, average_weight(self.settings["ema_rate"], self.updates))
+        done = Place(self.updates, self.updates)
+        update_average(self.average, self.model, average_weight(self.training, done, 1))
         return errors.detach(), rate, norm
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -204,11 +216,6 @@ class Run:
             found = dict(model.named_parameters())
             yield f"{label}head", found[HEAD]
             yield f"{label}stem", found[STEM]
-
-
-def average_weight(rate: float, update: int) -> float:
-    """Of the new weights in a ramped average."""
-    return 1 - min(rate, (1 + update) / (10 + update))
 
 
 def training(case: Case) -> Quantities:
@@ -228,7 +235,8 @@ def averages(case: Case) -> Quantities:
         rows = []
         for update, parameters in enumerate(case["ema_params"]):
             model.weight.data = parameters[None]
-            update_average(average, model, average_weight(rate, update) if update else 1.0)
+            weight = average_weight(recipe(1.0, 1, rate), Place(update, update), 1)  # 1 at first: a copy
+            update_average(average, model, weight)
             rows.append(average.weight[0].detach().clone())
         yield f"ema_values_{label}", torch.stack(rows[1:])
 
@@ -285,11 +293,13 @@ def resuming(case: Case) -> Quantities:
 
 
 def warm_up(case: Case) -> Quantities:
-    yield "lr_values_hp", 2e-4 * (case["lr_steps"].double() / 5000).clamp(max=1)
+    published = recipe(2e-4, 5000, 0.999)
+    rates = [learning_rates(published, step)["network"] for step in case["lr_steps"].tolist()]
+    yield "lr_values_hp", torch.tensor(rates, dtype=torch.float64)
 
 
 def dequantized(case: Case) -> Quantities:
-    yield "deq_x", case.model().dequantize(case["deq_u8"], case["deq_draw"])
+    yield "deq_x", uniformly(case["deq_u8"] / torch.tensor(255, dtype=case.dtype), case["deq_draw"], 8)
 
 
 # what computes the outputs whose names begin so

@@ -13,8 +13,6 @@ from hflow_rt.models.ihdm.bank import coefficients, rebuilt, starts, surviving, 
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
 from hflow_rt.models.ihdm.bound import (
     bits_per_dim,
-    bound_draws,
-    bound_terms,
     level_costs,
     pixel_cost,
     start_cost,
@@ -22,9 +20,12 @@ from hflow_rt.models.ihdm.bound import (
 )
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.inverse import decoded, read_parallel, read_sequence
-from hflow_rt.models.ihdm.model import IHDM, levels_of
+from hflow_rt.models.ihdm.model import IHDM
+from hflow_rt.models.ihdm.plan import levels_of
 from hflow_rt.models.ihdm.presets import PRESETS, TINY
 from hflow_rt.models.ihdm.sampling import blend, interpolation_weights, prior_state, sample, states
+from hflow_rt.models.plan import Batch, Place
+from hflow_rt.training.config import TrainingConfig
 
 # preset: numbers, tensors, and level biases of all blocks
 SIZES = {
@@ -42,7 +43,12 @@ SIZES = {
 def make(**changes: Any) -> IHDM:
     """In float64, with nothing left at zero."""
     torch.manual_seed(1)
-    model = IHDM(IHDMConfig(**TINY["model"] | changes)).double().eval().requires_grad_(False)
+    model = (
+        IHDM(IHDMConfig(**TINY["model"] | {"sigma": 0.01, "delta": 0.0125} | changes))
+        .double()
+        .eval()
+        .requires_grad_(False)
+    )
     for parameter in model.parameters():
         if not parameter.any():
             parameter.data = 0.1 * torch.randn_like(parameter)
@@ -107,12 +113,15 @@ def test_the_level_matters() -> None:
 def test_every_level_is_trained_unless_the_published_way_is_asked_for() -> None:
     draws = torch.tensor([0.0, 0.24999, 0.25, 0.5, 0.75, 1 - 2**-24])
     assert levels_of(draws, 4).tolist() == [1, 1, 2, 3, 4, 4]
-    x, noise = images(4), images(4, seed=3)
-    last = {"level": torch.full((4,), 0.99), "noise": noise}
+    pixels, noise = (images(4) * 255).round().to(torch.uint8), images(4, seed=3)
+    batch = Batch(pixels, {"level": torch.full((4,), 0.99), "noise": noise.float()}, {})
     for changes, level in (({}, 4), ({"train_last_level": False}, 3)):
-        model = make(**changes)
-        expected = model.errors(x, torch.full((4,), level), noise).mean()
-        assert torch.equal(model.loss(x, last).loss, expected)
+        model = make(**changes).float()
+        plan = model.plan(TrainingConfig(**TINY["training"]))
+        found = plan.loss("network", batch, Place())
+        expected = model.errors(pixels / 255, torch.full((4,), level), noise.float()).mean()
+        assert torch.equal(found.loss, expected)
+        assert {spec.name: spec.shape for spec in plan.draws("network")} == {"level": (), "noise": (3, 8, 8)}
 
 
 def test_the_loss_is_a_sum_over_the_image() -> None:
@@ -121,7 +130,6 @@ def test_the_loss_is_a_sum_over_the_image() -> None:
     fresh = model.errors(x, torch.tensor([4, 2]), zero)
     step = torch.stack([model.blur(x[:1], 3) - model.blur(x[:1], 4), model.blur(x[1:], 1) - model.blur(x[1:], 2)])
     assert torch.allclose(fresh, step.square().sum((1, 2, 3, 4)))
-    assert {name: spec.shape for name, spec in model.draws().items()} == {"level": (), "noise": (3, 8, 8)}
 
 
 def test_start_cost_is_that_of_a_mixture() -> None:
@@ -263,11 +271,11 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     model = make(bank=3)
     pixels = (images(3, seed=11) * 255).round().to(torch.uint8)
     model.fill_bank(pixels)
-    image = pixels[:1].double().expand(3, -1, -1, -1) / 255
-    draws = {name: torch.rand(3, *spec.shape, dtype=torch.float64) for name, spec in bound_draws(model).items()}
-    draws["level"] = torch.tensor([0.1, 0.5, 0.9])  # levels 2, 3 and 4
-    draws |= {name: draws[name][:1].expand(3, -1, -1, -1) for name in ("uniform", "noise", "pixel_noise")}
-    parts = bound_terms(model, image, draws)
+    inputs = model.bound_inputs("strict", pixels[:1].expand(3, -1, -1, -1), torch.Generator().manual_seed(12))
+    inputs |= {name: inputs[name][:1].expand(3, -1, -1, -1) for name in ("uniform", "noise", "pixel_noise")}
+    inputs["level"] = torch.tensor([0.1, 0.5, 0.9])  # levels 2, 3 and 4
+    parts = model.bound_terms(inputs)
+    image, draws = inputs["image"].double(), {name: value.double() for name, value in inputs.items()}
     x = (255 * image[:1] + draws["uniform"][:1]) / 256
     states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
     costs = level_costs(model, x, states)

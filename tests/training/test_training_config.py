@@ -72,6 +72,13 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("preset", ["hflow-demo", "glow-demo"])
+def test_a_family_of_colours_refuses_grey(preset: str) -> None:
+    assert load_config(preset).channels == 3
+    with pytest.raises(ConfigError, match=r"^model\.channels: Input should be 3; found 1$"):
+        load_config(preset, overrides=["model.channels=1"])
+
+
 def test_list_index_out_of_range_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model.levels has entries 0 to 2; found '7'"):
         load_config("hflow-demo", overrides=["model.levels.7.steps=2"])

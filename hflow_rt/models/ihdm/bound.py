@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,22 @@ from hflow_rt.errors import DataError
 from hflow_rt.models.family import TensorSpec
 from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
-from hflow_rt.models.ihdm.model import IHDM, levels_of
+from hflow_rt.models.ihdm.config import IHDMConfig
+from hflow_rt.models.ihdm.plan import levels_of
 
-__all__ = ["bits_per_dim", "bound_draws", "bound_terms", "level_costs", "pixel_cost", "start_cost", "step_cost"]
+if TYPE_CHECKING:
+    from hflow_rt.models.ihdm.model import IHDM
+
+__all__ = [
+    "bits_per_dim",
+    "bound_draws",
+    "bound_terms",
+    "level_costs",
+    "pixel_cost",
+    "start_cost",
+    "step_cost",
+    "uniformly",
+]
 
 
 def start_cost(model: IHDM, images: Tensor, starts: Tensor, delta: float) -> Tensor:
@@ -70,35 +84,39 @@ def level_costs(model: IHDM, images: Tensor, draws: Tensor) -> Tensor:
     return torch.stack(costs, 1)
 
 
-def bound_draws(model: IHDM) -> dict[str, TensorSpec]:
+def bound_draws(config: IHDMConfig) -> tuple[TensorSpec, ...]:
     """What one draw of `bound_terms` takes beside the image."""
-    shape = model.config.image_shape
-    return {
-        "uniform": TensorSpec("uniform", shape, "uniform", (0.0, 1.0)),
-        "level": TensorSpec("level", (), "uniform", (0.0, 1.0)),
-        "noise": TensorSpec("noise", shape, "noise"),
-        "pixel_noise": TensorSpec("pixel_noise", shape, "noise"),
-    }
+    return (
+        TensorSpec("uniform", config.image_shape, "uniform", (0.0, 1.0)),
+        TensorSpec("level", (), "uniform", (0.0, 1.0)),
+        TensorSpec("noise", config.image_shape, "noise"),
+        TensorSpec("pixel_noise", config.image_shape, "noise"),
+    )
 
 
-def bound_terms(model: IHDM, image: Tensor, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The bound in parts, `[B]` each in bits per dimension: of the start, the steps, the pixels.
+def bound_terms(model: IHDM, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The bound in parts, float64 `[B]` each in bits per dimension: of the start, the steps, the pixels.
 
-    One draw stands for all steps by one of them, K - 1 times, so that its mean over draws is the bound. image: levels
-    `[B, C, R, R]` in [0, 1]. draws: see `bound_draws`.
+    One draw stands for all steps by one of them, K - 1 times, so that its mean over draws is the bound. inputs: the
+    levels `image`, `[B, C, R, R]` in [0, 1], and `bound_draws`. Raises `DataError` for a model without a bank.
     """
     config, unit = model.config, 1 / (_values(model) * math.log(2))
-    bins = 1 << config.bits
-    x = (image * (bins - 1) + draws["uniform"].to(image)) / bins
-    level = levels_of(draws["level"], config.steps - 1) + 1
-    steps = model.errors(x, level, draws["noise"].to(x))
-    pixels = model.errors(x, torch.ones_like(level), draws["pixel_noise"].to(x))
-    bank = model.bank().get("start", x.new_zeros(0, *model.start_shape))
+    like = model.network.head.weight
+    x = uniformly(inputs["image"].to(like), inputs["uniform"].to(like), config.bits)
+    level = levels_of(inputs["level"], config.steps - 1) + 1
+    steps = model.errors(x, level, inputs["noise"].to(like))
+    pixels = model.errors(x, torch.ones_like(level), inputs["pixel_noise"].to(like))
     return {
-        "start.prior": start_cost(model, x, bank, config.delta) * unit,
+        "start.prior": start_cost(model, x, model.bank().get("start", x[:0]), config.delta) * unit,
         "noise.steps": step_cost(model, steps, config.delta) * (unit * (config.steps - 1)),
         "residual.pixels": bits_per_dim(model, pixel_cost(model, pixels, config.delta)),
     }
+
+
+def uniformly(image: Tensor, uniform: Tensor, bits: int) -> Tensor:
+    """Levels in [0, 1] to where `uniform`, in [0, 1), is in the bins of levels, which are `2^-bits` wide."""
+    bins = 1 << bits
+    return (image * (bins - 1) + uniform) / bins
 
 
 def _values(model: IHDM) -> int:

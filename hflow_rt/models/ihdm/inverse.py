@@ -8,14 +8,16 @@ takes calls of any batch size and is lost far from the training images, where de
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hflow_rt.models.ihdm.blur import damped
 from hflow_rt.models.ihdm.graphs import Begin, BlurStart, Read, Step
-from hflow_rt.models.ihdm.model import IHDM
+
+if TYPE_CHECKING:
+    from hflow_rt.models.ihdm.model import IHDM
 
 __all__ = ["Latents", "decoded", "read_parallel", "read_sequence"]
 

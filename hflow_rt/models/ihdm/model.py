@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hflow_rt.errors import ConfigError, DataError
+from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import GraphSpec, Loop, LossTerms, Prior, Route, TensorSpec
+from hflow_rt.models.family import Bound, Conditions, Encoding, GraphSpec, LatentModel, Loop, Prior, Route
 from hflow_rt.models.ihdm.bank import starts, surviving
 from hflow_rt.models.ihdm.blur import Blur
+from hflow_rt.models.ihdm.bound import bound_draws, bound_terms
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.graphs import graphs, loops
+from hflow_rt.models.ihdm.inverse import Latents, decoded
 from hflow_rt.models.ihdm.network import UNet
+from hflow_rt.models.ihdm.plan import IHDMPlan
+from hflow_rt.models.plan import draw
 
-__all__ = ["IHDM", "levels_of"]
+if TYPE_CHECKING:
+    from hflow_rt.models.plan import TrainingPlan
+    from hflow_rt.training.config import TrainingConfig
+
+__all__ = ["IHDM"]
 
 
-class IHDM(nn.Module):
+class IHDM(LatentModel):
     """The network and the blur it undoes. Images are `[B, C, R, R]` in [0, 1]; levels int64 `[B]`, 1 to `steps`."""
 
+    config: IHDMConfig
     starts: Tensor | None
 
     def __init__(self, config: IHDMConfig) -> None:
@@ -35,11 +47,20 @@ class IHDM(nn.Module):
         """The expected image one level sharper, given `u` at each image's `level`."""
         return u + self.network(u, level)
 
-    # -- what is exported
+    def errors(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Squared error of the mean at `level`, summed over each image, `[B]`. noise: standard normal."""
+        u = self.blur(images, level) + self.config.sigma * noise
+        return (self.blur(images, level - 1) - self.mean(u, level)).square().flatten(1).sum(1)
+
+    def fill_bank(self, pixels: Tensor) -> None:
+        """Make the bank of uint8 images `[N, C, R, R]`, as evenly of them as it has rows."""
+        if self.starts is not None:
+            self.starts.copy_(starts(self.config, pixels, len(self.starts)))
+
+    # -- the family contract
 
     @property
     def resolution(self) -> int:
-        """Side of the image in pixels."""
         return self.config.resolution
 
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -48,59 +69,52 @@ class IHDM(nn.Module):
         return {"start": self.start_shape, "start_noise": shape, "residual": shape}
 
     def prior_std(self) -> dict[str, float]:
-        """Of each latent at temperature 1; nothing is missing of a sample."""
         return {"start": 1.0, "start_noise": float(self.config.noisy_start), "residual": 0.0}
 
     def prior(self) -> dict[str, Prior]:
-        """Where each latent comes from."""
         noisy: Prior = "normal" if self.config.noisy_start else "unscaled"
         return {"start": "bank", "start_noise": noisy, "residual": "unscaled"}
 
     def bank(self) -> dict[str, Tensor]:
-        """Starts of training images, `[rows, C, M]`; none of a published model, which holds no images."""
+        """Starts of training images; none of a published model, which holds no images."""
         return {} if self.starts is None else {"start": self.starts}
 
+    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """`noise`, `[B, K, C, R, R]`, is among the latents."""
+        shapes = self.latent_shapes() | {"noise": (self.config.steps, *self.config.image_shape)}
+        for name, shape in shapes.items():
+            if name not in latents or tuple(latents[name].shape[1:]) != shape:
+                found = list(latents[name].shape) if name in latents else "nothing"
+                raise DataError(f"latent {name} must be [B, {', '.join(map(str, shape))}], not {found}")
+        return decoded(self, Latents(**{name: latents[name] for name in shapes})).clamp(0, 1)
+
+    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
+        raise NotImplementedError("an image has as many latents as there are draws; see `inverse.py`")
+
+    def plan(self, settings: TrainingConfig) -> TrainingPlan:
+        return IHDMPlan(self)
+
+    def bounds(self) -> dict[str, Bound]:
+        return {"strict": Bound("strict bound", "upper")}
+
+    def bound_inputs(
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
+        if self.starts is None:
+            raise ConfigError("the bound needs a bank of training images, which is the prior; this model has none")
+        return {
+            "image": public_levels(pixels, self.config.bits),
+            **draw(bound_draws(self.config), len(pixels), generator),
+        }
+
+    def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return bound_terms(self, inputs)
+
     def graphs(self) -> dict[str, GraphSpec]:
-        """See `graphs.py`."""
         return graphs(self)
 
     def routes(self) -> dict[Route, Loop]:
-        """See `graphs.py`."""
         return loops(self)
 
-    # -- training
-
-    def fill_bank(self, pixels: Tensor) -> None:
-        """Make the bank of uint8 images `[N, C, R, R]`, as evenly of them as it has rows."""
-        if self.starts is not None:
-            self.starts.copy_(starts(self.config, pixels, len(self.starts)))
-
-    def draws(self) -> dict[str, TensorSpec]:
-        """What one loss draws for every image, by name."""
-        return {
-            "level": TensorSpec("level", (), "uniform", (0.0, 1.0)),
-            "noise": TensorSpec("noise", self.config.image_shape, "noise"),
-        }
-
-    def loss(self, images: Tensor, draws: Mapping[str, Tensor]) -> LossTerms:
-        """Summed squared error of the mean at a random level of each image; see `draws` (spec 4)."""
-        level = levels_of(draws["level"], self.config.trained_levels)
-        loss = self.errors(images, level, draws["noise"]).mean()
-        return LossTerms(loss, None, {"error": loss.detach()})
-
-    def errors(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of the mean at `level`, summed over each image, `[B]`. noise: standard normal."""
-        u = self.blur(images, level) + self.config.sigma * noise
-        return (self.blur(images, level - 1) - self.mean(u, level)).square().flatten(1).sum(1)
-
-    def dequantize(self, pixels: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """uint8 images to [0, 1]: their levels, or spread over the bins of levels by `uniform` in [0, 1)."""
-        if uniform is None:
-            return public_levels(pixels, self.config.bits)
-        bins = 1 << self.config.bits
-        return (pixels // (256 // bins) + uniform) / bins
-
-
-def levels_of(uniform: Tensor, last: int) -> Tensor:
-    """Uniform draws in [0, 1) to levels 1 to `last`, each as likely."""
-    return (uniform.double() * last).long().clamp(max=last - 1) + 1
+    def folded(self) -> IHDM:
+        return folded_copy(self)

@@ -19,6 +19,7 @@ def _training(batch: int, rate: float, average: float = 0.999, **changes: Any) -
         "decay_start_images": _UPDATES * batch,
         "grad_clip": 1.0,
         "ema_weight": round(1 - average, 6),
+        "ema_growing": True,
         "ema_warmup_images": 0,
         "added_noise_std": 0.0,
         "flip": False,
@@ -100,8 +101,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # one a bias before the normalisation has no effect
 TINY: dict[str, Any] = {
     "model": {
-        "resolution": 8, "steps": 4, "blur_max": 4.0, "base_width": 4, "widths": (8, 16), "blocks": 1,
-        "attention": (1,), "bank": 8,
+        "resolution": 8, "steps": 4, "blur_max": 4.0, "sigma": 0.2, "delta": 0.25, "base_width": 4, "widths": (8, 16),
+        "blocks": 1, "attention": (1,), "bank": 8,
     },
     "training": _training(4, 1e-3, 0.9, images=400, warmup_images=40, init_images=8),
 }  # fmt: skip

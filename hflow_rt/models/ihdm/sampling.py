@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.ihdm.model import IHDM
+
+if TYPE_CHECKING:
+    from hflow_rt.models.ihdm.model import IHDM
 
 __all__ = ["Noise", "blend", "interpolation_weights", "prior_state", "sample", "states"]
 

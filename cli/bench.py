@@ -42,7 +42,7 @@ def bench(
 
     Example: hflow-rt bench --batch 1 --batch 16
     """
-    from hflow_rt.bench.measure import measure
+    from hflow_rt.bench.measure import measure_latency
     from hflow_rt.bench.report import check_report, markdown, write_report
     from hflow_rt.bench.variants import cases_of
     from hflow_rt.errors import BackendUnavailable, ConfigError
@@ -64,7 +64,7 @@ def bench(
     target = output if output is not None else _place(bundle.path)
     check_report(target)
     with status(json) as progress:
-        report = measure(bundle, names, cases, batches or [1], rounds, progress)
+        report = measure_latency(bundle, names, cases, batches or [1], rounds, progress)
     written = [f"{target}.{kind}" for kind in ("json", "md", "png")]
     try:
         write_report(report, target)

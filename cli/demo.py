@@ -41,7 +41,7 @@ def demo(
     run = out or new_run(DEFAULT_PRESET)
     for name in _FILES:
         if is_file(run / _PAGE / name) and not is_ours(run / _PAGE / name):
-            raise DataError(f"{run / _PAGE / name} is there and not of hflow-rt; choose another --out")
+            raise DataError(f"{run / _PAGE / name} exists and was not written by hflow-rt; choose another --out")
     with removed_if_empty(run):
         train(preset=DEFAULT_PRESET, data=data, out=run, minutes=minutes)
     export(run=run)

@@ -1,8 +1,8 @@
 """Flow chains and priors with their constants folded (spec 12.2); built of float64 copies, see `layers/fold.py`.
 
 A step becomes one 1x1 map and a coupling whose convolutions carry all gains. What indicator channels and ones beyond
-the border add is a constant map; before the wide hidden layer it is an input channel of ones instead, because a map would
-be larger than the weights there.
+the border add is a constant map; before the wide hidden layer it is an input channel of ones instead, because a map
+would be larger than the weights there.
 """
 
 import torch

@@ -22,7 +22,7 @@ from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.drawing import Drawing
 from hflow_rt.runtime.images.pictures import check_folder, save_image, to_picture, to_uint8, write_pictures
 from hflow_rt.runtime.latents.operations import check_latents
-from hflow_rt.runtime.loops import calls_of, follow, mean_draws
+from hflow_rt.runtime.loops import calls_of, first_inputs, follow, mean_draws
 from hflow_rt.runtime.noise import parse_std
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
@@ -143,6 +143,12 @@ class Session:
         return {tensor.name: float(tensor.default or 0) for tensor in self.drawing.inputs("control")}
 
     @property
+    def steps(self) -> int:
+        """Calls of its network that `forward` takes."""
+        route = self.manifest.routes.get("forward")
+        return route.steps if isinstance(route, Loop) else 1
+
+    @property
     def std(self) -> list[str]:
         """The std to draw samples at by default, in the form that `sample` and `draw` take."""
         return list(self.manifest.std)
@@ -201,11 +207,35 @@ class Session:
         >>> bool((session.forward(latents) == session.sample(8, seed=1)[7:]).all())
         True
         """
+        arrays, restore = self._checked(latents, controls)
+        return restore(self.run("forward", arrays)["image"])
+
+    def _checked(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None) -> tuple[dict[str, Any], Any]:
+        """The inputs of `forward`, and a function that gives results their kind. Raises `DataError`."""
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
         check_told(self.choices, arrays)
-        arrays |= self._set(controls or {}, next(iter(arrays.values())))
-        return restore(self.run("forward", arrays)["image"])
+        return arrays | self._set(controls or {}, next(iter(arrays.values()))), restore
+
+    def trajectory(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Iterator[Any]:
+        """The images of `forward` on their way, `[B, C, R, R]` after each call of its loop; the last are its result.
+
+        Of a model that takes one call, that alone. At most as many images as an engine takes in a call. Raises as
+        `forward` does.
+
+        >>> import hflow_rt
+        >>> session = hflow_rt.load()
+        >>> len([*session.trajectory(next(session.draw([0])))])
+        1
+        """
+        loop = self.manifest.routes.get("forward")
+        if not isinstance(loop, Loop):
+            yield self.forward(latents, controls)
+            return
+        arrays, restore = self._checked(latents, controls)
+        values, begun, calls = self._begun(loop, arrays, ["image"])
+        for outputs in calls(first_inputs(loop, values, begun)):
+            yield restore(outputs["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
@@ -301,20 +331,26 @@ class Session:
         seed: int = 0,
         batch: int = 16,
         option: str | None = None,
+        *,
+        same_start: bool = False,
+        share_noise: bool = False,
     ) -> Iterator[dict[str, Array]]:
         """What `forward` takes for the images `indices` of `seed`, at most `batch` at a time; latents are the prior's.
 
         std: by default what the bundle says, `Session.std`.
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
+        same_start: all have the latents of the first. share_noise: all have what is random beside latents of the first.
         """
         check_count("the batch", batch)
-        if std is not None and not self.drawing.scaled:
+        if std not in (None, []) and not self.drawing.scaled:
             controls = f"; it has {', '.join(self.controls)} to set instead" if self.controls else ""
             raise DataError(f"no std applies to the latents of this {self.manifest.family} model; omit it{controls}")
         stds = parse_std(self.std if std is None else std, self.drawing.scaled)
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
-            drawn = self.drawing.latents(seed, part, stds) | self.drawing.noise(seed, part)
+            alike = [indices[0]] * len(part)
+            drawn = self.drawing.latents(seed, alike if same_start else part, stds)
+            drawn |= self.drawing.noise(seed, alike if share_noise else part)
             told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
             yield drawn | told
 
@@ -393,11 +429,15 @@ class Session:
 
     def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
         """One batch through a loop."""
+        values, begun, calls = self._begun(loop, values, loop.every.keys())
+        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
+            return follow(loop, values, begun, calls, self.latent_shapes)
+
+    def _begun(self, loop: Loop, values: Mapping[str, Any], every: Collection[str]) -> tuple[Any, Any, Any]:
+        """What a loop is given, what its start makes of it, and its calls, with the outputs wanted of every one."""
         step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
         values = {**mean_draws(step, loop.steps, values), **values}
-        begun = self.run_graph(loop.start, values)
-        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
-            return follow(loop, values, begun, calls_of(self._engine, loop, step, schedule, values), self.latent_shapes)
+        return values, self.run_graph(loop.start, values), calls_of(self._engine, loop, step, schedule, values, every)
 
     def _graph(self, name: str) -> Graph:
         if name not in self.manifest.graphs:

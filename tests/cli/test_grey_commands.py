@@ -13,9 +13,9 @@ from PIL import Image
 from hflow_rt.data.selection import select
 from hflow_rt.errors import DataError
 from hflow_rt.evaluation.bits import measure, open_reference
-from hflow_rt.models.family import FAMILIES, family
+from hflow_rt.models.registry import FAMILIES, family
 from hflow_rt.runtime import Session, load
-from hflow_rt.runtime.pictures import grid, to_uint8
+from hflow_rt.runtime.images.pictures import grid, to_uint8
 
 Command = Callable[..., Any]
 R = 8
@@ -165,9 +165,7 @@ def test_what_is_measured_and_said(hflow: Command, here: Path) -> None:
     assert f"  images: {R}x{R} grey\n" in ok(hflow("info", here)).out
     ok(hflow("check", here, "--images", "photos"))
     model, data = open_reference(here / "model.safetensors"), select(Path("photos"), R, "all", channels=1)
-    found, exported = (measure(model, data, session=session).strict for session in (None, session_of(here)))
-    assert found is not None
-    assert exported is not None
+    found, exported = (measure(model, data, session=session).bounds["strict"] for session in (None, session_of(here)))
     assert found.latents[0].dimensions == R * R
     assert 4 < found.total.mean < 12
     assert exported.total.mean == pytest.approx(found.total.mean, rel=1e-5)

@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-# The images of the model that ships; `hflow_rt/assets/fluent.py` makes them from a public package.
+# The images of the bundled model; `hflow_rt/assets/fluent.py` makes them from a public package.
 FLUENT ?= fluent64.zip
 PY ?= $(BIN)/python
 HFLOW = $(PY) -m hflow_rt.cli
@@ -66,7 +66,7 @@ bench: install
 kernels: proofs
 	$(BIN)/python -m hflow_rt.kernels.report
 
-# The model that ships, made again: an hour for all of it and half of one for its coarse flows, on a CPU core.
+# The bundled model, made again: an hour for all of it and half of one for its coarse flows, on a CPU core.
 pretrained: install $(FLUENT)
 	$(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/hflow-emoji-joint
 	$(HFLOW) train --preset hflow-emoji-coarse --from runs/hflow-emoji-joint --data $(FLUENT) --out runs/hflow-emoji
@@ -99,7 +99,7 @@ gpu-train: gpu-install $(FLUENT)
 	if [ -d runs/gpu/checkpoints ]; then $(ON_GPU) $(HFLOW) train --resume runs/gpu --device cuda --minutes 10; \
 	else $(ON_GPU) $(HFLOW) train --preset hflow-64 --data $(FLUENT) --out runs/gpu --device cuda --minutes 10; fi
 
-# Every picture in the docs, drawn by the model that ships.
+# Every picture in the docs, drawn by the bundled model.
 pictures: install
 	PATH="$(abspath $(BIN)):$$PATH" docs/make_pictures.sh
 

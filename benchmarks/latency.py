@@ -17,7 +17,7 @@ from typing import Any
 
 from measuring import RESULTS, exported_like
 
-from hflow_rt.bench.measure import measure
+from hflow_rt.bench.measure import measure_latency
 from hflow_rt.bench.report import write_report
 from hflow_rt.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.manifest import MANIFEST
@@ -61,7 +61,7 @@ def main() -> None:
 
         try:
             batches = given.batches or BATCHES[given.device]
-            measure(find_bundle(folder), wanted, given.directions, batches, given.rounds, keep=keep)
+            measure_latency(find_bundle(folder), wanted, given.directions, batches, given.rounds, keep=keep)
         except TimeoutError:
             print(f"no time left for the rest of {preset} and what follows", file=sys.stderr)
             return

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hflow_rt.bench.measure import measure
+from hflow_rt.bench.measure import measure_latency
 from hflow_rt.bench.variants import DIRECTIONS, VARIANTS
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import find_bundle
@@ -31,7 +31,7 @@ def test_latency(benchmark: Any, preset: str, exported: Any, publish: Any) -> No
     bundle = find_bundle(folder)
     batches, rounds = CASES[preset]
     directions = [name for name in DIRECTIONS if name in bundle.manifest.graphs]
-    report = measure(bundle, ON_CPU, directions, batches, rounds)
+    report = measure_latency(bundle, ON_CPU, directions, batches, rounds)
     for row in report["rows"]:
         assert row.get("error", 0.0) < 1e-2, row  # the same model, or the figures compare nothing
     publish(preset, report)

@@ -84,7 +84,7 @@ def _commands() -> Any:
         importlib.import_module(f"hflow_rt.cli.{name}")
     from hflow_rt.cli.app import app
 
-    # whoever imported a command before all others did not mean another order of the help
+    # a command that was imported before all others does not come first in the help
     for found in (app.registered_commands, app.registered_groups):
         found.sort(key=_rank)
     return app

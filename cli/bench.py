@@ -1,7 +1,7 @@
 """`hflow-rt bench`."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated
 
 import typer
 
@@ -9,7 +9,6 @@ from hflow_rt.cli.app import app
 from hflow_rt.cli.opening import locate_bundle
 from hflow_rt.cli.options import JsonOption, ModelArgument
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
-from hflow_rt.limits import check_count
 from hflow_rt.names import quoted
 
 
@@ -42,35 +41,22 @@ def bench(
 
     Example: hflow-rt bench --batch 1 --batch 16
     """
-    from hflow_rt.bench.measure import measure
-    from hflow_rt.bench.report import check_report, markdown, write_report
-    from hflow_rt.bench.variants import cases_of
-    from hflow_rt.errors import BackendUnavailable, ConfigError
-    from hflow_rt.manifest import Routes
+    from hflow_rt.bench import asked
+    from hflow_rt.bench.report import markdown
 
     if compare is not None:
-        _show_comparison(*compare, json)
+        rows, lines = asked.side_by_side(*compare)
+        if json:
+            print_json({"rows": rows})
+            return
+        for line in lines:
+            say(line)
         return
-    for value in batches or ():
-        check_count("--batch", value)
-    check_count("--rounds", rounds)
-    if direction not in get_args(Routes):
-        raise ConfigError(f"unknown direction '{direction}'; known: {', '.join(get_args(Routes))}")
     bundle = locate_bundle(model, json)
-    cases = cases_of(bundle.manifest, direction)
-    if not cases:
-        raise ConfigError(f"{bundle.path} has no {direction} graph; export it with 'hflow-rt export'")
-    names = _chosen(variants)
-    target = output if output is not None else _place(bundle.path)
-    check_report(target)
     with status(json) as progress:
-        report = measure(bundle, names, cases, batches or [1], rounds, progress)
-    written = [f"{target}.{kind}" for kind in ("json", "md", "png")]
-    try:
-        write_report(report, target)
-    except BackendUnavailable as error:
-        note(str(error))
-        written.pop()
+        report, written = asked.bench(
+            bundle, direction, variants or (), batches or (1,), rounds, output, progress, note
+        )
     if json:
         print_json(report | {"output": written})
         return
@@ -78,48 +64,3 @@ def bench(
         say(line)
     say(f"written: {', '.join(written)}")
     say_next(f"hflow-rt bench --compare {quoted(written[0])} LATER.json")
-
-
-def _chosen(wanted: list[str] | None) -> list[str]:
-    """Names of variants; without a wish all."""
-    from hflow_rt.bench.variants import VARIANTS
-    from hflow_rt.errors import ConfigError
-
-    names = list(VARIANTS)
-    if not wanted:
-        return names
-    for wish in wanted:
-        if not any(wish in name for name in names):
-            raise ConfigError(f"no variant has '{wish}' in its name; known: {'; '.join(names)}")
-    # a whole name means that one alone, though others may contain it
-    return [name for name in names if any(wish == name or (wish not in names and wish in name) for wish in wanted)]
-
-
-def _place(bundle: Path) -> Path:
-    from hflow_rt.assets import pretrained
-
-    return Path("latency") if bundle == pretrained() else bundle / "latency"
-
-
-def _show_comparison(before: Path, after: Path, json: bool) -> None:
-    from hflow_rt.bench.report import compare, read_report
-    from hflow_rt.errors import DataError
-
-    reports = [read_report(path) for path in (before, after)]
-    rows = compare(*reports)
-    if not rows:
-        raise DataError(f"{before} and {after} have no variant, direction and batch size in common")
-    if json:
-        print_json({"rows": rows})
-        return
-    keys = sorted({key for report in reports for key in report["machine"]})
-    for key in keys:
-        values: list[Any] = [report["machine"].get(key) for report in reports]
-        if values[0] != values[1]:
-            say(f"{key} differs: {values[0]} and {values[1]}")
-    for row in rows:
-        verdict = "" if row["changed"] else "  (within the spread)"
-        say(
-            f"{row['direction']}, batch {row['batch']:>3}  {row['variant']:<38} "
-            f"{row['before_ms']:9.3f} -> {row['after_ms']:9.3f} ms  {row['times_as_fast']:.2f}x{verdict}"
-        )

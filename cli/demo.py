@@ -11,6 +11,9 @@ from hflow_rt.errors import DataError
 from hflow_rt.files import is_file, is_ours, removed_if_empty
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from hflow_rt.runtime.session import Session
 
 _STDS = (0.4, 0.7, 1.0)
@@ -41,7 +44,7 @@ def demo(
     run = out or new_run(DEFAULT_PRESET)
     for name in _FILES:
         if is_file(run / _PAGE / name) and not is_ours(run / _PAGE / name):
-            raise DataError(f"{run / _PAGE / name} is there and not of hflow-rt; choose another --out")
+            raise DataError(f"{run / _PAGE / name} exists and was not written by hflow-rt; choose another --out")
     with removed_if_empty(run):
         train(preset=DEFAULT_PRESET, data=data, out=run, minutes=minutes)
     export(run=run)
@@ -66,7 +69,8 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     from hflow_rt.data.dataset import open_dataset
     from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.images.video import save_animation
-    from hflow_rt.runtime.latents.operations import concatenate, interpolate, ping_pong
+    from hflow_rt.runtime.latents.latent_views import between, select
+    from hflow_rt.runtime.latents.operations import concatenate, ping_pong
 
     rows = [(f"std {std}", to_uint8(session.sample(_COLUMNS, std))) for std in _STDS]
     save_image(page / "samples.png", labelled_rows(rows))
@@ -85,23 +89,14 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     ]
     save_image(page / "reconstruction.png", labelled_rows(rows))
 
-    first, second = (
-        {name: values[i : i + 1] for name, values in latents.items()} for i in (0, min(4, len(chosen) - 1))
-    )
-    walks = []
-    for space in ("z", *session.manifest.spaces):
-        ends = tuple(session.into_space(space, end) for end in (first, second))
-        mode = "slerp" if space == "z" else "lerp"
-        path = concatenate([*interpolate(ends[0], ends[1], _COLUMNS, mode, session.joined(space), session.choices)])
-        walks.append(
-            (
-                f"in {space}",
-                to_uint8(session.forward(session.from_space(space, path))),
-            )
-        )
+    ends = concatenate([select(latents, 0), select(latents, min(4, len(chosen) - 1))])
+
+    def frames(number: int, mode: str, space: str = "z") -> "NDArray[np.uint8]":
+        return to_uint8(np.concatenate(list(between(session, ends, number, mode, space))))
+
+    walks = [(f"in {space}", frames(_COLUMNS, "slerp" if space == "z" else "lerp", space)) for space in session.spaces]
     save_image(page / "interpolation.png", labelled_rows(walks))
-    frames = concatenate([*interpolate(first, second, 24, "slerp", session.joined(), session.choices)])
-    big = to_uint8(session.forward(frames)).repeat(4, 1).repeat(4, 2)
+    big = frames(24, "slerp").repeat(4, 1).repeat(4, 2)
     save_animation(page / "interpolation.gif", big, 12, ping_pong(24))
     return {
         "samples.png": "Samples of the exported engine: the same noise at three temperatures.",

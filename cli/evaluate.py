@@ -286,7 +286,7 @@ def _notes(found: "BitsReport", chosen: "Selection", metadata: dict[str, Any]) -
 
 
 def _about_data(chosen: "Selection") -> list[str]:
-    """By what the images were split, and how many were not used."""
+    """Lines that say what split the images, and how many were not used."""
     lines = [] if chosen.split == "all" else [f"of {chosen.source}: {chosen.images.split_by}"]
     return lines + ([f"not used of {chosen.source}: {chosen.images.left_out}"] if chosen.images.unused else [])
 

@@ -108,7 +108,7 @@ def _print_model(path: Path, model: dict[str, Any]) -> None:
 
 
 def _lines(name: str, value: Any) -> list[str]:
-    """A value of a model file in words: a line for each object that holds plain values; what is empty is not told."""
+    """A value of a model file in words: a line for each object of plain values; what is empty is passed over."""
     if not isinstance(value, dict):
         return [] if value in (None, [], "") else [f"{name}: {_words(value)}"]
     plain = {key: one for key, one in value.items() if not isinstance(one, dict) and one is not None}

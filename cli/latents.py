@@ -108,7 +108,7 @@ class Asked:
         limit: int | None = None,
         unused: dict[str, str] | None = None,
     ) -> tuple[list[str], "NDArray[np.float32]"]:
-        """As `read_pictures`, for the model; how many images cannot be used is told on stderr. Raises `DataError`."""
+        """As `read_pictures`, for the model; how many images cannot be used is said on stderr. Raises `DataError`."""
         from hflow_rt.runtime.images.reading import read_pictures
 
         return read_pictures(images, session.resolution, limit, session.choices, unused, note, session.channels)
@@ -123,8 +123,8 @@ class Asked:
         """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
         from hflow_rt.runtime.latents.latent_views import encoded
 
-        told = self.conditions(session, names) if conditions is None else conditions
-        found = encoded(session, pixels, told, lambda parts: tracked(parts, len(pixels), len, "encoding"))
+        known = self.conditions(session, names) if conditions is None else conditions
+        found = encoded(session, pixels, known, lambda parts: tracked(parts, len(pixels), len, "encoding"))
         return Start(names, pixels, found.latents, found.scores)
 
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":

@@ -46,7 +46,7 @@ def check_paths(context: Any) -> None:
             if not typed and not is_ours(place):
                 option = parameter.opts[0]
                 raise DataError(
-                    f"{path} is there and not of hflow-rt, and nobody named it; choose another name with {option},"
+                    f"{path} exists, was not written by hflow-rt and was not named; choose another name with {option},"
                     " or that one to replace it"
                 )
 

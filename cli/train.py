@@ -35,7 +35,7 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Named settings, see 'hflow-rt info --presets'; by default the small model's.", show_default=False
+            help="Named settings that 'info --presets' lists; by default a small model's.", show_default=False
         ),
     ] = None,
     config: Annotated[

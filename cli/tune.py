@@ -27,7 +27,7 @@ def tune(
     """
     from hflow_rt.bench.variants import DIRECTIONS
     from hflow_rt.runtime.engines.tune import forget as forget_all
-    from hflow_rt.runtime.engines.tune import tune as measure
+    from hflow_rt.runtime.engines.tune import tune_runtime
 
     check_count("--batch", batch)
     check_count("--rounds", rounds)
@@ -42,7 +42,7 @@ def tune(
         return
     warn_if_busy(json)
     with status(json) as progress:
-        found = measure(bundle, graphs, batch, rounds, progress)
+        found = tune_runtime(bundle, graphs, batch, rounds, progress)
     if json:
         print_json(found)
         return

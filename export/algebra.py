@@ -240,7 +240,7 @@ _FEW = 64
 def taps(view: View, axis: int) -> Iterator[Rewrite]:
     """Convolutions to few channels: each tap along `axis` (2 or 3) on its own, then the shifted sum.
 
-    A processor computes many channels at once, and those of a head are not enough: with the taps apart there are three
+    A processor computes many channels together, and those of a head are not enough: with the taps apart there are three
     times as many, and what is left to do on shifted pixels is a sum over as few.
     """
     for node in view.nodes:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hflow_rt.errors import CheckpointError
 from hflow_rt.manifest import MODULE
 
-__all__ = ["mix"]
+__all__ = ["to_mixed_precision"]
 
 # What the nets spend their time on
 _HEAVY = {"Conv", "Gemm"}
@@ -29,7 +29,7 @@ _ONLY_FIRST = {"Resize"}  # whose other inputs have a type of their own
 _LARGEST = 65504
 
 
-def mix(proto: onnx.ModelProto, nets: Collection[str], outer: Collection[str] = ()) -> int:
+def to_mixed_precision(proto: onnx.ModelProto, nets: Collection[str], outer: Collection[str] = ()) -> int:
     """Compute the nodes of the modules `nets` in float16, in place; how many there are.
 
     nets, outer: patterns of module paths that end in a dot, such as `*.decoder.*`; what matches `outer` stays in

@@ -16,8 +16,8 @@ from onnx.external_data_helper import set_external_data
 
 from hflow_rt.errors import HFlowError
 from hflow_rt.export.half_weights import halve
-from hflow_rt.export.mixed_precision import mix
-from hflow_rt.export.tuning import Worth, tune
+from hflow_rt.export.mixed_precision import to_mixed_precision
+from hflow_rt.export.tuning import Worth, choose_rewrites
 from hflow_rt.manifest import MODULE, Graph, Precision
 from hflow_rt.models.describe import described_tensor
 from hflow_rt.models.family import Gain, GraphSpec, TensorSpec
@@ -108,9 +108,9 @@ def export_graph(
     _strip(proto)
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
-    if precision == "mixed" and not mix(proto, spec.nets, spec.heads):
+    if precision == "mixed" and not to_mixed_precision(proto, spec.nets, spec.heads):
         raise HFlowError(f"graph '{spec.name}' has no nets to compute in half precision; export with --precision fp32")
-    rewrites = {} if worth is None else tune(proto, worth)
+    rewrites = {} if worth is None else choose_rewrites(proto, worth)
     if gains:
         halve(proto, gains)
     onnx.checker.check_model(proto, full_check=True)

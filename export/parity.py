@@ -302,7 +302,7 @@ def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
 
 
 def _latents(session: Session, seed: int, batch: int, std: float) -> dict[str, Array]:
-    """Latents of images 0 .. batch - 1 of `seed`, and what the model is told beside them."""
+    """Latents of images 0 .. batch - 1 of `seed`, and the conditions beside them."""
     stds = dict.fromkeys(session.latent_shapes, std)
     return {**session.drawing.latents(seed, range(batch), stds), **in_turn(session.choices, range(batch))}
 

@@ -15,7 +15,7 @@ from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
 from hflow_rt.runtime.engines.cpu import Settings
 
-__all__ = ["PASSES", "Stopwatch", "Worth", "tune"]
+__all__ = ["PASSES", "Stopwatch", "Worth", "choose_rewrites"]
 
 Worth = Callable[[View, Rewrite], bool]
 # in this order: what one makes, the next may take further
@@ -34,7 +34,7 @@ _ROUNDS = 5
 _FILL = 0.01  # seconds of a round at least
 
 
-def tune(proto: onnx.ModelProto, worth: Worth) -> dict[str, int]:
+def choose_rewrites(proto: onnx.ModelProto, worth: Worth) -> dict[str, int]:
     """Take every rewrite that is `worth` it, in place; how many of each kind there were."""
     return {name: count for name, found in PASSES.items() if (count := apply(proto, found, worth))}
 

@@ -102,7 +102,7 @@ def _lock(path: Path) -> int | None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(handle, path):
                 return handle
-            os.close(handle)  # whoever held it has just removed it
+            os.close(handle)  # the process that held it has just removed it
         except ImportError:  # Windows
             return handle
         except OSError as error:

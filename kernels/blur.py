@@ -127,7 +127,7 @@ def _up_adjoint_aten(g: Tensor) -> Tensor:
 
 @jit
 def _plane(x, plane, channels, step_b, step_c):
-    """Where planes start; in int64, for a tensor may hold more than 2^31 numbers."""
+    """Where planes start; in int64, because a tensor may hold more than 2^31 numbers."""
     return x + (plane // channels).to(tl.int64) * step_b + (plane % channels).to(tl.int64) * step_c
 
 

@@ -79,7 +79,7 @@ def element_map(x: Tensor, elementwise: Elementwise | None, inverse: bool) -> Te
 
 @jit
 def pixels_at(tensor, batch, channel, pixel, step_b, step_c, step_p):
-    """Where pixels of one channel are; samples in int64, for a tensor may hold more than 2^31 numbers."""
+    """Where pixels of one channel are; samples in int64: a tensor may hold more than 2^31 numbers."""
     return tensor + batch.to(tl.int64) * step_b + channel * step_c + pixel * step_p
 
 
@@ -163,7 +163,7 @@ def room(like: Tensor | None, x: Tensor) -> Tensor:
 
 def lanes(x: Tensor, full: bool, most: int, few: int) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
     """Grid, warps and sizes of a launch: a program owns up to `most` pixels, of all channels where their map is `full`,
-    else of one. A thread loads four pixels at once, or two of more than `few` channels, to have registers for them."""
+    else of one. A thread loads four pixels together, or two of more than `few` channels, to have registers for them."""
     batch, channels, height, width = x.shape
     pixels, each = height * width, 2 if full and channels > few else 4
     across = min(most * each // 4, round_up(pixels))

@@ -4,7 +4,7 @@ Latent to image `u = x e^s + b`, image to latent `u = (x - b) e^-s`; the log-det
 What the net gives raw, r (`log_scale`) and t (`shift`), becomes s and b by the form of coupling:
 
     clipped        s = clip(r, +-3)          b = clip(t, +-5)
-    additive       s = 0, there is no r      b = -t               as the next two, written image to latent: hence the signs
+    additive       s = 0, there is no r      b = -t               as the next, image to latent: hence the signs
     sigmoid        s = -logsigmoid(r + 2)    b = -t
     exp_sigmoid    s = -sigmoid(r + 2)       b = -t
 
@@ -89,7 +89,7 @@ def coupling_inverse(x: Tensor, log_scale: Tensor, shift: Tensor, mask: Tensor |
 def _terms(
     log_scale: Tensor | None, shift: Tensor, inverse: bool, form: str
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """e^s (where `inverse` e^-s), -b and -s, as nets of the forms image to latent give them; None for ones and zeros."""
+    """e^s (where `inverse` e^-s), -b and -s, as nets from image to latent do; None for ones and zeros."""
     if log_scale is None:
         return None, shift, None
     if form == "clipped":

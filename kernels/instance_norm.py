@@ -125,7 +125,7 @@ def _norm_backward_aten(
 
 @jit
 def _pixels_at(base, pixel, width, step_b, step_c, step_h, step_w, batch, channel, FLAT: tl.constexpr):
-    """Where pixels of planes are; planes in int64, for a tensor may hold more than 2^31 numbers."""
+    """Where pixels of planes are; planes in int64, because a tensor may hold more than 2^31 numbers."""
     plane = base + batch.to(tl.int64) * step_b + channel.to(tl.int64) * step_c
     if FLAT:
         return plane + pixel * step_w

@@ -21,7 +21,7 @@ from hflow_rt.kernels.proof_records import Environment, Record, environment, kee
 
 __all__ = ["Standing", "prove", "standings"]
 
-_lock = threading.Lock()  # one proof at a time; whoever waits for it finds what it found
+_lock = threading.Lock()  # one proof at a time; a thread that waits for it finds what it found
 _here = threading.local()  # `proving` in the thread of a proof, whose own launches are not to be proved
 _records: dict[tuple[str, torch.device], Record] = {}  # of this process
 
@@ -108,7 +108,7 @@ class Standing:
 def standings(say: Callable[[str], None] = lambda text: None) -> Iterator[Standing]:
     """Every operator on every kind of GPU here, proved first where it is not yet and the kernels are live.
 
-    `say` is told what is being proved. Yields nothing where there is no GPU.
+    `say` hears what is being proved. Yields nothing where there is no GPU.
     """
     kinds: dict[Environment, torch.device] = {}
     for index in range(torch.cuda.device_count()):

@@ -1,4 +1,4 @@
-"""Keep every processor busy: several batches under way at once, each from its latents to its files."""
+"""Keep every processor busy: several batches under way together, each from its latents to its files."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -38,7 +38,7 @@ LATENT_SPACE = "z"  # the space of the latents themselves
 class Encoded:
     """Latents by name `[B, *shape]`, and numbers `[B]` that the model yields beside them.
 
-    Conditions that were given are among the latents, so that `forward` is told the same.
+    Conditions that were given are among the latents, so that `forward` has the same.
     """
 
     latents: dict[str, Any]
@@ -99,7 +99,7 @@ class Session:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether several calls at once keep more processors busy than one after the other."""
+        """Whether several calls together keep more processors busy than one after the other."""
         return bool(getattr(self._engine, "side_by_side", False))
 
     @property

@@ -20,7 +20,7 @@ from hflow_rt.bench.variants import REFERENCE, ROOF_OPERATIONS, ROOFS, VARIANTS,
 from hflow_rt.errors import BackendUnavailable, HFlowError
 from hflow_rt.runtime.bundle import Bundle
 
-__all__ = ["UNSTABLE", "measure", "statistics_of", "warnings_of"]
+__all__ = ["UNSTABLE", "measure_latency", "statistics_of", "warnings_of"]
 
 UNSTABLE = 0.025  # a larger spread of the rounds is pointed out
 _FILL = 0.1  # seconds of a round at least
@@ -81,7 +81,7 @@ class Worker:
                 pipe.close()
 
 
-def measure(
+def measure_latency(
     bundle: Bundle,
     variants: Sequence[str],
     cases: Sequence[str],

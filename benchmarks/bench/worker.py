@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Open the variant, say so, and do as told."""
+    """Open the variant, say so, and do what is asked."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not stand between the answers
 
@@ -35,7 +35,7 @@ def main() -> None:
         for line in sys.stdin:
             request = json.loads(line)
             answer(**_REQUESTS[request.pop("do")](running, **request))
-    except KeyboardInterrupt:  # for the whole group; whoever asked says so
+    except KeyboardInterrupt:  # for the whole group; the process that asked says so
         return
     except Exception as error:  # whatever a backend raises is the reason that its row shows
         text = str(error).strip() or "no message"

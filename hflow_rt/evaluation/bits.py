@@ -156,7 +156,7 @@ def measure(
         found = [terms(drawn(bound, draw, part)) for draw in range(1 if claim.claim == "published" else draws)]
         return _combined(found, claim, dimensions)
 
-    claims, dimensions = model.bounds(), 3 * model.resolution**2
+    claims, dimensions = model.bounds(), model.channels * model.resolution**2
     streams = list(claims)
     bounds: dict[str, BoundBits] = {}
     reasons: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Feature networks: from images to the vectors that distances between sets of images are measured in.
 
-A network is one that ships as a package, by name, or a file of the user's. Its name goes into the name of the
+A network is one that is installed as a package, by name, or a file of the user's. Its name goes into the name of the
 distance, for figures of two networks must never be compared.
 """
 

@@ -45,7 +45,7 @@ def read_weights(
 def read_part(path: Path, choose: Choose, modules: Sequence[str] = ()) -> Part[Tensor]:
     """The chosen tensors of a `.safetensors`, a `.pt`/`.pth` of either format, or a pickled module of `modules`.
 
-    What the file is is told from its first bytes. No other tensors are read. Raises `CheckpointError`.
+    The first bytes say what the file is. No other tensors are read. Raises `CheckpointError`.
     """
     with open_source(path) as source:
         start = source.peek(9)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.layers.mixing import mix
+from hflow_rt.layers.mixing import channel_map
 
 __all__ = ["LUMixing"]
 
@@ -46,11 +46,11 @@ class LUMixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latent to data, `[B, C]` or `[B, C, H, W]`."""
-        return mix(x, self._inverse().to(x.dtype))
+        return channel_map(x, self._inverse().to(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:
         """Data to latent."""
-        return mix(x, self._matrix().to(x.dtype))
+        return channel_map(x, self._matrix().to(x.dtype))
 
     def log_det(self, x: Tensor) -> Tensor:
         """Log-determinant of `inverse` at the size of `x`: a scalar, in nats."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from hflow_rt.kernels.mixing import mixing
 
-__all__ = ["FreeMixing", "UnitaryMixing", "mix"]
+__all__ = ["FreeMixing", "UnitaryMixing", "channel_map"]
 
 
-def mix(x: Tensor, matrix: Tensor) -> Tensor:
+def channel_map(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply the channels of `[B, C]` or `[B, C, H, W]` by `matrix` `[C, C]`, in the precision of `x` even under
     autocast."""
     return mixing(x, matrix)
@@ -42,11 +42,11 @@ class FreeMixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latent to data, `[B, C]` or `[B, C, H, W]`."""
-        return mix(x, torch.linalg.inv(self.weight.double() * self.scale).to(x.dtype))
+        return channel_map(x, torch.linalg.inv(self.weight.double() * self.scale).to(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:
         """Data to latent."""
-        return mix(x, self.weight * self.scale)
+        return channel_map(x, self.weight * self.scale)
 
     def log_det(self, x: Tensor) -> Tensor:
         """Log-determinant of `inverse` at the size of `x`: a scalar, in nats."""
@@ -75,11 +75,11 @@ class UnitaryMixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Latent to data, `[B, C]` or `[B, C, H, W]`."""
-        return mix(x, self.matrices()[1].to(x.dtype))
+        return channel_map(x, self.matrices()[1].to(x.dtype))
 
     def inverse(self, x: Tensor) -> Tensor:
         """Data to latent."""
-        return mix(x, self.matrices()[0].to(x.dtype))
+        return channel_map(x, self.matrices()[0].to(x.dtype))
 
     def log_det(self, x: Tensor) -> Tensor:
         """Exactly 0."""

@@ -274,7 +274,7 @@ class LatentModel(nn.Module, ABC):
     def graphs(self) -> dict[str, GraphSpec]:
         """What export can write, by name: those of `routes`, of `spaces`, and on request `bound`, see `bound_inputs`.
 
-        Everything that does not depend on the input is folded in float64; nothing random is inside.
+        Everything that does not depend on the input is folded in float64; a graph contains nothing random.
         """
 
     def spaces(self) -> Mapping[str, Space]:

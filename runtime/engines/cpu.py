@@ -24,7 +24,7 @@ from hflow_rt.files import atomic_directory, atomic_file
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.plans import graph_sha256
 
-__all__ = ["OPTIMISED", "Place", "Settings", "cores", "default", "place_of", "shared_out", "threads"]
+__all__ = ["OPTIMISED", "Settings", "TunedGraph", "cores", "default", "shared_out", "threads", "tuned_graph"]
 
 _SETTINGS, OPTIMISED = "settings.json", "optimised.onnx"
 _FORMAT = 2  # of the settings; others are measured anew
@@ -85,25 +85,25 @@ def threads() -> int:
 
 
 def cores() -> int:
-    """How many threads can compute at once here."""
+    """How many threads can compute together here."""
     return threads() or os.cpu_count() or 1
 
 
 def shared_out(
     run: Callable[[Sequence[Any]], list[Any]], inputs: Sequence[Any], parts: int, pool: Executor
 ) -> list[Any]:
-    """`run` on `parts` runs of images at once, of even length as far as that goes; outputs as from one call."""
+    """`run` on `parts` runs of images together, of even length as far as that goes; outputs as from one call."""
     bounds = np.linspace(0, len(inputs[0]), parts + 1).round().astype(int)
     pieces = [[array[start:end] for array in inputs] for start, end in itertools.pairwise(bounds)]
     results = list(pool.map(run, pieces))
     return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
 
-class Place:
+class TunedGraph:
     """Where the settings of one graph on this machine are kept, with the graph as ONNX Runtime optimised it.
 
-    graph: its digest, constants included. Another processor, another ONNX Runtime or other threads have places of their
-    own.
+    graph: its digest, constants included. Another processor, another ONNX Runtime or other threads have tuned graphs
+    of their own.
     """
 
     def __init__(self, graph: str, version: str) -> None:
@@ -154,9 +154,9 @@ class Place:
         return there
 
 
-def place_of(bundle: Bundle, graph: str, version: str) -> Place:
+def tuned_graph(bundle: Bundle, graph: str, version: str) -> TunedGraph:
     """Where what is known of a graph of `bundle` in ONNX Runtime `version` is kept."""
-    return Place(graph_sha256(bundle.manifest, graph), version)
+    return TunedGraph(graph_sha256(bundle.manifest, graph), version)
 
 
 def _cache() -> Path:

@@ -18,7 +18,7 @@ from hflow_rt.errors import BackendUnavailable, BundleError
 from hflow_rt.extras import needed
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.engines.cpu import Place, Settings, cores, default, place_of, shared_out, threads
+from hflow_rt.runtime.engines.cpu import Settings, TunedGraph, cores, default, shared_out, threads, tuned_graph
 from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
 from hflow_rt.runtime.loops import called, looped
@@ -171,8 +171,8 @@ class OnnxEngine:
             self._settings[graph] = self._given or self._place(graph).read() or default()
         return self._settings[graph]
 
-    def _place(self, graph: str) -> Place:
-        return place_of(self._bundle, graph, self._runtime.__version__)
+    def _place(self, graph: str) -> TunedGraph:
+        return tuned_graph(self._bundle, graph, self._runtime.__version__)
 
     def _run(self, session: Any, described: Graph, inputs: Sequence[Any], options: Any = None) -> list[Any]:
         if not isinstance(inputs[0], np.ndarray):

@@ -10,11 +10,11 @@ from typing import Any
 from hflow_rt.errors import DataError
 from hflow_rt.extras import needed
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.engines.cpu import OPTIMISED, Settings, cores, default, place_of
+from hflow_rt.runtime.engines.cpu import OPTIMISED, Settings, cores, default, tuned_graph
 from hflow_rt.runtime.engines.onnx import OnnxEngine
 from hflow_rt.runtime.inputs import inputs_of
 
-__all__ = ["Trial", "forget", "tune"]
+__all__ = ["Trial", "forget", "tune_runtime"]
 
 _FILL = 0.1  # seconds of a round at least
 _MARGIN = 1.03  # times as fast as the default, or it stays
@@ -31,21 +31,21 @@ class Trial:
     kept: bool = False
 
 
-def tune(
+def tune_runtime(
     bundle: Bundle,
     graphs: Sequence[str],
     batch: int,
     rounds: int,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
-    """By graph: `trials`, the `settings` that were kept, `load_s` before and after.
+    """Of each graph: `trials`, the `settings` that were kept, `load_s` before and after.
 
     What concerns one call is measured on one image, sharing out on `batch`. Raises `BackendUnavailable` without ONNX
     Runtime, `DataError` where nothing can be kept.
     """
     runtime = _runtime()
     for graph in graphs:  # before anything is measured
-        place_of(bundle, graph, runtime.__version__).prepare()
+        tuned_graph(bundle, graph, runtime.__version__).prepare()
     found: dict[str, dict[str, Any]] = {}
     for graph in graphs:
         usual = default()
@@ -68,7 +68,7 @@ def tune(
             more, best = _race(bundle, graph, batch, shared, rounds)
             trials += more
         progress(f"{graph}: keeping the optimised graph")
-        place = place_of(bundle, graph, runtime.__version__)
+        place = tuned_graph(bundle, graph, runtime.__version__)
         before = _seconds(lambda: OnnxEngine(bundle, "cpu", runtime, settings=best).session(graph))  # noqa: B023
         place.write(best, lambda path: _optimise(bundle, graph, best, runtime, path))  # noqa: B023
         after = _seconds(lambda: OnnxEngine(bundle, "cpu", runtime).session(graph))  # noqa: B023
@@ -83,7 +83,7 @@ def tune(
 
 def forget(bundle: Bundle, graphs: Sequence[str]) -> list[str]:
     """Remove what was kept of `graphs`; of which there was something."""
-    return [graph for graph in graphs if place_of(bundle, graph, _runtime().__version__).forget()]
+    return [graph for graph in graphs if tuned_graph(bundle, graph, _runtime().__version__).forget()]
 
 
 def _runtime() -> Any:

@@ -336,7 +336,7 @@ def check_folder(output: Path, indices: range) -> None:
     for path in output.glob("*.png"):
         among = path.stem.isdecimal() and int(path.stem) in indices and path.name == f"{int(path.stem):06d}.png"
         if among and not is_ours(path):
-            raise DataError(f"{path} is there and not of hflow-rt, and nobody named it; choose another folder")
+            raise DataError(f"{path} exists, was not written by hflow-rt and was not named; choose another folder")
 
 
 def check_pictures(output: Path, indices: range, side: int) -> None:

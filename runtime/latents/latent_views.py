@@ -179,7 +179,7 @@ def heat_map(
     latent alone, averaged over the channels, all others being as in `base` (a batch of 1).
 
     The redraws are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the same seed must be an
-    image before them, for one that is its own redraw makes the std too small. Raises `DataError`.
+    image before them, because one that is its own redraw makes the std too small. Raises `DataError`.
     """
     if draws < 2:
         raise DataError(f"a heat map needs at least 2 redraws, not {draws}")
@@ -252,11 +252,11 @@ def coarse_down_to(session: Session, cut: str | None) -> list[str]:
 def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
     """Images `[B, C, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
 
-    What the model is told, such as a class, goes with the coarsest latent. Raises `DataError` for an unknown name.
+    Conditions, such as a class, go with the coarsest latent. Raises `DataError` for an unknown name.
     """
     taken = list(names)
-    told = session.choices if next(iter(session.latent_shapes)) in taken else ()
-    return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *told]))
+    conditions = session.choices if next(iter(session.latent_shapes)) in taken else ()
+    return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
 
 
 def _images(session: Session, latents: Latents) -> Array:

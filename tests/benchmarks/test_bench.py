@@ -9,7 +9,7 @@ import pytest
 
 from hflow_rt.bench import measure as measuring
 from hflow_rt.bench.floor import Work, count, floor_seconds
-from hflow_rt.bench.measure import measure, statistics_of, warnings_of
+from hflow_rt.bench.measure import measure_latency, statistics_of, warnings_of
 from hflow_rt.bench.report import chart, compare, markdown, ratios, read_report
 from hflow_rt.bench.variants import BASELINE, VARIANTS, Variant
 from hflow_rt.errors import BackendUnavailable, DataError
@@ -133,7 +133,7 @@ def test_inputs_differ_between_rounds_and_not_between_processes(tiny_run: Path) 
 
 def test_every_variant_leaves_figures_or_a_reason(tiny_run: Path) -> None:
     names = [BASELINE, "onnx", "trt"]
-    found = measure(find_bundle(tiny_run), names, ["forward", "inverse"], [2], rounds=2)
+    found = measure_latency(find_bundle(tiny_run), names, ["forward", "inverse"], [2], rounds=2)
     assert [(r["variant"], r["direction"], r["batch"]) for r in found["rows"] if "direction" in r] == [
         (name, direction, 2) for direction in ("forward", "inverse") for name in names[:2]
     ]
@@ -168,7 +168,7 @@ def test_a_variant_that_dies_leaves_its_reason_and_the_others_go_on(
             return super().ask(do, **values)
 
     monkeypatch.setattr(measuring, "Worker", Dying)
-    found = measure(find_bundle(tiny_run), ["torch eager, folded", "onnx"], ["forward"], [1, 2], rounds=2)
+    found = measure_latency(find_bundle(tiny_run), ["torch eager, folded", "onnx"], ["forward"], [1, 2], rounds=2)
     rows = {(r["variant"], r.get("batch")): r for r in found["rows"]}
     assert "killed" in rows["torch eager, folded", 1]["reason"]
     assert ("torch eager, folded", 2) not in rows
@@ -178,7 +178,7 @@ def test_a_variant_that_dies_leaves_its_reason_and_the_others_go_on(
 
 def test_where_nothing_runs_every_reason_is_named(tiny_run: Path) -> None:
     with pytest.raises(BackendUnavailable, match=r"trt: .*GPU"):
-        measure(find_bundle(tiny_run), ["trt"], ["forward"], [1], rounds=1)
+        measure_latency(find_bundle(tiny_run), ["trt"], ["forward"], [1], rounds=1)
 
 
 def test_operations_are_those_that_torch_counts(tiny_run: Path, tiny_model: Any) -> None:

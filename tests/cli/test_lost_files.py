@@ -137,7 +137,7 @@ def test_file_nobody_named_overwritten_by_default(hflow: Command, run: Path, pho
     """A picture called like a default output is somebody's, unless hflow-rt wrote it."""
     mine = photo("samples.png")
     before = mine.read_bytes()
-    refused(hflow("sample", "-n", 1), "samples.png is there and not of hflow-rt", "-o")
+    refused(hflow("sample", "-n", 1), "samples.png exists, was not written by hflow-rt", "-o")
     assert mine.read_bytes() == before
     ok(hflow("sample", "-n", 1, "-o", "samples.png"))
     ok(hflow("sample", "-n", 2))  # now it is ours
@@ -145,8 +145,8 @@ def test_file_nobody_named_overwritten_by_default(hflow: Command, run: Path, pho
     ok(hflow("encode", "samples.png"))
     for name in ("walk.webp", "interpolation.png"):
         Path(name).write_bytes(b"mine")
-    refused(hflow("walk", "--frames", 2, "--keyframes", 2), "walk.webp is there and not of hflow-rt")
-    refused(hflow("interpolate"), "interpolation.png is there and not of hflow-rt")
+    refused(hflow("walk", "--frames", 2, "--keyframes", 2), "walk.webp exists, was not written by hflow-rt")
+    refused(hflow("interpolate"), "interpolation.png exists, was not written by hflow-rt")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "b.webp", "b.gif"])
@@ -164,7 +164,7 @@ def test_our_pictures_are_known_as_ours(hflow: Command, run: Path, name: str) ->
 def test_file_nobody_named_overwritten_in_a_folder(hflow: Command, run: Path, photo: Command) -> None:
     mine = photo("many/000001.png")
     before = mine.read_bytes()
-    refused(hflow("sample", "-n", 3, "-o", "many"), "many/000001.png is there and not of hflow-rt")
+    refused(hflow("sample", "-n", 3, "-o", "many"), "many/000001.png exists, was not written by hflow-rt")
     assert mine.read_bytes() == before
     mine.unlink()
     ok(hflow("sample", "-n", 3, "-o", "many"))
@@ -233,5 +233,5 @@ def test_an_input_by_a_link_inside_a_folder(hflow: Command, run: Path, photo: Co
 def test_a_demo_page_of_somebody_else(hflow: Command, run: Path) -> None:
     Path("demo").mkdir()
     Path("demo/index.html").write_text("my page")
-    refused(hflow("demo", "--out", "."), "demo/index.html is there and not of hflow-rt")
+    refused(hflow("demo", "--out", "."), "demo/index.html exists and was not written by hflow-rt")
     assert Path("demo/index.html").read_text() == "my page"

@@ -44,7 +44,7 @@ def test_a_busy_machine_is_pointed_out(
         raise HFlowError("about to measure")
 
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr("hflow_rt.runtime.engines.tune.tune", stop)
+    monkeypatch.setattr("hflow_rt.runtime.engines.tune.tune_runtime", stop)
     monkeypatch.setattr("hflow_rt.export.bundle.export_bundle", stop)
     for command in (("tune",), ("export", "--tune", "cpu"), ("export", "--tune", "any")):
         done = hflow(command[0], run, *command[1:])

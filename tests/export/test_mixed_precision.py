@@ -14,7 +14,7 @@ from hflow_rt.cli.graphs import print_report
 from hflow_rt.errors import CheckpointError, HFlowError
 from hflow_rt.export.half_weights import halve
 from hflow_rt.export.judging import MIXED, failures
-from hflow_rt.export.mixed_precision import mix
+from hflow_rt.export.mixed_precision import to_mixed_precision
 from hflow_rt.export.onnx import SharedWeights, export_graph
 from hflow_rt.manifest import Manifest, read_manifest
 from hflow_rt.models.family import GraphSpec, TensorSpec
@@ -154,7 +154,7 @@ def test_a_net_that_is_an_output_and_a_reader_at_once() -> None:
     proto = graph(nodes, {"w": WEIGHT})
     proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 4, 8, 8]))
     plain = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert mix(proto, ["*.net.*"]) == 2
+    assert to_mixed_precision(proto, ["*.net.*"]) == 2
     onnx.checker.check_model(proto, full_check=True)
     kinds = types(proto)
     assert kinds["a"] == TensorProto.FLOAT16
@@ -180,7 +180,7 @@ def test_statistics_stay() -> None:
         node("Conv", ["normed", "w"], "y", "m.net.two"),
     ]
     proto = graph(nodes, {"w": WEIGHT, "axes": np.array([2, 3], np.int64)})
-    assert mix(proto, ["*.net.*"]) == 2
+    assert to_mixed_precision(proto, ["*.net.*"]) == 2
     kinds = types(proto)
     assert {kinds[name] for name in ("mean", "centred", "square", "variance", "std", "normed")} == {TensorProto.FLOAT}
 
@@ -195,7 +195,7 @@ def test_what_stays_can_be_kept_in_half_the_bytes() -> None:
         node("Conv", ["both", "b"], "y", "m.state", pads=[1, 1, 1, 1]),
     ]
     proto = graph(nodes, {"a": weight, "b": weight.transpose(1, 0, 2, 3).copy()})
-    assert mix(proto, ["*.net.*"]) == 1
+    assert to_mixed_precision(proto, ["*.net.*"]) == 1
     assert halve(proto, [1.0]) == 2
     onnx.checker.check_model(proto, full_check=True)
     kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
@@ -206,7 +206,7 @@ def test_what_stays_can_be_kept_in_half_the_bytes() -> None:
 def test_weights_beyond_half_precision() -> None:
     proto = graph([node("Conv", ["x", "w"], "y", "m.net.one")], {"w": WEIGHT * 1e6})
     with pytest.raises(CheckpointError, match=r"w exceeds the range of half precision .* --precision fp32"):
-        mix(proto, ["*.net.*"])
+        to_mixed_precision(proto, ["*.net.*"])
 
 
 def test_a_family_without_nets(tmp_path: Path) -> None:

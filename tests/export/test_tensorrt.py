@@ -224,13 +224,13 @@ def test_which_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_of_a_real_size(tmp_path: Path) -> None:
     """Both precisions, a range of batches and one, a GPU alone and several together."""
     from hflow_rt.assets import pretrained
-    from hflow_rt.export.mixed_precision import mix
+    from hflow_rt.export.mixed_precision import to_mixed_precision
     from hflow_rt.models.checkpoint import load_model
 
     spec = load_model(pretrained() / "model.safetensors").graphs()["forward"]
     proto = prepared(pretrained() / "forward.onnx")
     onnx.save(proto, tmp_path / "forward.onnx")
-    assert mix(proto, spec.nets, spec.heads) > 100
+    assert to_mixed_precision(proto, spec.nets, spec.heads) > 100
     onnx.save(proto, tmp_path / "forward.mixed.onnx")
     sizes = {}
     for file, capabilities, batch in (

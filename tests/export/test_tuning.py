@@ -13,7 +13,7 @@ from hflow_rt.errors import BundleError, ConfigError
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.export.onnx import SharedWeights, export_graph
 from hflow_rt.export.rewriting import Rewrite, View, apply
-from hflow_rt.export.tuning import PASSES, Stopwatch, Worth, tune
+from hflow_rt.export.tuning import PASSES, Stopwatch, Worth, choose_rewrites
 from hflow_rt.export.winograd import winograd
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.runtime import load
@@ -100,7 +100,7 @@ def test_nor_in_glow_with_classes(tmp_path: Path, name: str) -> None:
     rng = np.random.default_rng(0)
     feeds = {tensor.name: rng.uniform(0, 1, (2, *tensor.shape)) for tensor in graph.inputs}
     expected = ReferenceEvaluator(plain).run(None, feeds)
-    taken = tune(plain, nearly_all())
+    taken = choose_rewrites(plain, nearly_all())
     assert taken["winograd"] > 0
     assert taken["rows"] > 0
     for one, other in zip(expected, ReferenceEvaluator(plain).run(None, feeds), strict=True):

@@ -19,7 +19,7 @@ from hflow_rt.models.glow.coupling import ZeroConv2d
 from hflow_rt.models.glow.network import Encoded, Glow
 from hflow_rt.models.glow.prior import TopPrior, ZeroLinear
 from hflow_rt.models.glow.published import infer_settings
-from hflow_rt.models.glow.weights import from_original, ignored_kind, layout_of, place
+from hflow_rt.models.glow.weights import from_original, ignored_kind, layout_of, renaming
 
 FAMILY = "glow"
 
@@ -91,7 +91,7 @@ class Case:
         return {f"z{i}": self[f"noise.{key}{i}"] * temperature for i in self.levels}
 
     def original(self, model: Glow, name: str, values: dict[str, Tensor]) -> Tensor:
-        where = place(model.config, self.layout, name)
+        where = renaming(model.config, self.layout, name)
         return where.theirs(values[where.name]).reshape(self.weights[name].shape)
 
 

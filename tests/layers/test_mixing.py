@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hflow_rt.layers.mixing import FreeMixing, UnitaryMixing, mix
+from hflow_rt.layers.mixing import FreeMixing, UnitaryMixing, channel_map
 
 Mixing = FreeMixing | UnitaryMixing
 KINDS = [FreeMixing, UnitaryMixing]
@@ -21,7 +21,7 @@ def make(kind: type[Mixing], channels: int, seed: int = 0, scale: float = 0.3) -
 def test_mix_multiplies_every_pixel(size: tuple[int, ...]) -> None:
     rng = np.random.default_rng(sum(size))
     x, matrix = rng.standard_normal(size), rng.standard_normal((size[1], size[1]))
-    found = mix(torch.from_numpy(x), torch.from_numpy(matrix)).numpy()
+    found = channel_map(torch.from_numpy(x), torch.from_numpy(matrix)).numpy()
     np.testing.assert_allclose(found, np.einsum("ij,bj...->bi...", matrix, x), atol=1e-13)
 
 
@@ -34,7 +34,7 @@ def test_inverse_in_float64(kind: type[Mixing], channels: int) -> None:
     assert (matrix @ undone - torch.eye(channels)).abs().max() < 1e-11
     for x in (torch.randn(3, channels, dtype=torch.float64), torch.randn(2, channels, 4, 4, dtype=torch.float64)):
         assert (layer(layer.inverse(x)) - x).abs().max() < 1e-11
-        assert (layer.inverse(x) - mix(x, matrix)).abs().max() < 1e-12
+        assert (layer.inverse(x) - channel_map(x, matrix)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)

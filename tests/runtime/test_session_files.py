@@ -84,7 +84,7 @@ def test_save_refuses(session: Session) -> None:
     with pytest.raises(DataError, match=r"float \[B, 3 or 1, R, R\]"):
         session.save(images[0], "a.png")
     picture("mine/000000.png")
-    with pytest.raises(DataError, match="is there and not of hflow-rt"):
+    with pytest.raises(DataError, match="exists, was not written by hflow-rt"):
         session.save(images, "mine")
     assert sorted(path.name for path in Path().iterdir()) == ["link.png", "mine"]
 

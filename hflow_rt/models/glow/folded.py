@@ -1,8 +1,8 @@
 """Flow chains and priors with their constants folded (spec 12.2); built of float64 copies, see `layers/fold.py`.
 
 A step becomes one 1x1 map and a coupling whose convolutions carry all gains. What indicator channels and ones beyond
-the border add is a constant map; before the wide hidden layer it is an input channel of ones instead, for there a map
-would be larger than the weights.
+the border add is a constant map; before the wide hidden layer it is an input channel of ones instead, because a map
+would be larger than the weights there.
 """
 
 import torch
@@ -117,7 +117,7 @@ class FoldedSplitPrior(nn.Module):
         self.conv = _zero_conv(prior.conv, prior.side)
 
     def forward(self, kept: Tensor) -> Gaussian:
-        """As `SplitPrior`."""
+        """`[B, C/2, H, W]` to the prior of as many values."""
         return Gaussian(*self.conv(kept).chunk(2, 1))
 
 
@@ -142,15 +142,15 @@ class FoldedTopPrior(nn.Module):
         return self
 
     def deviation(self, z: Tensor) -> Tensor:
-        """As `Gaussian`."""
+        """Raw values to deviations."""
         return (z - self.mean) * self.inverse_std
 
     def value(self, deviation: Tensor) -> Tensor:
-        """As `Gaussian`."""
+        """Deviations to raw values."""
         return self.mean + self.std * deviation
 
     def log_prob(self, deviation: Tensor) -> Tensor:
-        """As `Gaussian`."""
+        """Log-density `[B]` in nats of the raw values that lie at these deviations."""
         return standard_log_prob(deviation) + self.log_det
 
 
@@ -166,7 +166,7 @@ class FoldedClassPrior(nn.Module):
         self.label = prior.label.fold()
 
     def forward(self, like: Tensor, labels: Tensor) -> Gaussian:
-        """As `TopPrior`."""
+        """The prior; labels: one-hot `[B, classes]`."""
         shift = self.label(labels)[:, :, None, None]
         prior = shift if self.base is None else self.base + shift
         return Gaussian(*prior.chunk(2, 1))

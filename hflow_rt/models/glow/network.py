@@ -113,7 +113,7 @@ class Glow(FlowModel):
     # -- the two directions, in model range
 
     def encode_model(self, x: Tensor, labels: Tensor | None = None) -> Encoded:
-        """Images in [-0.5, 0.5) `[B, 3, R, R]` to latents; labels: one-hot, for a model of classes."""
+        """Images in [-0.5, 0.5) `[B, 3, R, R]` to latents; labels: one-hot, of a model of classes."""
         chains: list[ChainResult] = []
         raw: list[Tensor] = []
         latents: list[Tensor] = []

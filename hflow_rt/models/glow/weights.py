@@ -17,7 +17,7 @@ from hflow_rt.errors import CheckpointError
 from hflow_rt.foreign.source import shown
 from hflow_rt.models.glow.config import GlowConfig
 
-__all__ = ["Layout", "Place", "from_original", "ignored_kind", "layout_of", "place"]
+__all__ = ["Layout", "Renaming", "from_original", "ignored_kind", "layout_of", "renaming"]
 
 Layout = Literal["blocks", "layers"]
 
@@ -64,7 +64,7 @@ _NORM_LEAVES = {"bias": "shift", "logs": "log_scale"}
 
 
 @dataclass(frozen=True)
-class Place:
+class Renaming:
     """Where a published tensor belongs: `name` is ours; ours is `sign` times theirs, channel i being `order[i]`."""
 
     name: str
@@ -117,7 +117,7 @@ def from_original(config: GlowConfig, state: Mapping[str, Tensor], source: str =
             raise CheckpointError(f"{source}: prior_h must be zeros because it is no parameter; give an intact file")
         if ignored_kind(name) is not None:
             continue
-        where = place(config, layout, name)
+        where = renaming(config, layout, name)
         if where.name in result:
             raise CheckpointError(f"{source} holds {shown(where.name)} under two names; give a file with one of them")
         result[where.name] = where.ours(tensor)
@@ -131,12 +131,12 @@ def from_original(config: GlowConfig, state: Mapping[str, Tensor], source: str =
     return result
 
 
-def place(config: GlowConfig, layout: Layout, name: str) -> Place:
+def renaming(config: GlowConfig, layout: Layout, name: str) -> Renaming:
     """Where the published tensor `name` belongs; its own name for one that is unknown."""
     if layout == "blocks":
         match = re.fullmatch(r"blocks\.(\d+)\.flows\.(\d+)\.(.+)\.(\w+)", name)
         if match is None:
-            return Place(name)
+            return Renaming(name)
         rest = re.sub(r"^coupling\.nets\.0\.", "block.", match[3])
         return _in_step(config, layout, int(match[1]), int(match[2]), rest, match[4])
     if match := re.fullmatch(r"flow\.layers\.(\d+)\.(.+)\.(\w+)", name):
@@ -145,15 +145,15 @@ def place(config: GlowConfig, layout: Layout, name: str) -> Place:
             return _in_step(config, layout, level, position - 1, match[2], match[3])
         if position == config.steps + 1 and match[2] in ("conv", "conv.conv"):
             ours = f"levels.{level}.prior.conv.{_LEAVES.get(match[3], match[3])}"
-            return Place(ours, order=_deinterleaved(config.width(level)))
-        return Place(name)
+            return Renaming(ours, order=_deinterleaved(config.width(level)))
+        return Renaming(name)
     for theirs, ours in _HEADS.items():
         if name.startswith(theirs):
-            return Place(ours + _LEAVES.get(leaf := name.rpartition(".")[2], leaf))
-    return Place(name)
+            return Renaming(ours + _LEAVES.get(leaf := name.rpartition(".")[2], leaf))
+    return Renaming(name)
 
 
-def _in_step(config: GlowConfig, layout: Layout, level: int, step: int, rest: str, leaf: str) -> Place:
+def _in_step(config: GlowConfig, layout: Layout, level: int, step: int, rest: str, leaf: str) -> Renaming:
     module = _STEP.get(rest, rest)
     is_norm = rest.endswith("actnorm")
     leaf = (_NORM_LEAVES if is_norm else _LEAVES).get(leaf, leaf)
@@ -162,7 +162,7 @@ def _in_step(config: GlowConfig, layout: Layout, level: int, step: int, rest: st
         channels = config.width(level)
         # shift first; theirs is the scale first, or every second one
         order = torch.arange(channels).roll(channels // 2) if layout == "blocks" else _deinterleaved(channels)
-    return Place(f"levels.{level}.chain.steps.{step}.{module}.{leaf}", -1 if is_norm else 1, order)
+    return Renaming(f"levels.{level}.chain.steps.{step}.{module}.{leaf}", -1 if is_norm else 1, order)
 
 
 def _deinterleaved(channels: int) -> Tensor:

@@ -39,7 +39,7 @@ class Boundary(NamedTuple):
 def boundaries(steps: Sequence["FlowStep"]) -> tuple[list[Boundary], list[Boundary]]:
     """The n + 1 maps of a chain latent to target, then those target to latent, each in the order of running; float64.
 
-    All steps are computed at once and gradients reach their parameters.
+    All steps are computed together and gradients reach their parameters.
     """
     first = steps[0].mixing
     matrix, undone = first.pair(torch.stack([step.mixing.weight for step in steps]), first.scale)

@@ -14,8 +14,8 @@ from hflow_rt.errors import BundleError, DataError
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.engines import cpu
-from hflow_rt.runtime.engines.cpu import OPTIMISED, Place, Settings, place_of, shared_out
-from hflow_rt.runtime.engines.tune import forget, tune
+from hflow_rt.runtime.engines.cpu import OPTIMISED, Settings, TunedGraph, shared_out, tuned_graph
+from hflow_rt.runtime.engines.tune import forget, tune_runtime
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -80,12 +80,12 @@ def test_threads_may_share_the_workers(tiny_run: Path, cache: Path, monkeypatch:
 def test_what_was_measured_is_kept_and_used(tiny_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     bundle = find_bundle(tiny_run)
-    found = tune(bundle, ["forward"], batch=3, rounds=1)["forward"]
+    found = tune_runtime(bundle, ["forward"], batch=3, rounds=1)["forward"]
     kept = [trial["what"] for trial in found["trials"] if trial["kept"]]
     assert [trial["batch"] for trial in found["trials"] if trial["kept"]] == [1, 3]
     assert len(found["trials"]) == 8
     assert ("2 images a thread at a time" in kept) == (found["settings"]["piece"] == 2)
-    place = place_of(bundle, "forward", onnxruntime.__version__)
+    place = tuned_graph(bundle, "forward", onnxruntime.__version__)
     assert str(place.path) == found["path"]
     assert place.read() == Settings(**found["settings"])
     assert place.optimised is not None
@@ -104,18 +104,18 @@ def test_other_threads_runtimes_and_graphs_have_places_of_their_own(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    places = [Place("a", "1"), Place("b", "1"), Place("a", "2")]
+    places = [TunedGraph("a", "1"), TunedGraph("b", "1"), TunedGraph("a", "2")]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    places.append(Place("a", "1"))
+    places.append(TunedGraph("a", "1"))
     monkeypatch.setattr(cpu, "_processor", lambda: "another")
-    places.append(Place("a", "1"))
+    places.append(TunedGraph("a", "1"))
     assert len({place.path for place in places}) == 5
     assert {place.path.parent for place in places} == {cache / "tuned"}
 
 
 @pytest.mark.parametrize("text", [b"{", b'{"width": 3}', b"[]", b'{"threads": "two"}', b'{"parts": 2.5}', b"\xff"])
 def test_damaged_settings_are_one_line(tiny_run: Path, cache: Path, text: bytes) -> None:
-    place = place_of(find_bundle(tiny_run), "forward", onnxruntime.__version__)
+    place = tuned_graph(find_bundle(tiny_run), "forward", onnxruntime.__version__)
     place.path.mkdir(parents=True)
     (place.path / "settings.json").write_bytes(text)
     with pytest.raises(BundleError, match="is damaged; measure again with 'hflow-rt tune'"):
@@ -123,7 +123,7 @@ def test_damaged_settings_are_one_line(tiny_run: Path, cache: Path, text: bytes)
 
 
 def test_a_damaged_optimised_graph_is_one_line(tiny_run: Path, cache: Path) -> None:
-    place = place_of(find_bundle(tiny_run), "forward", onnxruntime.__version__)
+    place = tuned_graph(find_bundle(tiny_run), "forward", onnxruntime.__version__)
     place.write(Settings(threads=1), lambda path: path.write_bytes(b"no graph") and None)  # type: ignore[func-returns-value]
     assert json.loads((place.path / "settings.json").read_text())["threads"] == 1
     assert (place.path / OPTIMISED).is_file()
@@ -136,7 +136,7 @@ def test_other_constants_have_a_place_of_their_own(tiny_run: Path, cache: Path) 
     bundle = find_bundle(tiny_run)
     changed = {"weights.bin": bundle.manifest.files["weights.bin"].model_copy(update={"sha256": "0" * 64})}
     other = Bundle(bundle.path, bundle.manifest.model_copy(update={"files": bundle.manifest.files | changed}))
-    assert place_of(bundle, "forward", "1").path != place_of(other, "forward", "1").path
+    assert tuned_graph(bundle, "forward", "1").path != tuned_graph(other, "forward", "1").path
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     with pytest.raises(DataError, match=r"cannot keep the optimised graph in .*: Protobuf serialization failed"):
-        tune(bundle, ["forward"], batch=1, rounds=1)
+        tune_runtime(bundle, ["forward"], batch=1, rounds=1)
     assert not list((cache / "tuned").iterdir())
 
 
@@ -181,15 +181,15 @@ def test_ways_to_share_out_differ(
         return [], next(iter(ways.values()))
 
     monkeypatch.setattr("hflow_rt.runtime.engines.tune._race", first)
-    tune(find_bundle(tiny_run), ["forward"], batch=batch, rounds=1)
+    tune_runtime(find_bundle(tiny_run), ["forward"], batch=batch, rounds=1)
     assert tried == pieces
 
 
 def test_the_cache_keeps_the_last(cache: Path) -> None:
     for index in range(cpu._KEPT + 3):
-        place = Place(str(index), "1")
+        place = TunedGraph(str(index), "1")
         place.write(Settings(), lambda path: path.write_bytes(b"") and None)  # type: ignore[func-returns-value]
         os.utime(place.path, (index, index))
     assert len(list((cache / "tuned").iterdir())) == cpu._KEPT
     assert place.read() == Settings()
-    assert Place("0", "1").read() is None
+    assert TunedGraph("0", "1").read() is None

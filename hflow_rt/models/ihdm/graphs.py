@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hflow_rt.models.family import GraphSpec, Loop, TensorSpec
+from hflow_rt.models.family import GraphSpec, Loop, Route, TensorSpec
 from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
 from hflow_rt.models.ihdm.bound import PARTS, bound_draws, mixture_cost, parts, uniformly
@@ -172,7 +172,7 @@ def folded_network(network: UNet) -> UNet:
     return clone
 
 
-def loops(model: IHDM) -> dict[str, Loop]:
+def loops(model: IHDM) -> dict[Route, Loop]:
     """Both routes, from the last level to the first."""
     config = model.config
     shared = {

@@ -43,7 +43,8 @@ class IHDM(LatentModel):
 
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         """The expected image one level sharper, given `u` at each image's `level`."""
-        return u + self.network(u, level)
+        added: Tensor = self.network(u, level)
+        return u + added
 
     def errors(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Squared error of the mean at `level`, summed over each image, `[B]`. noise: standard normal."""

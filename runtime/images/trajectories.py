@@ -49,7 +49,7 @@ def save_trajectory(path: Path, steps: Iterable[NDArray[np.float32]], count: int
     if as_table:
         shown = np.stack([images[:_ROWS] for images in kept], 1)
         titles = [f"{index + 1}" for index in wanted]
-        save_image(path, table([Row(row, captions=titles if not place else []) for place, row in enumerate(shown)]))
+        save_image(path, table([*map(Row, shown[:-1]), Row(shown[-1], captions=titles)]))
         return
     frames = [np.asarray(grid(images)) for images in kept]
     channels = kept[0].shape[-1]

@@ -71,8 +71,7 @@ class IHDM(LatentModel):
         return {"start": 1.0, "start_noise": float(self.config.noisy_start), "residual": 0.0}
 
     def prior(self) -> dict[str, Prior]:
-        noisy: Prior = "normal" if self.config.noisy_start else "unscaled"
-        return {"start": "bank", "start_noise": noisy, "residual": "unscaled"}
+        return {"start": "bank", "start_noise": "unscaled", "residual": "unscaled"}
 
     def bank(self) -> dict[str, Tensor]:
         """Starts of training images; none of a published model, which holds no images."""

@@ -137,7 +137,7 @@ def _decoded(session: Session, space: str, frames: Iterator[dict[str, Array]], p
     together = max(1, _BATCH // paths)
     for first in frames:
         part = [first, *islice(frames, together - 1)]
-        images = session.forward(session.from_space(space, concatenate(part)))
+        images = session.decode(space, concatenate(part))
         yield from np.split(images, len(part))
 
 

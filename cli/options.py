@@ -9,6 +9,7 @@ __all__ = [
     "GRID",
     "PICTURE",
     "BackendOption",
+    "ControlOption",
     "CudaGraphOption",
     "DeviceOption",
     "ImagesArgument",
@@ -56,6 +57,15 @@ StdOption = Annotated[
     ),
 ]
 
+ControlOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        metavar="NAME=VALUE",
+        help="Set a number that the model can be given; 'hflow-rt info' lists them. Repeatable.",
+        show_default=False,
+    ),
+]
 LabelOption = Annotated[
     str | None,
     typer.Option(

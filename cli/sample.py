@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.latents import Asked, latent_command
-from hflow_rt.cli.options import GRID, CudaGraphOption, ModelArgument
+from hflow_rt.cli.options import GRID, ControlOption, CudaGraphOption, ModelArgument
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
@@ -26,6 +26,16 @@ def sample(
     first: Annotated[int, typer.Option(help="Index of the first image: --first 7 -n 1 is image 7 of the seed.")] = 0,
     latents: Annotated[Path | None, typer.Option(help="Also save the latents (.safetensors).")] = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
+    control: ControlOption = None,
+    same_start: Annotated[bool, typer.Option(help="All images have the latents of the first; noise differs.")] = False,
+    share_noise: Annotated[bool, typer.Option(help="All images have the noise of the first; latents differ.")] = False,
+    trajectory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also show how the images of a model of many steps come to be (.gif, .webp, .mp4; .png: a table).",
+            show_default=False,
+        ),
+    ] = None,
     cuda_graph: CudaGraphOption = None,
 ) -> None:
     """Draw images from the model.
@@ -35,9 +45,11 @@ def sample(
     import numpy as np
 
     from hflow_rt.runtime.images.pictures import check_picture_name, check_pictures, to_uint8, write_pictures
+    from hflow_rt.runtime.images.trajectories import check_trajectory, save_trajectory
     from hflow_rt.runtime.in_flight import in_flight
     from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
     from hflow_rt.runtime.latents.operations import concatenate
+    from hflow_rt.runtime.noise import parse_controls
 
     number, output = asked.number, asked.output
     check_count("the number of images", number)
@@ -52,14 +64,17 @@ def sample(
     if latents is not None:
         numbers = number * sum(math.prod(shape) for shape in session.input_shapes.values())
         need(12 * numbers, f"the latents of {number:,} images", "ask for fewer, or omit --latents")
-    stds = asked.std or session.std
-    parts = session.draw(indices, stds, asked.seed, batch, asked.label)
+    controls, stds = parse_controls(control or []), asked.std or session.std
+    drawn_alike = {"same_start": same_start, "share_noise": share_noise}
+    if trajectory is not None:
+        check_trajectory(session, trajectory, number)
+    parts = session.draw(indices, stds, asked.seed, batch, asked.label, **drawn_alike)
     turn = nullcontext() if session.side_by_side else Lock()
 
     def decode(item: "tuple[int, dict[str, Any]]") -> "tuple[dict[str, Any], NDArray[np.uint8]]":
         start, part = item
         with turn:
-            found = session.forward(part)
+            found = session.forward(part, controls)
         pixels = to_uint8(found)
         if not output.suffix:
             write_pictures(output, pixels, start)
@@ -73,13 +88,20 @@ def sample(
         if latents is not None:
             kept.append(part)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
-    drawn = {"seed": asked.seed, "std": stds}
+    drawn = {"seed": asked.seed, "std": stds, "controls": controls}
     if latents is not None:
         save_latents(latents, concatenate(kept), about_model(session) | drawn)
+    if trajectory is not None:
+        (few,) = session.draw(indices[:batch], stds, asked.seed, batch, asked.label, **drawn_alike)
+        steps = tracked(session.trajectory(few, controls), session.steps, lambda _: 1, "following")
+        save_trajectory(trajectory, steps, session.steps)
     about = {"images": number, "output": where, **drawn, "backend": session.backend}
     asked.finish(
         about | {"bundle": str(session.bundle.path)},
-        [f"{number} images at std {' '.join(stds)}, seed {asked.seed}: {where}"],
+        [
+            f"{number} images" + (f" at std {' '.join(stds)}" if stds else "") + f", seed {asked.seed}: {where}",
+            *([] if trajectory is None else [f"how they came to be: {trajectory}"]),
+        ],
         f"hflow-rt interpolate{asked.again} -o walk.gif",
         f"hflow-rt encode IMAGE{asked.again} -o latents.safetensors",
     )

@@ -148,7 +148,7 @@ def _image_cases(pair: _Pair, session: Session, images: Array, seed: int) -> Ite
     rng = np.random.default_rng(seed)
     for chosen in _batches(images, seed):
         batch = len(chosen)
-        values = {"image": chosen, **in_turn(session.choices, range(batch))}
+        values = {"image": chosen, **in_turn(session.conditions, range(batch))}
         values |= _drawn(pair.spec.inputs, batch, rng)
         case = pair.compared({"batch": batch}, session, values)
         if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
@@ -218,7 +218,7 @@ def _of_route(route: Route, session: Session, images: Array, seed: int) -> Itera
     for batch, std in zip(BATCHES, (0.7, 1.0), strict=True):
         if route == "inverse":
             chosen = images[np.arange(batch) % len(images)]
-            yield {"batch": batch}, {"image": chosen, **in_turn(session.choices, range(batch))}
+            yield {"batch": batch}, {"image": chosen, **in_turn(session.conditions, range(batch))}
         else:
             yield {"batch": batch, "std": std}, _latents(session, seed, batch, std)
 
@@ -266,7 +266,7 @@ def _round_trips(
     for chosen, case in zip(
         _batches(images), cases[inverse if isinstance(inverse, str) else "inverse loop"], strict=False
     ):
-        told = in_turn(session.choices, range(len(chosen)))
+        told = in_turn(session.conditions, range(len(chosen)))
         latents = {name: case.outputs[name] for name in session.input_shapes if name in case.outputs}
         back = session.run("forward", {name: found for name, (found, _, _) in latents.items()} | told)["image"]
         plain = {name: values for name, (_, _, values) in latents.items()} | told
@@ -295,7 +295,7 @@ def _by_torch(way: str | Loop, pairs: Mapping[str, _Pair], values: dict[str, Arr
 def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
     """Informative only: a latent list may hold more numbers than an image, and then this is not the identity."""
     latents = _latents(session, seed, 1, 0.7)
-    told = {name: latents[name] for name in session.choices}
+    told = {name: latents[name] for name in session.conditions}
     again = session.run("inverse", {"image": session.run("forward", latents)["image"], **told})
     found = {name: float(finite(np.abs(again[name] - latents[name])).max()) for name in session.latent_shapes}
     return {"path": "latents", "batch": 1, "max": found}
@@ -304,7 +304,7 @@ def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
 def _latents(session: Session, seed: int, batch: int, std: float) -> dict[str, Array]:
     """Latents of images 0 .. batch - 1 of `seed`, and the conditions beside them."""
     stds = dict.fromkeys(session.latent_shapes, std)
-    return {**session.drawing.latents(seed, range(batch), stds), **in_turn(session.choices, range(batch))}
+    return {**session.drawing.latents(seed, range(batch), stds), **in_turn(session.conditions, range(batch))}
 
 
 def _batches(images: Array, draws: int | None = None) -> Iterator[Array]:

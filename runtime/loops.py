@@ -15,7 +15,7 @@ from hflow_rt.runtime.backends import Engine
 from hflow_rt.runtime.in_flight import in_flight
 from hflow_rt.runtime.noise import Stream
 
-__all__ = ["called", "calls_of", "drawn_by_call", "follow", "looped", "mean_draws", "row_of"]
+__all__ = ["called", "calls_of", "drawn_by_call", "first_inputs", "follow", "looped", "mean_draws", "row_of"]
 
 Values = Mapping[str, Any]
 
@@ -93,11 +93,16 @@ def looped(
 
 
 def calls_of(
-    engine: Engine, loop: _Loop, step: Graph, schedule: Mapping[str, NDArray[np.float32]], values: Values
+    engine: Engine,
+    loop: _Loop,
+    step: Graph,
+    schedule: Mapping[str, NDArray[np.float32]],
+    values: Values,
+    every: Collection[str],
 ) -> Callable[[dict[str, Any]], Iterator[Values]]:
     """The calls of a loop as `follow` takes them, on a backend; what one takes anew is made while the one before runs.
 
-    values: what the route was given, the draws of all calls among it.
+    values: what the route was given, the draws of all calls among it. every: outputs wanted of every call.
     """
     drawn, like = drawn_by_call(step.inputs), next(iter(values.values()))
 
@@ -107,7 +112,7 @@ def calls_of(
     def calls(first: dict[str, Any]) -> Iterator[Values]:
         others = [tensor for tensor in step.inputs if tensor.name not in {*schedule, *drawn}]
         fixed = {tensor.name: given(tensor, first, len(like)) for tensor in others}
-        return engine.loop(loop.step, fixed, in_flight(row, range(loop.steps), 2), loop.carry, loop.every.keys())
+        return engine.loop(loop.step, fixed, in_flight(row, range(loop.steps), 2), loop.carry, every)
 
     return calls
 
@@ -122,6 +127,11 @@ def mean_draws(step: Graph, steps: int, values: Values) -> dict[str, Any]:
     }
 
 
+def first_inputs(loop: _Loop, values: Values, begun: Values) -> dict[str, Any]:
+    """The inputs of the first call beside its row: what the route was given, and what `start` made of it."""
+    return {**values, **begun} | {entered: begun[left] for left, entered in loop.carry.items()}
+
+
 def follow(
     loop: _Loop,
     values: Values,
@@ -134,10 +144,9 @@ def follow(
     values: what it was given. begun: what its `start` made of that. calls: all calls of `step`, as `looped`, on the
     inputs of the first. latents: names of what the route yields of `begun`.
     """
-    first = {**values, **begun} | {entered: begun[left] for left, entered in loop.carry.items()}
     each: dict[str, list[Any]] = {name: [] for name in loop.every}
     outputs: Values = {}
-    for outputs in calls(first):
+    for outputs in calls(first_inputs(loop, values, begun)):
         for name, parts in each.items():
             parts.append(outputs[name])
     found = {name: begun[name] for name in latents if name in begun} | {name: outputs[name] for name in loop.last}

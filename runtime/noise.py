@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.memory import need
 
-__all__ = ["Stream", "draw", "draw_latents", "draw_noise", "draw_rows", "parse_std"]
+__all__ = ["Stream", "draw", "draw_latents", "draw_noise", "draw_rows", "parse_controls", "parse_std"]
 
 _KEYS = 2**64  # Philox takes two 64-bit words as its key
 
@@ -138,6 +138,20 @@ def parse_std(values: float | str | Sequence[str] | Mapping[str, float], names: 
             raise DataError(f"unknown latent '{name}' in std; the latents of this model are {', '.join(names)}")
         stds.update(dict.fromkeys(names if name is None else [name], _positive(name, number, names)))
     return stds
+
+
+def parse_controls(texts: Iterable[str]) -> dict[str, float]:
+    """`NAME=VALUE` each; the last of a name counts. Raises `DataError`."""
+    found = {}
+    for text in texts:
+        name, number = _split(text)
+        try:
+            found[str(name)] = float(number)
+        except ValueError as error:
+            raise DataError(f"a control is NAME=NUMBER; found '{text}'") from error
+        if name is None:
+            raise DataError(f"a control is NAME=NUMBER; found '{text}'")
+    return found
 
 
 def _split(text: str) -> tuple[str | None, str]:

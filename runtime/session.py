@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.conditions import Choices, check_told, in_turn, of_option
+from hflow_rt.conditions import Options, check_conditions, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
@@ -22,7 +22,7 @@ from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.drawing import Drawing
 from hflow_rt.runtime.images.pictures import check_folder, save_image, to_picture, to_uint8, write_pictures
 from hflow_rt.runtime.latents.operations import check_latents
-from hflow_rt.runtime.loops import calls_of, follow, mean_draws
+from hflow_rt.runtime.loops import calls_of, first_inputs, follow, mean_draws
 from hflow_rt.runtime.noise import parse_std
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
@@ -124,9 +124,9 @@ class Session:
         return self.manifest.latent_shapes
 
     @property
-    def choices(self) -> Choices:
+    def conditions(self) -> Options:
         """The conditions beside image or latents: options by name, none for most models."""
-        return self.manifest.choices
+        return self.manifest.conditions
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,12 +135,18 @@ class Session:
         Of what is random in every call of a loop `[K, *shape]`.
         """
         noise = {name: draw.whole for name, draw in self.drawing.beside().items()}
-        return self.latent_shapes | noise | {name: (len(options),) for name, options in self.choices.items()}
+        return self.latent_shapes | noise | {name: (len(options),) for name, options in self.conditions.items()}
 
     @property
     def controls(self) -> dict[str, float]:
         """Numbers that `forward` can be given, by name, and their defaults."""
         return {tensor.name: float(tensor.default or 0) for tensor in self.drawing.inputs("control")}
+
+    @property
+    def steps(self) -> int:
+        """Calls of its network that `forward` takes."""
+        route = self.manifest.routes.get("forward")
+        return route.steps if isinstance(route, Loop) else 1
 
     @property
     def std(self) -> list[str]:
@@ -201,11 +207,35 @@ class Session:
         >>> bool((session.forward(latents) == session.sample(8, seed=1)[7:]).all())
         True
         """
+        arrays, restore = self._checked(latents, controls)
+        return restore(self.run("forward", arrays)["image"])
+
+    def _checked(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None) -> tuple[dict[str, Any], Any]:
+        """The inputs of `forward`, and a function that gives results their kind. Raises `DataError`."""
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
-        check_told(self.choices, arrays)
-        arrays |= self._set(controls or {}, next(iter(arrays.values())))
-        return restore(self.run("forward", arrays)["image"])
+        check_conditions(self.conditions, arrays)
+        return arrays | self._set(controls or {}, next(iter(arrays.values()))), restore
+
+    def trajectory(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Iterator[Any]:
+        """The images of `forward` on their way, `[B, C, R, R]` after each call of its loop; the last are its result.
+
+        Of a model that takes one call, that alone. At most as many images as an engine takes in a call. Raises as
+        `forward` does.
+
+        >>> import hflow_rt
+        >>> session = hflow_rt.load()
+        >>> len([*session.trajectory(next(session.draw([0])))])
+        1
+        """
+        loop = self.manifest.routes.get("forward")
+        if not isinstance(loop, Loop):
+            yield self.forward(latents, controls)
+            return
+        arrays, restore = self._checked(latents, controls)
+        values, begun, calls = self._begun(loop, arrays, ["image"])
+        for outputs in calls(first_inputs(loop, values, begun)):
+            yield restore(outputs["image"])
 
     def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
@@ -220,7 +250,7 @@ class Session:
         """
         arrays, restore = self._received({"image": images, **(conditions or {})})
         pixels = as_pixels(arrays.pop("image"), self.resolution, self.channels)
-        told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
+        told = {name: (len(pixels), len(options)) for name, options in self.conditions.items()}
         floats = ("float32", "torch.float32")
         given = {name: tuple(array.shape) for name, array in arrays.items() if str(array.dtype) in floats}
         if given != told or len(given) != len(arrays):
@@ -229,7 +259,7 @@ class Session:
                 for shapes in (told, {name: array.shape for name, array in arrays.items()})
             )
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
-        check_told(self.choices, arrays)
+        check_conditions(self.conditions, arrays)
         outputs = self.run("inverse", {"image": pixels, **arrays}) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
         return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
@@ -301,21 +331,27 @@ class Session:
         seed: int = 0,
         batch: int = 16,
         option: str | None = None,
+        *,
+        same_start: bool = False,
+        share_noise: bool = False,
     ) -> Iterator[dict[str, Array]]:
         """What `forward` takes for the images `indices` of `seed`, at most `batch` at a time; latents are the prior's.
 
         std: by default what the bundle says, `Session.std`.
         Where the model has a choice, `option` makes it for all, else each option comes in turn.
+        same_start: all have the latents of the first. share_noise: all have what is random beside latents of the first.
         """
         check_count("the batch", batch)
-        if std is not None and not self.drawing.scaled:
+        if std not in (None, []) and not self.drawing.scaled:
             controls = f"; it has {', '.join(self.controls)} to set instead" if self.controls else ""
             raise DataError(f"no std applies to the latents of this {self.manifest.family} model; omit it{controls}")
         stds = parse_std(self.std if std is None else std, self.drawing.scaled)
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
-            drawn = self.drawing.latents(seed, part, stds) | self.drawing.noise(seed, part)
-            told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
+            alike = [indices[0]] * len(part)
+            drawn = self.drawing.latents(seed, alike if same_start else part, stds)
+            drawn |= self.drawing.noise(seed, alike if share_noise else part)
+            told = in_turn(self.conditions, part) if option is None else of_option(self.conditions, option, len(part))
             yield drawn | told
 
     def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
@@ -393,11 +429,15 @@ class Session:
 
     def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
         """One batch through a loop."""
+        values, begun, calls = self._begun(loop, values, loop.every.keys())
+        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
+            return follow(loop, values, begun, calls, self.latent_shapes)
+
+    def _begun(self, loop: Loop, values: Mapping[str, Any], every: Collection[str]) -> tuple[Any, Any, Any]:
+        """What a loop is given, what its start makes of it, and its calls, with the outputs wanted of every one."""
         step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
         values = {**mean_draws(step, loop.steps, values), **values}
-        begun = self.run_graph(loop.start, values)
-        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
-            return follow(loop, values, begun, calls_of(self._engine, loop, step, schedule, values), self.latent_shapes)
+        return values, self.run_graph(loop.start, values), calls_of(self._engine, loop, step, schedule, values, every)
 
     def _graph(self, name: str) -> Graph:
         if name not in self.manifest.graphs:

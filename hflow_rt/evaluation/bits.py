@@ -129,9 +129,9 @@ def measure(
             "this bundle has no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use --backend torch"
         )
 
-    if model.choices() and names is None:
+    if model.conditions() and names is None:
         names = images.names if isinstance(images, Selection) else []
-    if model.choices() and len(names or ()) != len(images):
+    if model.conditions() and len(names or ()) != len(images):
         raise DataError("a model of classes is measured on images in folders named after them; found none")
 
     def terms(inputs: dict[str, torch.Tensor]) -> Parts:
@@ -156,7 +156,7 @@ def measure(
         found = [terms(drawn(bound, draw, part)) for draw in range(1 if claim.claim == "published" else draws)]
         return _combined(found, claim, dimensions)
 
-    claims, dimensions = model.bounds(), 3 * model.resolution**2
+    claims, dimensions = model.bounds(), model.channels * model.resolution**2
     streams = list(claims)
     bounds: dict[str, BoundBits] = {}
     reasons: dict[str, str] = {}

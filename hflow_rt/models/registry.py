@@ -81,6 +81,7 @@ class Family:
 FAMILIES = {
     "glow": "hflow_rt.models.glow",
     "hflow": "hflow_rt.models.hflow",
+    "ihdm": "hflow_rt.models.ihdm",
 }
 DEFAULT_PRESET = "hflow-demo"  # of `hflow-rt train` and `demo`: small enough to be trained while somebody waits
 

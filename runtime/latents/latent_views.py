@@ -96,7 +96,7 @@ def between(
     """
     there = session.into_space(space, ends)
     first, last = (select(there, index) for index in (0, 1))
-    path = interpolate(first, last, frames, mode, session.joined(space), session.choices)
+    path = interpolate(first, last, frames, mode, session.joined(space), session.conditions)
     return _decoded(session, space, path, 1)
 
 
@@ -129,7 +129,7 @@ def walk(
     for key in range(keyframes):
         drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
         keys.append(session.into_space(space, drawn))
-    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.choices)
+    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.conditions)
     return _decoded(session, space, frames, paths)
 
 
@@ -255,7 +255,7 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
     Conditions, such as a class, go with the coarsest latent. Raises `DataError` for an unknown name.
     """
     taken = list(names)
-    conditions = session.choices if next(iter(session.latent_shapes)) in taken else ()
+    conditions = session.conditions if next(iter(session.latent_shapes)) in taken else ()
     return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
 
 

@@ -36,7 +36,13 @@ def test_presets_are_listed_with_their_sizes(hflow: Command, monkeypatch: pytest
     found = json.loads(ok(hflow("info", "--presets", "--json")).out)["presets"]
     assert [row["preset"] for row in found] == preset_names()
     by_name = {row["preset"]: row for row in found}
-    assert by_name["hflow-256"] == {"preset": "hflow-256", "family": "hflow", "resolution": 256, "parameters": 77381708}
+    assert by_name["hflow-256"] == {
+        "preset": "hflow-256",
+        "family": "hflow",
+        "resolution": 256,
+        "channels": 3,
+        "parameters": 77381708,
+    }
     assert by_name["glow-emoji"]["parameters"] == 2057864
     monkeypatch.setattr("hflow_rt.training.config.preset_names", lambda: ["glow-demo", "hflow-demo"])
     lines = ok(hflow("info", "--presets")).out.splitlines()

@@ -249,7 +249,8 @@ def likelihood(case: Case) -> Quantities:
         level_1 = torch.ones(len(x), dtype=torch.int64)
         errors = [model.errors(x, level_1, case["nll_noise0"])]
         errors += [model.errors(x, level_1 * k, case["noise"][k - 1]) for k in range(1, model.config.steps + 1)]
-    terms = [pixel_cost(model, errors[0], delta), *(step_cost(model, error, delta) for error in errors[1:])]
+    config, (pixels, *steps) = model.config, [error.double() for error in errors]
+    terms = [pixel_cost(config, pixels, delta), *(step_cost(config, error, delta) for error in steps)]
     means = torch.stack([term.mean() for term in terms])
     yield "nll_LK", start
     yield "nll_terms", means

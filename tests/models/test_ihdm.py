@@ -150,10 +150,10 @@ def test_start_cost_is_that_of_a_mixture() -> None:
 
 def test_costs_of_a_perfect_step() -> None:
     model, zero = make(), torch.zeros(1, dtype=torch.float64)
-    assert step_cost(model, zero, model.config.sigma).item() == 0
-    assert math.isclose(step_cost(model, zero + 1e-4, 0.01).item(), 0.5)
-    assert math.isclose(pixel_cost(model, zero, 0.01).item(), 192 * math.log(0.01 * math.sqrt(2 * math.pi)))
-    assert math.isclose(bits_per_dim(model, (zero - 192) * math.log(256)).item(), 0, abs_tol=1e-12)
+    assert step_cost(model.config, zero, model.config.sigma).item() == 0
+    assert math.isclose(step_cost(model.config, zero + 1e-4, 0.01).item(), 0.5)
+    assert math.isclose(pixel_cost(model.config, zero, 0.01).item(), 192 * math.log(0.01 * math.sqrt(2 * math.pi)))
+    assert math.isclose(bits_per_dim(model.config, (zero - 192) * math.log(256)).item(), 0, abs_tol=1e-12)
 
 
 def test_sampling_ends_with_a_mean_and_ignores_the_last_noise() -> None:
@@ -279,6 +279,21 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     x = (255 * image[:1] + draws["uniform"][:1]) / 256
     states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
     costs = level_costs(model, x, states)
-    total = bits_per_dim(model, start_cost(model, x, model.bank()["start"], 0.0125) + costs.sum(1))
+    total = bits_per_dim(model.config, start_cost(model, x, model.bank()["start"], 0.0125) + costs.sum(1))
     assert torch.allclose(torch.stack(list(parts.values())).sum(0).mean(), total, rtol=1e-12)
     assert costs.shape == (1, 4)
+
+
+def test_the_graph_of_the_bound() -> None:
+    model = make(bank=3)
+    model.fill_bank((images(3, seed=11) * 255).round().to(torch.uint8))
+    inputs = model.bound_inputs("strict", (images(4) * 255).to(torch.uint8), torch.Generator().manual_seed(12))
+    inputs["level"] = torch.tensor([0.1, 0.5, 0.9, 1 - 2**-24])
+    graph = model.graphs()["bound"]
+    expected = model.bound_terms(inputs)
+    assert [spec.name for spec in graph.inputs] == list(inputs)
+    assert [spec.name for spec in graph.outputs] == list(expected)
+    for module, dtype, allowed in ((graph.reference, torch.float64, 1e-6), (graph.module, torch.float32, 1e-4)):
+        found = module.to(dtype)(*(value.to(dtype) for value in inputs.values()))
+        for one, other in zip(found, expected.values(), strict=True):
+            assert (one - other).abs().max() < allowed * other.abs().max()

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 # what `hflow-rt` does, with the toy family known
 COMMAND = (
-    "import hflow_rt.models.family as family; family.FAMILIES['toy'] = 'toy_family'; "
+    "import hflow_rt.models.registry as registry; registry.FAMILIES['toy'] = 'toy_family'; "
     "from hflow_rt.cli.__main__ import main; main()"
 )
 

@@ -29,7 +29,7 @@ def surviving(config: IHDMConfig) -> list[tuple[int, int]]:
     each = 0.5 * reach[:, None] * reach
     squares = torch.arange(config.resolution, device="cpu") ** 2
     radius = squares[:, None] + squares
-    for enough in radius.unique():
+    for enough in torch.unique(radius):
         if each[radius > enough].sum() <= _TOLERANCE:
             break
     kept = (radius <= enough).nonzero()
@@ -52,12 +52,12 @@ def coefficients(images: Tensor, waves: Tensor) -> Tensor:
 def rebuilt(start: Tensor, waves: Tensor) -> Tensor:
     """The blurred images `[B, C, R, R]` of starts `[B, C, M]`."""
     side = math.isqrt(waves.shape[1])
-    return (start @ waves.to(start)).unflatten(2, (side, side))
+    return (start @ waves.to(start)).reshape(*start.shape[:2], side, side)
 
 
 def starts(config: IHDMConfig, pixels: Tensor, rows: int) -> Tensor:
     """Starts of `rows` of the uint8 images `[N, C, R, R]`, float32 `[rows, C, M]`; of fewer images, each repeatedly."""
     blur, kept = Blur(config), waves(config)
     chosen = torch.arange(rows) % len(pixels) if rows > len(pixels) else torch.arange(rows) * len(pixels) // rows
-    batches = (pixels[part].to(kept) / 255 for part in chosen.split(_BATCH))
+    batches = (pixels[part].to(kept) / 255 for part in torch.split(chosen, _BATCH))
     return torch.cat([coefficients(blur(images, config.steps), kept) for images in batches]).float()

@@ -37,7 +37,7 @@ def damping(config: IHDMConfig) -> Tensor:
 
 
 def damped(images: Tensor, basis: Tensor, damping: Tensor) -> Tensor:
-    """Images whose waves are multiplied by `damping`, `[R]` or `[1, R]`, along both axes."""
+    """Images whose waves are multiplied by `damping` along both axes: `[R]` or `[1, R]`, or `[B, 1, 1, R]` by image."""
     matrix = (basis.T * damping) @ basis
     return matrix @ images @ matrix
 

@@ -24,15 +24,20 @@ if TYPE_CHECKING:
     from hflow_rt.models.ihdm.model import IHDM
 
 __all__ = [
+    "PARTS",
     "bits_per_dim",
     "bound_draws",
     "bound_terms",
     "level_costs",
+    "mixture_cost",
+    "parts",
     "pixel_cost",
     "start_cost",
     "step_cost",
     "uniformly",
 ]
+
+PARTS = ("start.prior", "noise.steps", "residual.pixels")
 
 
 def start_cost(model: IHDM, images: Tensor, starts: Tensor, delta: float) -> Tensor:
@@ -44,31 +49,35 @@ def start_cost(model: IHDM, images: Tensor, starts: Tensor, delta: float) -> Ten
         raise DataError("the prior is a mixture around training images, and the bank has none; give images")
     config, images = model.config, images.double()
     kept, basis, last = (t.to(images) for t in (waves(config), cosine_basis(config.resolution), damping(config)[-1]))
-    blurred = damped(images, basis, last)
+    return mixture_cost(config, damped(images, basis, last), starts.double(), kept, delta)
+
+
+def mixture_cost(config: IHDMConfig, blurred: Tensor, starts: Tensor, kept: Tensor, delta: float) -> Tensor:
+    """The same of images `[B, C, R, R]` at the last level, in their precision. kept: the `waves`."""
     found = coefficients(blurred, kept)
     # waves are orthogonal, and each has the norm R; what they leave out is orthogonal to all of them
-    apart = torch.cdist(found.flatten(1), starts.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    apart = (found[:, None] - starts).square().flatten(2).sum(2) * config.resolution**2
     rest = (blurred - rebuilt(found, kept)).square().flatten(1).sum(1)
-    squared = config.resolution**2 * apart.square() + rest[:, None]
     ratio = config.sigma / delta
-    divergence = (squared / delta**2 + _values(model) * (ratio**2 - 1 - 2 * math.log(ratio))) / 2
+    constant = _values(config) * (ratio**2 - 1 - 2 * math.log(ratio))
+    divergence = ((apart + rest[:, None]) / delta**2 + constant) / 2
     return math.log(len(starts)) - torch.logsumexp(-divergence, 1)
 
 
-def step_cost(model: IHDM, error: Tensor, delta: float) -> Tensor:
+def step_cost(config: IHDMConfig, error: Tensor, delta: float) -> Tensor:
     """What a step from level 2 or above costs, given the squared error of its mean `[B]`."""
-    ratio = model.config.sigma / delta
-    return (error.double() / delta**2 + _values(model) * (ratio**2 - 1 - 2 * math.log(ratio))) / 2
+    ratio = config.sigma / delta
+    return (error / delta**2 + _values(config) * (ratio**2 - 1 - 2 * math.log(ratio))) / 2
 
 
-def pixel_cost(model: IHDM, error: Tensor, delta: float) -> Tensor:
+def pixel_cost(config: IHDMConfig, error: Tensor, delta: float) -> Tensor:
     """What the pixels cost given the state at level 1 and the squared error of its mean `[B]`."""
-    return error.double() / (2 * delta**2) + _values(model) * math.log(delta * math.sqrt(2 * math.pi))
+    return error / (2 * delta**2) + _values(config) * math.log(delta * math.sqrt(2 * math.pi))
 
 
-def bits_per_dim(model: IHDM, nats: Tensor) -> Tensor:
+def bits_per_dim(config: IHDMConfig, nats: Tensor) -> Tensor:
     """Nats per image, of a density on [0, 1], as bits per dimension."""
-    return nats / (_values(model) * math.log(2)) + model.config.bits
+    return nats / (_values(config) * math.log(2)) + config.bits
 
 
 def level_costs(model: IHDM, images: Tensor, draws: Tensor) -> Tensor:
@@ -79,8 +88,8 @@ def level_costs(model: IHDM, images: Tensor, draws: Tensor) -> Tensor:
     costs, delta = [], model.config.delta
     for k in range(1, model.config.steps + 1):
         level = torch.full((len(images),), k, device=images.device)
-        error = model.errors(images, level, draws[:, k - 1])
-        costs.append((step_cost if k > 1 else pixel_cost)(model, error, delta))
+        error = model.errors(images, level, draws[:, k - 1]).double()
+        costs.append((step_cost if k > 1 else pixel_cost)(model.config, error, delta))
     return torch.stack(costs, 1)
 
 
@@ -100,17 +109,25 @@ def bound_terms(model: IHDM, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     One draw stands for all steps by one of them, K - 1 times, so that its mean over draws is the bound. inputs: the
     levels `image`, `[B, C, R, R]` in [0, 1], and `bound_draws`. Raises `DataError` for a model without a bank.
     """
-    config, unit = model.config, 1 / (_values(model) * math.log(2))
+    config = model.config
     like = model.network.head.weight
     x = uniformly(inputs["image"].to(like), inputs["uniform"].to(like), config.bits)
     level = levels_of(inputs["level"], config.steps - 1) + 1
-    steps = model.errors(x, level, inputs["noise"].to(like))
-    pixels = model.errors(x, torch.ones_like(level), inputs["pixel_noise"].to(like))
-    return {
-        "start.prior": start_cost(model, x, model.bank().get("start", x[:0]), config.delta) * unit,
-        "noise.steps": step_cost(model, steps, config.delta) * (unit * (config.steps - 1)),
-        "residual.pixels": bits_per_dim(model, pixel_cost(model, pixels, config.delta)),
-    }
+    steps = model.errors(x, level, inputs["noise"].to(like)).double()
+    pixels = model.errors(x, torch.ones_like(level), inputs["pixel_noise"].to(like)).double()
+    start = start_cost(model, x, model.bank().get("start", x[:0]), config.delta)
+    return parts(config, start, steps, pixels)
+
+
+def parts(config: IHDMConfig, start: Tensor, steps: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    """Bits per dimension by name, of the start's cost and of the errors of one step and of the pixels, `[B]` each."""
+    unit = 1 / (_values(config) * math.log(2))
+    found = (
+        start * unit,
+        step_cost(config, steps, config.delta) * (unit * (config.steps - 1)),
+        bits_per_dim(config, pixel_cost(config, pixels, config.delta)),
+    )
+    return dict(zip(PARTS, found, strict=True))
 
 
 def uniformly(image: Tensor, uniform: Tensor, bits: int) -> Tensor:
@@ -119,5 +136,5 @@ def uniformly(image: Tensor, uniform: Tensor, bits: int) -> Tensor:
     return (image * (bins - 1) + uniform) / bins
 
 
-def _values(model: IHDM) -> int:
-    return math.prod(model.config.image_shape)
+def _values(config: IHDMConfig) -> int:
+    return math.prod(config.image_shape)

@@ -1,6 +1,6 @@
 """Settings of an IHDM model (spec sections 1-3). `steps` are the levels of blur, K; each is one call of the network."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,6 @@ class IHDMConfig(ModelConfig):
     """Levels 0 (sharp) to `steps` (blurriest); a U-Net whose stage i works at side `resolution / 2^i`."""
 
     resolution: Annotated[int, Field(ge=4, le=_LARGEST_SIDE)]
-    channels: Literal[1, 3] = 3
     bits: Annotated[int, Field(ge=1, le=8)] = Field(default=8, description="of the data; fewer than 8 drop the lowest")
 
     steps: Annotated[int, Field(ge=2, le=4000)] = Field(description="levels of blur")

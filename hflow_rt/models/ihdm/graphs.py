@@ -11,7 +11,6 @@ which noise leads from there to the image blurred and noised at the next level, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,16 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hflow_rt.models.family import GraphSpec, Loop, TensorSpec
+from hflow_rt.models.family import GraphSpec, Loop, Route, TensorSpec
 from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
+from hflow_rt.models.ihdm.bound import PARTS, bound_draws, mixture_cost, parts, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.network import UNet
 
 if TYPE_CHECKING:
     from hflow_rt.models.ihdm.model import IHDM
 
-__all__ = ["Begin", "BlurStart", "Read", "Step", "folded_network", "graphs", "level_table", "loops"]
+__all__ = ["Begin", "BlurStart", "BoundGraph", "Read", "Step", "folded_network", "graphs", "level_table", "loops"]
 
 
 def _wide(number: Tensor) -> Tensor:
@@ -119,6 +119,42 @@ class Read(nn.Module):
         return noise, residual, mean + _wide(goes_on * delta) * noise + last * residual
 
 
+class BoundGraph(nn.Module):
+    """One draw of the bound, see `bound_terms`; the bank is a constant."""
+
+    waves: Tensor
+    basis: Tensor
+    damping: Tensor
+    table: Tensor
+    starts: Tensor
+
+    def __init__(self, network: UNet, table: Tensor, starts: Tensor, config: IHDMConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        constants = {"waves": waves(config), "basis": cosine_basis(config.resolution), "damping": damping(config)}
+        for name, value in (constants | {"table": table, "starts": starts}).items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(
+        self, image: Tensor, uniform: Tensor, level: Tensor, noise: Tensor, pixel_noise: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`[B, C, R, R]`, but `level` `[B]`, to the parts in bits per dimension, `[B]`."""
+        config, last = self.config, self.config.steps - 1
+        x = uniformly(image, uniform, config.bits)
+        drawn = (level * last).floor().clamp(0, last - 1).long() + 2
+        basis, table, damping = (constant.to(x) for constant in (self.basis, self.table, self.damping))
+
+        def error(index: Tensor, noise: Tensor) -> Tensor:
+            u = damped(x, basis, damping[index][:, None, None]) + config.sigma * noise
+            mean = u + self.network.walk(u, table[index])
+            return (damped(x, basis, damping[index - 1][:, None, None]) - mean).square().flatten(1).sum(1)
+
+        blurred = damped(x, basis, damping[-1])
+        start = mixture_cost(config, blurred, self.starts.to(x), self.waves.to(x), config.delta)
+        found = parts(config, start, error(drawn, noise), error(torch.ones_like(drawn), pixel_noise))
+        return tuple(found.values())
+
+
 def level_table(network: UNet) -> Tensor:
     """Biases of all blocks at levels 0 to K, float32 `[K + 1, W]`, computed in float64 (spec 10.2)."""
     exact = copy.deepcopy(network).double()
@@ -136,7 +172,7 @@ def folded_network(network: UNet) -> UNet:
     return clone
 
 
-def loops(model: IHDM) -> dict[str, Loop]:
+def loops(model: IHDM) -> dict[Route, Loop]:
     """Both routes, from the last level to the first."""
     config = model.config
     shared = {
@@ -173,7 +209,7 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
     goes_on = TensorSpec("goes_on", (), "schedule", (0.0, 1.0))
     damping_row = TensorSpec("damping", (config.resolution,), "schedule", (0.0, 1.0))
     folded = folded_network(model.network)
-    made: Mapping[str, tuple[nn.Module, nn.Module, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
+    made: dict[str, tuple[nn.Module, nn.Module, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "begin": (
             Begin(config).float(),
             Begin(config),
@@ -199,6 +235,14 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
             (z, latent["residual"], u_next),
         ),
     }
+    if (starts := model.bank().get("start")) is not None:
+        table = level_table(model.network)
+        made["bound"] = (
+            BoundGraph(folded, table, starts, config).float(),
+            BoundGraph(model.network, table, starts, config),
+            (image, *bound_draws(config)),
+            tuple(TensorSpec(name, (), "score") for name in PARTS),
+        )
     return {
         name: GraphSpec(name, module, reference, inputs, outputs)
         for name, (module, reference, inputs, outputs) in made.items()

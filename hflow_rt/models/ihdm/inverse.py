@@ -79,6 +79,7 @@ def read_parallel(model: IHDM, images: Tensor, draws: Tensor, delta: float | Non
 def decoded(model: IHDM, latents: Latents, delta: float | None = None) -> Tensor:
     """Images `[B, C, R, R]`, not clamped."""
     parts, step = _Parts(model, latents.residual, delta), Step(model.network)
+    u: Tensor
     (u,) = parts.begin(latents.start, latents.start_noise, parts.delta)
     for index, row in enumerate(parts.rows):
         u, _ = step(u, latents.noise[:, index], latents.residual, *row, parts.delta)
@@ -94,7 +95,7 @@ class _Parts:
         self.read = Read(model.network, config)
         tables = model.routes()["inverse"].schedule
         level, goes_on, self.damping = (
-            torch.from_numpy(tables[name]).to(like).split(1) for name in ("level", "goes_on", "damping")
+            torch.split(torch.from_numpy(tables[name]).to(like), 1) for name in ("level", "goes_on", "damping")
         )
         self.rows = list(zip(level, goes_on, strict=True))
         self.delta = like.new_full((len(like),), config.delta if delta is None else delta)

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hflow_rt.errors import ConfigError, DataError
-from hflow_rt.layers.fold import folded_copy
+from hflow_rt.errors import ConfigError
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import Bound, Conditions, Encoding, GraphSpec, LatentModel, Loop, Prior, Route
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route
 from hflow_rt.models.ihdm.bank import starts, surviving
 from hflow_rt.models.ihdm.blur import Blur
 from hflow_rt.models.ihdm.bound import bound_draws, bound_terms
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.graphs import graphs, loops
-from hflow_rt.models.ihdm.inverse import Latents, decoded
 from hflow_rt.models.ihdm.network import UNet
 from hflow_rt.models.ihdm.plan import IHDMPlan
 from hflow_rt.models.plan import draw
@@ -45,7 +43,8 @@ class IHDM(LatentModel):
 
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         """The expected image one level sharper, given `u` at each image's `level`."""
-        return u + self.network(u, level)
+        added: Tensor = self.network(u, level)
+        return u + added
 
     def errors(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Squared error of the mean at `level`, summed over each image, `[B]`. noise: standard normal."""
@@ -72,24 +71,11 @@ class IHDM(LatentModel):
         return {"start": 1.0, "start_noise": float(self.config.noisy_start), "residual": 0.0}
 
     def prior(self) -> dict[str, Prior]:
-        noisy: Prior = "normal" if self.config.noisy_start else "unscaled"
-        return {"start": "bank", "start_noise": noisy, "residual": "unscaled"}
+        return {"start": "bank", "start_noise": "unscaled", "residual": "unscaled"}
 
     def bank(self) -> dict[str, Tensor]:
         """Starts of training images; none of a published model, which holds no images."""
         return {} if self.starts is None else {"start": self.starts}
-
-    def decode(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """`noise`, `[B, K, C, R, R]`, is among the latents."""
-        shapes = self.latent_shapes() | {"noise": (self.config.steps, *self.config.image_shape)}
-        for name, shape in shapes.items():
-            if name not in latents or tuple(latents[name].shape[1:]) != shape:
-                found = list(latents[name].shape) if name in latents else "nothing"
-                raise DataError(f"latent {name} must be [B, {', '.join(map(str, shape))}], not {found}")
-        return decoded(self, Latents(**{name: latents[name] for name in shapes})).clamp(0, 1)
-
-    def encode(self, images: Tensor, conditions: Conditions | None = None) -> Encoding:
-        raise NotImplementedError("an image has as many latents as there are draws; see `inverse.py`")
 
     def plan(self, settings: TrainingConfig) -> TrainingPlan:
         return IHDMPlan(self)
@@ -115,6 +101,3 @@ class IHDM(LatentModel):
 
     def routes(self) -> dict[Route, Loop]:
         return loops(self)
-
-    def folded(self) -> IHDM:
-        return folded_copy(self)

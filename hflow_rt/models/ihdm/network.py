@@ -7,6 +7,7 @@ Modules are made in the order of the published parameters, because published ave
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """`[B, c_in, H, W]` and the level's bias, `[c_out]` or `[B, c_out]`, to `[B, c_out, H, W]`."""
-        h = self.conv1(F.silu(self.norm1(x))) + bias[..., None, None]
+        h: Tensor = self.conv1(F.silu(self.norm1(x))) + bias[..., None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.skip is None else self.skip(x))
 
@@ -67,8 +68,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to the same."""
         q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).unsqueeze(1).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + mixed.transpose(1, 2).reshape(x.shape)
 
 
 class Element(nn.Module):
@@ -136,7 +137,8 @@ class UNet(nn.Module):
 
     def elements(self) -> list[Element]:
         """In the order of the walk."""
-        return [element for part in (self.down, self.middle, self.up) for element in part]
+        parts = cast("tuple[list[Element], ...]", (self.down, self.middle, self.up))
+        return [element for part in parts for element in part]
 
     def blocks(self) -> list[ResidualBlock]:
         """In the order of the walk, which is that of their biases in a row."""
@@ -145,16 +147,17 @@ class UNet(nn.Module):
     def embed(self, level: Tensor) -> Tensor:
         """Levels `[B]`, whole or real, to what the blocks make their biases of, `[B, 4 base_width]`."""
         assert self.embedding is not None, "a folded network takes its biases from a table"
-        return self.embedding(sinusoid(level, self.config.base_width).to(self.head.weight.dtype))
+        found: Tensor = self.embedding(sinusoid(level, self.config.base_width).to(self.head.weight.dtype))
+        return found
 
     def level_biases(self, level: Tensor) -> Tensor:
         """Levels `[B]` to the biases of all blocks side by side, `[B, W]`."""
         active = F.silu(self.embed(level))
-        return torch.cat([block.level(active) for block in self.blocks()], 1)
+        return torch.cat([block.level(active) for block in self.blocks() if block.level is not None], 1)
 
     def walk(self, u: Tensor, biases: Tensor) -> Tensor:
         """Images `[B, C, R, R]` and biases, `[W]` or `[B, W]`, to what the next sharper level adds."""
-        rows = iter(biases.split([block.width for block in self.blocks()], -1))
+        rows = iter(torch.split(biases, [block.width for block in self.blocks()], -1))
         pushed: list[Tensor] = []
         h = u
         for part in (self.down, self.middle, self.up):
@@ -164,7 +167,8 @@ class UNet(nn.Module):
                 h = element(h, None if element.block is None else next(rows))
                 if part is self.down:
                     pushed.append(h)
-        return self.head(F.silu(self.norm(h)))
+        found: Tensor = self.head(F.silu(self.norm(h)))
+        return found
 
     def forward(self, u: Tensor, level: Tensor) -> Tensor:
         """Images `[B, C, R, R]` and their levels `[B]` to what the next sharper level adds."""

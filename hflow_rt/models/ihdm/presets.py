@@ -79,21 +79,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ihdm-afhq-256": {"model": _FFHQ_256, "training": _training(32, 1e-4, 0.9999)},
     "ihdm-ffhq-256": {"model": _FFHQ_256, "training": _training(32, 2e-5, 0.9999, precision="fp16")},
-    # minutes on two CPU cores
+    # ten minutes on two CPU cores
     "ihdm-demo": {
         "model": {
             "resolution": 32, "steps": 50, "blur_max": 16.0, "base_width": 32, "widths": (1, 2, 2), "blocks": 1,
-            "attention": (2,), "dropout": 0.0,
+            "attention": (2,), "dropout": 0.0, "bank": 1024,
         },
-        "training": _training(16, 4e-4, 0.998, images=100_000, warmup_images=4000, flip=True),
+        "training": _training(16, 4e-4, 0.998, images=60_000, warmup_images=4000, flip=True, init_images=1024),
     },
     # the 64x64 emoji, hours of one CPU core
     "ihdm-emoji": {
         "model": {
             "resolution": 64, "steps": 100, "blur_max": 32.0, "base_width": 32, "widths": (1, 2, 3, 4), "blocks": 2,
-            "attention": (2, 3), "dropout": 0.0,
+            "attention": (2, 3), "dropout": 0.0, "bank": 3072,
         },
-        "training": _training(16, 3e-4, 0.9995, images=300_000, warmup_images=16_000, flip=True),
+        "training": _training(16, 3e-4, 0.9995, images=300_000, warmup_images=16_000, flip=True, init_images=3072),
     },
 }  # fmt: skip
 

@@ -91,7 +91,8 @@ def infer_network(shapes: Mapping[str, tuple[int, ...]], source: str) -> dict[st
         return shapes[name][axis]
 
     base = size("time_embed.0.weight", 1)
-    widths, blocks, attention = [], [0], []
+    widths: list[float] = []
+    blocks, attention = [0], list[int]()
     indices = {int(m[1]) for name in shapes if (m := re.match(r"input_blocks\.(\d{1,4})\.", name))}
     if len(indices) > _MOST_ELEMENTS:
         raise CheckpointError(f"{source}: a network must have at most {_MOST_ELEMENTS:,} parts, not {len(indices):,}")

@@ -72,7 +72,7 @@ class Tensor(_Entry):
     role: Role
     dtype: Literal["float32"] = "float32"
     range: tuple[float, float] | None = None
-    default: float | None = Field(default=None, description="of a control")
+    default: float | None = Field(default=None, description="of a control, and of noise that is only drawn by who asks")
 
     def batched(self, batch: int) -> tuple[int, ...]:
         """Its shape in a call with `batch` images."""

@@ -16,7 +16,7 @@ from hflow_rt.files import destination
 from hflow_rt.limits import check_count
 from hflow_rt.manifest import LOG_PROB, Graph, Loop, Manifest, Precision, Route, Space
 from hflow_rt.memory import guarded, need
-from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
+from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.drawing import Drawing
@@ -237,10 +237,20 @@ class Session:
         for outputs in calls(first_inputs(loop, values, begun)):
             yield restore(outputs["image"])
 
-    def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
+    def inverse(
+        self,
+        images: Any,
+        conditions: Mapping[str, Any] | None = None,
+        controls: Mapping[str, float] | None = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
+    ) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
-        conditions: one-hot `[B, options]` for every choice of the model. Raises `DataError`.
+        conditions: one-hot `[B, options]` for every condition of the model. controls: as of `forward`, which must have
+        the same. seed, first: of what is random in the latents of an image, which most models have not; the first
+        image is number `first` of `seed`. Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
         >>> session = hflow_rt.load()
@@ -260,7 +270,10 @@ class Session:
             )
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_conditions(self.conditions, arrays)
-        outputs = self.run("inverse", {"image": pixels, **arrays}) | arrays
+        beside = self._set(controls or {}, pixels, "inverse")
+        drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse")
+        beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
+        outputs = self.run("inverse", {"image": pixels, **arrays, **beside}) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
         return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
 
@@ -398,9 +411,9 @@ class Session:
         self._graph(graph)
         return str(graph)
 
-    def _set(self, controls: Mapping[str, float], like: Any) -> dict[str, Any]:
+    def _set(self, controls: Mapping[str, float], like: Any, route: Route = "forward") -> dict[str, Any]:
         """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
-        known = {tensor.name: tensor for tensor in self.drawing.inputs("control")}
+        known = {tensor.name: tensor for tensor in self.drawing.inputs("control", route=route)}
         values = {}
         for name, value in controls.items():
             if name not in known:

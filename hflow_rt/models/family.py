@@ -95,7 +95,8 @@ class TensorSpec:
     """A named float32 tensor of a graph: `shape` without the batch axis, `role` (see the manifest's `Role`), and its
     values' range if bounded.
 
-    std: of a latent's prior at temperature 1. default: of a control. A `schedule` has one row for all images.
+    std: of a latent's prior at temperature 1. default: of a control; of noise that is the same in every image unless
+    somebody asks for more, such as that of a posterior. A `schedule` has one row for all images.
     """
 
     name: str

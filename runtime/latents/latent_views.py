@@ -83,7 +83,8 @@ def encoded(
     parts = []
     for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
         part = slice(rows.start, rows.stop)
-        parts.append(session.inverse(pixels[part], {name: values[part] for name, values in conditions.items()}))
+        given = {name: values[part] for name, values in conditions.items()}
+        parts.append(session.inverse(pixels[part], given, first=rows.start))
     return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
 
 

@@ -76,7 +76,7 @@ class Drawing:
             drawn |= {name: table[rows] for name, table in bank.items()}
         if missing := [latent.name for latent in self._manifest.latents if latent.name not in drawn]:
             raise DataError(
-                f"samples take '{missing[0]}' from a bank made of training images, and this model has none; train it, or"
+                f"samples take '{missing[0]}' from a bank of training images, and this model has none; train it, or"
                 " decode latents of images"
             )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}

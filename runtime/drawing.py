@@ -1,7 +1,7 @@
 """What is random in the samples of a bundle: latents by their priors, noise beside them and in every call of a loop."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +81,7 @@ class Drawing:
             )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
 
-    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward") -> dict[str, Array | Stream]:
+    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward") -> dict[str, Any]:
         """What is random beside latents or images; what every call draws is a stream, made as it is asked for."""
         return {
             name: draw_noise(draw.kind, name, draw.shape, seed, indices)

@@ -376,18 +376,16 @@ class Session(Runner):
         made = {} if space == LATENT_SPACE else self.run_graph(self._way(space, "back"), values)
         return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
-    def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Array:
+    def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Any:
         """Images `[B, C, R, R]` in [0, 1] of what `into_space` yields; controls as of `forward`. Raises `DataError`."""
         found = None if space == LATENT_SPACE else self._space(space)
         if found is None or found.decode is None:
             return self.forward(self.from_space(space, values), controls)
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
         taken = {tensor.name for tensor in self._graph(found.decode).inputs}
-        given = {name: value for name, value in (controls or {}).items() if name in taken}
-        image: Array = self.run_graph(found.decode, {**values, **self._set(given, next(iter(values.values())))})[
-            "image"
-        ]
-        return image
+        known = {name: value for name, value in (controls or {}).items() if name in taken}
+        inputs = {**values, **self._set(known, next(iter(values.values())))}
+        return self.run_graph(found.decode, inputs)["image"]
 
     def _space(self, space: str) -> Space:
         if space not in self.manifest.spaces:

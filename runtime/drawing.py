@@ -98,4 +98,5 @@ class Drawing:
 
     def _graphs(self, route: Route) -> list[Graph]:
         way = self._manifest.routes.get(route)
-        return [] if way is None else [self._manifest.graphs[name] for name in graphs_of(way)]
+        known = self._manifest.graphs
+        return [] if way is None else [known[name] for name in graphs_of(way) if name in known]

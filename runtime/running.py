@@ -82,5 +82,5 @@ class Runner:
 
     def _largest(self, name: str) -> int:
         """The largest batch of one call of a graph."""
-        largest = self._graph(name).batch[1]
-        return largest if self._engine.largest is None else min(largest, self._engine.largest)
+        of_graph = self._graph(name).batch[1]
+        return min(of_graph, getattr(self._engine, "largest", of_graph))

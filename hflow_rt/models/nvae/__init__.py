@@ -1,0 +1,1 @@
+"""NVAE: a deep hierarchical variational autoencoder (Vahdat & Kautz, NeurIPS 2020)."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from golden_cases import Listed, Quantities, compute
 from torch import Tensor
@@ -29,7 +30,8 @@ from hflow_rt.models.nvae.objective import (
     weight_penalty,
 )
 from hflow_rt.models.nvae.output import Bernoulli, Mixture, NormalPixels, pixels
-from hflow_rt.models.nvae.published_settings import config_of_options
+from hflow_rt.models.nvae.published import read_published
+from hflow_rt.models.nvae.published_settings import settings_of_options
 from hflow_rt.models.nvae.regularisers import (
     FIRST_ROUNDS,
     ROUNDS,
@@ -70,8 +72,8 @@ class Case:
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def config(self) -> NVAEConfig:
-        config = config_of_options(self.description["original_args"], str(self.golden))
-        return config.model_copy(update={"likelihood": "published"})
+        values = settings_of_options(self.description["original_args"], str(self.golden))
+        return NVAEConfig(**values, likelihood="published")
 
     def network(self) -> Network:
         network = Network(self.config())
@@ -437,3 +439,23 @@ def test_the_case_says_what_the_options_say(golden: Any) -> None:
     assert list(convolutions(network)) == [
         case.names[f"{name}.weight"].removesuffix(".weight") for name in case.description["convs"]
     ]
+
+
+def test_published_checkpoint_to_the_bit(golden: Any) -> None:
+    """It was written after the updates of the case; options, weights and statistics come along."""
+    case = Case(golden)
+    if "checkpoint" not in case.description:
+        pytest.skip("a case without a published file")
+    path = golden.path.parent / case.description["checkpoint"]["file"]
+    if not path.exists():
+        pytest.skip("its published file is not at hand")
+    published = read_published(path)
+    assert published.config == case.config().model_copy(update={"likelihood": "exact"})
+    network = Network(published.config)
+    load_state(network, published.state, str(path))
+    for name in case.listed:
+        if name.startswith("steps.param."):
+            ours = case.names[name.removeprefix("steps.param.")]
+            assert torch.equal(published.state[ours], case.stored[name]), name
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(case.statistics(network, name), case.stored[f"steps.{name}"]), name

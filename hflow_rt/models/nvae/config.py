@@ -116,11 +116,6 @@ class NVAEConfig(ModelConfig):
             raise ValueError(f"output bernoulli and bits 1 need each other; found {self.output} and {self.bits}")
         if self.output == "bernoulli" and self.channels != 1:
             raise ValueError("output bernoulli is of grey images; set channels to 1")
-        if self.weight_penalty_start is not None and not self.weight_penalty_start >= self.weight_penalty:
-            raise ValueError(
-                f"weight_penalty_start must be at least weight_penalty = {self.weight_penalty}, "
-                f"not {self.weight_penalty_start}"
-            )
         return self
 
 

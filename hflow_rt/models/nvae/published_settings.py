@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.foreign.source import shown
-from hflow_rt.models.checkpoint import parse_config
-from hflow_rt.models.nvae.config import NVAEConfig, halved_groups
+from hflow_rt.models.nvae.config import halved_groups
 
-__all__ = ["config_of_options"]
+__all__ = ["settings_of_options"]
 
 _OLD = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}  # what files lack that are older
 _BINARY = ("mnist", "omniglot")
@@ -38,8 +37,8 @@ _CELLS = "res_mbconv"
 _MOST_SCALES = 10
 
 
-def config_of_options(options: Mapping[str, Any], source: str) -> NVAEConfig:
-    """Our settings, of options by their published names. Raises `ConfigError`, which begins with `source`."""
+def settings_of_options(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Our settings, unchecked, of options by their published names. Raises `ConfigError`."""
 
     def option(name: str) -> Any:
         if name not in options and name not in _OLD:
@@ -66,22 +65,17 @@ def config_of_options(options: Mapping[str, Any], source: str) -> NVAEConfig:
     values["groups"] = halved_groups(groups, scales, fewest) if option("ada_groups") else (groups,) * scales
     if option("weight_decay_norm_anneal"):
         values["weight_penalty_start"] = option("weight_decay_norm_init")
-    try:
-        config = parse_config(NVAEConfig, values)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {_line(str(error))}") from error
-    assert isinstance(config, NVAEConfig)
-    return config
+    return values
 
 
-def _data(name: Any, option: Any, source: str) -> dict[str, Any]:
+def _data(name: Any, option: Callable[[str], Any], source: str) -> dict[str, Any]:
     """Size, channels and distribution of images, by the name of the dataset."""
     if name in _BINARY:
         return {"resolution": 28, "padding": 2, "channels": 1, "output": "bernoulli", "bits": 1}
     match = _SIDE_IN_NAME.fullmatch(name) if isinstance(name, str) else None
-    if match is None and name not in _SIDES:
+    side = int(match[1]) if match else _SIDES.get(name) if isinstance(name, str) else None
+    if side is None:
         raise ConfigError(f"{source}: dataset must be one of the published ones, not {_line(name)}")
-    side = _SIDES[name] if match is None else int(match[1])
     mixtures = option("num_mixture_dec")
     output = {"output": "normal"} if mixtures == 1 else {"mixtures": mixtures}
     return {"resolution": side, "bits": option("num_x_bits"), **output}

@@ -16,7 +16,7 @@ from hflow_rt.models.bins import public_levels
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.convolution import convolutions
-from hflow_rt.models.nvae.network import Inferred, Network
+from hflow_rt.models.nvae.network import Group, Inferred, Network
 from hflow_rt.models.nvae.objective import (
     active_units,
     balance,
@@ -27,6 +27,7 @@ from hflow_rt.models.nvae.objective import (
     kl_weight,
     log_weight,
     reconstruction,
+    training_cost,
     weight_penalty,
 )
 from hflow_rt.models.nvae.output import Bernoulli, Mixture, NormalPixels, pixels
@@ -126,7 +127,7 @@ def infer(network: Network, images: Tensor, noise: list[Tensor]) -> Inferred:
 
 
 def divergences(inferred: Inferred) -> Tensor:
-    return inferred.by_group(lambda group: group.divergence())
+    return inferred.by_group(Group.divergence)
 
 
 def log_px(network: Network, logits: Tensor, images: Tensor) -> Tensor:
@@ -175,8 +176,8 @@ def inference(case: Case) -> Quantities:
             yield f"z_mid.{index}.{flow}", value
         # flows keep volume by construction, which `Group.log_q` takes for granted; test_nvae.py holds their Jacobian
         yield f"log_det.{index}", torch.zeros(len(x))
-    yield "log_q", inferred.by_group(lambda group: group.log_q())
-    yield "log_p", inferred.by_group(lambda group: group.log_p())
+    yield "log_q", inferred.by_group(Group.log_q)
+    yield "log_p", inferred.by_group(Group.log_p)
     kl = divergences(inferred)
     yield "kl", kl
     yield "kl_diag", channel_divergence(inferred)
@@ -288,11 +289,8 @@ class Objective:
     ) -> None:
         config = network.config
         weight = kl_weight(config, step, case.steps)
-        inferred = infer(network, x, noise)
-        self.recon = reconstruction(network, inferred, x)
-        self.kl = divergences(inferred)
-        self.gamma = balance(config, self.kl) if weight < 1 else torch.ones_like(self.kl[0])
-        self.balanced = weight * (self.gamma * self.kl).sum(1)
+        cost = training_cost(network, infer(network, x, noise), x, weight)
+        self.recon, self.kl, self.balanced = cost.reconstruction, cost.divergences, cost.balanced
         values, self.left = singular_values(by_shape(network), left, rounds)
         self.spectral = torch.cat(list(values.values())).sum()
         penalty = weight_penalty(config, weight) * (self.spectral + gain_penalty(network))
@@ -307,7 +305,7 @@ def losses(case: Case) -> Quantities:
         yield f"loss.{label}.total", loss.total
         yield f"loss.{label}.recon", loss.recon
         yield f"loss.{label}.balanced_kl", loss.balanced
-        yield f"loss.{label}.gamma", loss.gamma
+        yield f"loss.{label}.gamma", balance(network.config, loss.kl)
         yield f"loss.{label}.kl", loss.kl.mean(0)
         yield f"loss.{label}.sr", loss.spectral
         if label == "eval":

@@ -7,9 +7,12 @@ from torch.nn import functional as F
 from hflow_rt.models.nvae.convolution import NormedConv2d, batch_norm
 
 __all__ = [
+    "SHIFTS",
     "Cell",
     "DecoderCombiner",
+    "DownSkip",
     "EncoderCombiner",
+    "InvertedResidual",
     "decoder_cell",
     "down_cell",
     "encoder_cell",
@@ -17,7 +20,7 @@ __all__ = [
 ]
 
 _RESIDUAL = 0.1
-_SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))  # rows and columns dropped, of the four quarters of a down skip
+SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))  # rows and columns dropped, of the four quarters of a down skip
 _KERNEL = 5  # of depthwise convolutions
 
 
@@ -46,7 +49,7 @@ class DownSkip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(x)
-        shifted = (conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(self.convs, _SHIFTS, strict=True))
+        shifted = (conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(self.convs, SHIFTS, strict=True))
         return torch.cat(list(shifted), 1)
 
 

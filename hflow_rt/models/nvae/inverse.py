@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hflow_rt.models.nvae.network import Network, packed, unpacked
+from hflow_rt.models.nvae.network import Group, Network, packed, unpacked
 from hflow_rt.models.nvae.output import pixels
 
 __all__ = ["InversePass", "forward", "inverse"]
@@ -37,7 +37,7 @@ def inverse(network: Network, image: Tensor, noise: Mapping[str, Tensor] | None 
 
     noise: standard normal, of the posteriors, as `NVAEConfig.packed_shapes("noise")`; by default their means are taken.
     """
-    config, batch = network.config, len(image)
+    config, batch = network.config, image.shape[0]
     if noise is None:
         shapes = config.packed_shapes("noise")
         noise = {name: image.new_zeros(batch, *shape) for name, shape in shapes.items()}
@@ -45,9 +45,9 @@ def inverse(network: Network, image: Tensor, noise: Mapping[str, Tensor] | None 
     inferred = network.infer(features, unpacked(config, "noise", noise))
     return InversePass(
         latents=packed(config, "z", [group.prior.noise(group.z) for group in inferred.groups]),
-        divergences=inferred.by_group(lambda group: group.divergence()),
-        log_q=inferred.by_group(lambda group: group.log_q()).sum(1),
-        log_p=inferred.by_group(lambda group: group.log_p()).sum(1),
+        divergences=inferred.by_group(Group.divergence),
+        log_q=inferred.by_group(Group.log_q).sum(1),
+        log_p=inferred.by_group(Group.log_p).sum(1),
         logits=inferred.logits,
     )
 

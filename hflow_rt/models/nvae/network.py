@@ -30,8 +30,8 @@ Choose = Callable[[int, Tensor, Tensor], Tensor]
 class Group:
     """What inference knows of a group, `[B, n, side, side]` each.
 
-    raw: the posterior's parameters as the sampler yields them; raw_prior: the prior's. path: the posterior's sample,
-    then what every flow makes of it; the last is z.
+    raw: the posterior's parameters as the sampler yields them; raw_prior: the prior's, `[1, 2 n, 1, 1]` zeros at the
+    top. path: the posterior's sample, then what every flow makes of it; the last is z.
     """
 
     raw: Tensor
@@ -119,12 +119,11 @@ class Network(nn.Module):
 
     def top_down(self, choose: Choose, batch: int) -> Tensor:
         """Parameters of the distribution of pixels, for latents that `choose` tells group by group, top first."""
-        config, group = self.config, 0
-        state = self.top.expand(batch, *self.top.shape)
+        group, state = 0, self.top.expand(batch, *self.top.shape)
+        top_prior = state.new_zeros(1, 2 * self.config.latent_channels, 1, 1)
         for element in self.decoder:
             if isinstance(element, DecoderCombiner):
-                channels, *sides = config.group_shape(group)
-                prior = self.priors[group - 1](state) if group else state.new_zeros(batch, 2 * channels, *sides)
+                prior = self.priors[group - 1](state) if group else top_prior
                 state = element(state, choose(group, state, prior))
                 group += 1
             else:
@@ -149,7 +148,7 @@ class Network(nn.Module):
             groups.append(Group(raw, prior, posterior, Normal.of_raw(prior), tuple(path)))
             return path[-1]
 
-        logits = self.top_down(choose, len(features[0]))
+        logits = self.top_down(choose, features[0].shape[0])
         return Inferred(tuple(groups), logits)
 
     def generate(self, noise: Sequence[Tensor]) -> Generated:
@@ -160,7 +159,7 @@ class Network(nn.Module):
             latents.append(Normal.of_raw(prior).at(noise[group]))
             return latents[-1]
 
-        logits = self.top_down(choose, len(noise[0]))
+        logits = self.top_down(choose, noise[0].shape[0])
         return Generated(tuple(latents), logits)
 
     def pad(self, image: Tensor) -> Tensor:

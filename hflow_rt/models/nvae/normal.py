@@ -15,7 +15,7 @@ _SMALLEST_STD = 0.01
 
 
 class Normal(NamedTuple):
-    """Independent normal distributions; both tensors have one shape. Densities and divergences are by element."""
+    """Independent normal distributions, of tensors that broadcast. Densities and divergences are by element."""
 
     mean: Tensor
     std: Tensor

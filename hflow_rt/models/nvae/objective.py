@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hflow_rt.models.nvae.config import NVAEConfig
-from hflow_rt.models.nvae.network import Inferred, Network
+from hflow_rt.models.nvae.network import Group, Inferred, Network, unpacked
 from hflow_rt.models.nvae.output import pixels
 
 __all__ = [
@@ -16,11 +18,14 @@ __all__ = [
     "balance",
     "balance_targets",
     "bits_per_dim",
+    "bound_parts",
     "channel_divergence",
     "importance_bound",
     "kl_weight",
     "log_weight",
+    "part_names",
     "reconstruction",
+    "training_cost",
     "weight_penalty",
 ]
 
@@ -38,11 +43,11 @@ def bits_per_dim(config: NVAEConfig, nats: Tensor) -> Tensor:
     return nats / (math.log(2) * math.prod(config.image_shape))
 
 
-def kl_weight(config: NVAEConfig, step: int, steps: int) -> float:
-    """The weight of the divergences in the update that follows `step` others, of `steps` in all."""
+def kl_weight(config: NVAEConfig, done: int, total: int) -> float:
+    """The weight of the divergences in the update that follows `done` updates of `total`, or so many images."""
     if not config.kl_warmup:
         return 1.0
-    grown = (step - config.kl_constant * steps) / (config.kl_warmup * steps)
+    grown = (done - config.kl_constant * total) / (config.kl_warmup * max(total, 1))
     return min(1.0, max(config.kl_floor, grown))
 
 
@@ -70,10 +75,45 @@ def balance(config: NVAEConfig, divergences: Tensor) -> Tensor:
     return relative / relative.mean()
 
 
+@dataclass(frozen=True)
+class TrainingCost:
+    """Nats per image: reconstruction `[B]`, divergences `[B, G]`, and their sum as training weighs it, `[B]`."""
+
+    reconstruction: Tensor
+    divergences: Tensor
+    balanced: Tensor
+
+
+def training_cost(network: Network, inferred: Inferred, canvas: Tensor, weight: float) -> TrainingCost:
+    """What images on the canvas cost, where divergences have this weight and below 1 are balanced."""
+    divergences = inferred.by_group(Group.divergence)
+    factors = weight * balance(network.config, divergences) if weight < 1 else 1.0
+    balanced = (factors * divergences).sum(1)
+    return TrainingCost(reconstruction(network, inferred, canvas), divergences, balanced)
+
+
+def part_names(config: NVAEConfig) -> tuple[str, ...]:
+    """What `bound_parts` are called: of the pixels, then of the latents of every scale, coarse to fine."""
+    return ("image.bits", *(f"{name}.divergence" for name in config.packed_shapes("z")))
+
+
+def bound_parts(network: Network, image: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One draw of the bound in bits per dimension, `[B]` each: minus the logarithm of its importance weight, in parts.
+
+    image: `[B, C, R, R]` in [0, 1], at levels. noise: standard normal, as `NVAEConfig.packed_shapes("noise")`.
+    """
+    config, canvas = network.config, network.pad(image)
+    inferred = network.infer(network.bottom_up(canvas), unpacked(config, "noise", noise))
+    groups = inferred.by_group(Group.log_q) - inferred.by_group(Group.log_p)
+    counts = [config.groups[scale] for scale in reversed(range(len(config.groups)))]
+    costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in groups.split(counts, 1)))
+    return {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
+
+
 def log_weight(inferred: Inferred, cost: Tensor) -> Tensor:
     """Logarithm of the importance weight of one draw, `[B]`, given its `reconstruction` cost."""
-    log_q = inferred.by_group(lambda group: group.log_q()).sum(1)
-    log_p = inferred.by_group(lambda group: group.log_p()).sum(1)
+    log_q = inferred.by_group(Group.log_q).sum(1)
+    log_p = inferred.by_group(Group.log_p).sum(1)
     return log_p - log_q - cost
 
 

@@ -33,7 +33,6 @@ def _training(
         "ema_weight": 1.0,
         "ema_warmup_images": 0,
         "added_noise_std": 0.0,
-        "precision": "fp16",
         **changes,
     }
 
@@ -84,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "resolution": 32, "groups": (4, 2), "latent_channels": 8, **_width(16), "blocks": 1, "block_cells": 1,
             "decoder_block_cells": 1, "encoder_cells": 1, "decoder_cells": 1, "mixtures": 5,
         },
-        "training": _training(2000, 30, 16, 1, warmup_epochs=1, precision="no"),
+        "training": _training(2000, 30, 16, 1, warmup_epochs=1),
     },
     # the 64x64 emoji, hours of one CPU core
     "nvae-emoji": {
@@ -92,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "resolution": 64, "groups": (6, 4, 2), "latent_channels": 12, **_width(12), "blocks": 2, "block_cells": 1,
             "decoder_block_cells": 1, "encoder_cells": 1, "decoder_cells": 1, "mixtures": 5, "flows": 1,
         },
-        "training": _training(3000, 100, 16, 1, warmup_epochs=1, precision="no"),
+        "training": _training(3000, 100, 16, 1, warmup_epochs=1),
     },
 }  # fmt: skip
 
@@ -102,5 +101,5 @@ TINY: dict[str, Any] = {
         "resolution": 8, "groups": (2, 1), "latent_channels": 2, **_width(4), "blocks": 1, "block_cells": 2,
         "decoder_block_cells": 2, "encoder_cells": 1, "decoder_cells": 1, "mixtures": 2, "flows": 1,
     },
-    "training": _training(24, 10, 4, 1, warmup_epochs=1, precision="no"),
+    "training": _training(24, 10, 4, 1, warmup_epochs=1, warmup_images=0, init_images=4),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hflow_rt.models.nvae.convolution import convolutions, effective_weight
 
-__all__ = ["FIRST_ROUNDS", "ROUNDS", "by_shape", "gain_penalty", "power_iteration", "singular_values"]
+__all__ = ["FIRST_ROUNDS", "ROUNDS", "by_shape", "gain_penalty", "power_iteration", "singular_values", "unit"]
 
 FIRST_ROUNDS, ROUNDS = 40, 4  # of power iteration: from random vectors, from those of the last step
 _SMALLEST_NORM = 1e-3
@@ -39,8 +39,8 @@ def power_iteration(weights: Tensor, left: Tensor, rounds: int) -> tuple[Tensor,
     weights, u = weights.detach(), left[:, :, None]
     v = weights.new_zeros(len(weights), weights.shape[2], 1)
     for _ in range(rounds):
-        v = _normalised(weights.mT @ u)
-        u = _normalised(weights @ v)
+        v = unit(weights.mT @ u)
+        u = unit(weights @ v)
     return u[:, :, 0], v[:, :, 0]
 
 
@@ -63,5 +63,6 @@ def gain_penalty(network: nn.Module) -> Tensor:
     return torch.stack([norm.weight.abs().max() for norm in norms]).sum()
 
 
-def _normalised(vectors: Tensor) -> Tensor:
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors along axis 1, of length 1 unless they are tiny."""
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)

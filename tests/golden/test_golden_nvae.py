@@ -16,7 +16,8 @@ from hflow_rt.models.bins import public_levels
 from hflow_rt.models.checkpoint import load_state
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.convolution import convolutions
-from hflow_rt.models.nvae.network import Group, Inferred, Network
+from hflow_rt.models.nvae.model import NVAE
+from hflow_rt.models.nvae.network import Group, Inferred, Network, packed
 from hflow_rt.models.nvae.objective import (
     active_units,
     balance,
@@ -31,6 +32,7 @@ from hflow_rt.models.nvae.objective import (
     weight_penalty,
 )
 from hflow_rt.models.nvae.output import Bernoulli, Mixture, NormalPixels, pixels
+from hflow_rt.models.nvae.plan import NVAEPlan
 from hflow_rt.models.nvae.published import read_published
 from hflow_rt.models.nvae.published_settings import settings_of_options
 from hflow_rt.models.nvae.regularisers import (
@@ -43,6 +45,7 @@ from hflow_rt.models.nvae.regularisers import (
     singular_values,
 )
 from hflow_rt.models.nvae.weights import from_original, our_names
+from hflow_rt.models.plan import Batch, Place
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.schedule import learning_rates
 
@@ -76,8 +79,8 @@ class Case:
         values = settings_of_options(self.description["original_args"], str(self.golden))
         return NVAEConfig(**values, likelihood="published")
 
-    def network(self) -> Network:
-        network = Network(self.config())
+    def network(self) -> NVAE:
+        network = NVAE(self.config())
         load_state(network, from_original(self.weights), "golden weights")
         return network.to(self.dtype).eval()
 
@@ -284,16 +287,13 @@ def readjusted(case: Case) -> Quantities:
 class Objective:
     """The training loss of one update, in parts."""
 
-    def __init__(
-        self, case: Case, network: Network, x: Tensor, noise: list[Tensor], step: int, left: Any, rounds: int
-    ) -> None:
-        config = network.config
-        weight = kl_weight(config, step, case.steps)
+    def __init__(self, case: Case, network: Network, x: Tensor, noise: list[Tensor], left: dict[Shape, Tensor]) -> None:
+        weight = kl_weight(network.config, case.train["global_step"], case.steps)
         cost = training_cost(network, infer(network, x, noise), x, weight)
         self.recon, self.kl, self.balanced = cost.reconstruction, cost.divergences, cost.balanced
-        values, self.left = singular_values(by_shape(network), left, rounds)
+        values, _ = singular_values(by_shape(network), left, FIRST_ROUNDS)
         self.spectral = torch.cat(list(values.values())).sum()
-        penalty = weight_penalty(config, weight) * (self.spectral + gain_penalty(network))
+        penalty = weight_penalty(network.config, weight) * (self.spectral + gain_penalty(network))
         self.total = (self.recon + self.balanced).mean() + penalty
 
 
@@ -301,7 +301,7 @@ def losses(case: Case) -> Quantities:
     for label in ("train", "eval"):
         network = case.network().train(label == "train")
         noise, left = case.groups("eps_q"), case.left_vectors()
-        loss = Objective(case, network, case.images(), noise, case.train["global_step"], left, FIRST_ROUNDS)
+        loss = Objective(case, network, case.images(), noise, left)
         yield f"loss.{label}.total", loss.total
         yield f"loss.{label}.recon", loss.recon
         yield f"loss.{label}.balanced_kl", loss.balanced
@@ -319,27 +319,38 @@ def losses(case: Case) -> Quantities:
             yield f"grad.{name}", gradient
 
 
+def batch(case: Case, plan: NVAEPlan, index: int) -> Batch:
+    """Of the training step `index`."""
+    config = plan.model.config
+    draws = packed(config, "noise", case.groups("steps.eps_q", index))
+    if config.output == "bernoulli":
+        draws["uniform"] = plan.model.crop(case.stored["steps.x_bin_u"][index])
+    return Batch(case.stored["steps.x_u8"][index], draws, {})
+
+
 def updates(case: Case) -> Quantities:
-    network, left, train = case.network().train(), case.left_vectors(), case.train
-    before = {name: p.detach().clone() for name, p in case.parameters(network).items()}
-    adamax = torch.optim.Adamax(network.parameters(), eps=1e-3, weight_decay=train["weight_decay"])
+    """By the training plan."""
+    model, train = case.network().train(), case.train
+    plan = NVAEPlan(model).to(case.dtype)
+    for (rows, columns), u in case.left_vectors().items():
+        plan.get_buffer(f"left_{rows}x{columns}").copy_(u)
+    before = {name: p.detach().clone() for name, p in case.parameters(model).items()}
+    adamax = torch.optim.Adamax(plan.groups()["network"]["network"], eps=1e-3, weight_decay=train["weight_decay"])
     totals, rates, norms = [], [], []
     for index in range(train["steps"]):
         step = train["global_step"] + index
-        x, noise = case.images("steps.", index), case.groups("steps.eps_q", index)
-        loss = Objective(case, network, x, noise, step, left, ROUNDS if index else FIRST_ROUNDS)
-        left = loss.left
+        loss = plan.loss("network", batch(case, plan, index), Place(index, step, case.steps)).loss
         adamax.zero_grad()
-        loss.total.backward()
-        norms.append(torch.stack([p.grad.norm() for p in case.parameters(network).values() if p.grad is not None]))
+        loss.backward()
+        norms.append(torch.stack([p.grad.norm() for p in case.parameters(model).values() if p.grad is not None]))
         rates.append(rate(case, step))
         adamax.param_groups[0]["lr"] = rates[-1]
         adamax.step()
-        totals.append(loss.total)
+        totals.append(loss)
     yield "steps.loss", torch.stack(totals)
     yield "steps.lr_hp", torch.tensor(rates, dtype=torch.float64)
     yield "steps.grad_norms", torch.stack(norms)
-    moved = case.parameters(network)
+    moved = case.parameters(model)
     still = case.description["zero_gradient"]
     yield (
         "steps.delta_norms",
@@ -347,14 +358,14 @@ def updates(case: Case) -> Quantities:
     )
     for name, parameter in moved.items():
         yield f"steps.param.{name}", parameter
-    yield "steps.running_mean", case.statistics(network, "running_mean")
-    yield "steps.running_var", case.statistics(network, "running_var")
+    yield "steps.running_mean", case.statistics(model, "running_mean")
+    yield "steps.running_var", case.statistics(model, "running_var")
     with torch.no_grad():
         x = case.images()
-        inferred = infer(network.eval(), x, case.groups("eps_q"))
-        yield "steps.after.nelbo", reconstruction(network, inferred, x) + divergences(inferred).sum(1)
-        logits = network.generate([0.6 * tensor for tensor in case.groups("eps_p")]).logits
-        yield "steps.after.sample_mean", pixels(network.config, logits).mean()
+        inferred = infer(model.eval(), x, case.groups("eps_q"))
+        yield "steps.after.nelbo", reconstruction(model, inferred, x) + divergences(inferred).sum(1)
+        logits = model.generate([0.6 * tensor for tensor in case.groups("eps_p")]).logits
+        yield "steps.after.sample_mean", pixels(model.config, logits).mean()
 
 
 def distributions(case: Case) -> Quantities:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.checkpoint import parse_config
 from hflow_rt.models.nvae.config import NVAEConfig, halved_groups
-from hflow_rt.models.nvae.convolution import convolutions
+from hflow_rt.models.nvae.convolution import NormedConv2d, convolutions
+from hflow_rt.models.nvae.folded import folded
 from hflow_rt.models.nvae.inverse import forward, inverse
 from hflow_rt.models.nvae.network import Network, packed, unpacked
 from hflow_rt.models.nvae.objective import balance_targets, kl_weight, weight_penalty
@@ -173,6 +174,18 @@ def test_noise_of_an_image_makes_its_reconstruction(changes: dict[str, Any]) -> 
             assert torch.allclose(found.divergences.sum(1), found.log_q - found.log_p)
     other = {name: 0.5 * z for name, z in found.latents.items()}
     assert (forward(network, other) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"encoder_width": 3}, {"squeeze_excite": False, "blocks": 2, "groups": (2,)}])
+def test_folding_changes_nothing(changes: dict[str, Any]) -> None:
+    """Norms, masks, norms of weights and the four shifts of odd widths; float32 rounds the constants alone."""
+    network = make(**changes)
+    plain, x = folded(network).double(), images(network, 2)
+    assert not any(isinstance(module, nn.BatchNorm2d | NormedConv2d) for module in plain.modules())
+    noise = draws(network, "noise", 2)
+    found, expected = inverse(plain, x, noise), inverse(network, x, noise)
+    assert torch.allclose(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found.log_p, expected.log_p, rtol=1e-5)
 
 
 def test_groups_are_packed_by_scale_top_first() -> None:

@@ -15,7 +15,8 @@ def test_every_preset_is_valid_and_survives_json() -> None:
         settings = load_config(name)
         again = load_config(file=json.loads(json.dumps(settings.dump())))
         assert again == settings
-        groups = {"flow"} if settings.family == "glow" else {"encoders", "decoders", "flows"}
+        known = {"glow": {"flow"}, "ihdm": {"network"}, "nvae": {"network"}}
+        groups = known.get(settings.family, {"encoders", "decoders", "flows"})
         assert set(settings.training.learning_rates) == groups
 
 

@@ -82,6 +82,7 @@ class Network(nn.Module):
     """Encoder, decoder, and what infers and generates latents between them. Images are on the canvas, in [0, 1]."""
 
     config: NVAEConfig
+    top_prior: Tensor
 
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__()
@@ -90,6 +91,7 @@ class Network(nn.Module):
         scales = config.group_scales
         # modules are made in the published order, which optimizer states keep
         self.top = nn.Parameter(torch.rand(config.decoder_channels(depth), config.side(depth), config.side(depth)))
+        self.register_buffer("top_prior", torch.zeros(1, 2 * latents, 1, 1), persistent=False)
         self.stem = NormedConv2d(config.channels, config.encoder_width, 3)
         self.before = _before(config)
         self.encoder = _encoder(config)
@@ -120,10 +122,9 @@ class Network(nn.Module):
     def top_down(self, choose: Choose, batch: int) -> Tensor:
         """Parameters of the distribution of pixels, for latents that `choose` tells group by group, top first."""
         group, state = 0, self.top.expand(batch, *self.top.shape)
-        top_prior = state.new_zeros(1, 2 * self.config.latent_channels, 1, 1)
         for element in self.decoder:
             if isinstance(element, DecoderCombiner):
-                prior = self.priors[group - 1](state) if group else top_prior
+                prior = self.priors[group - 1](state) if group else self.top_prior
                 state = element(state, choose(group, state, prior))
                 group += 1
             else:

@@ -80,9 +80,12 @@ class NVAEPlan(TrainingPlan):
         )
 
     def _images(self, batch: Batch) -> Tensor:
+        """In [0, 1] at levels; binary ones are drawn anew every time, by how bright the pixels are."""
         if "uniform" in batch.draws:
-            return (batch.draws["uniform"] < batch.pixels / 255).float()
-        return public_levels(batch.pixels, self.model.config.bits)
+            images = batch.draws["uniform"] < batch.pixels / 255
+        else:
+            images = public_levels(batch.pixels, self.model.config.bits)
+        return images.to(self.model.top.dtype)
 
     def _spectral(self, rounds: int) -> Tensor:
         """The sum of the largest singular values; moves the vectors."""

@@ -98,8 +98,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # of a few hundred kilobytes, with every part that others have
 TINY: dict[str, Any] = {
     "model": {
-        "resolution": 8, "groups": (2, 1), "latent_channels": 2, **_width(4), "blocks": 1, "block_cells": 2,
-        "decoder_block_cells": 2, "encoder_cells": 1, "decoder_cells": 1, "mixtures": 2, "flows": 1,
+        "resolution": 8, "groups": (2, 1), "latent_channels": 2, **_width(4), "blocks": 1, "block_cells": 1,
+        "decoder_block_cells": 1, "encoder_cells": 1, "decoder_cells": 1, "mixtures": 2, "flows": 1,
     },
     "training": _training(24, 10, 4, 1, warmup_epochs=1, warmup_images=0, init_images=4),
 }  # fmt: skip

@@ -248,6 +248,7 @@ class Session:
         >>> encoded.latents["z0"].shape, encoded.log_prob.shape
         ((1, 3, 64, 64), (1,))
         """
+        self._check_route("inverse")  # before what it would need is missed
         arrays, restore = self._received({"image": images, **(conditions or {})})
         pixels = as_pixels(arrays.pop("image"), self.resolution, self.channels)
         told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
@@ -414,8 +415,7 @@ class Session:
 
     def run(self, route: Route, values: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none."""
-        if route in self.manifest.absent:
-            raise NoInverse(self.manifest.absent[route])
+        self._check_route(route)
         found = self.manifest.routes.get(route, route)
         if isinstance(found, str):
             return self.run_graph(found, values)
@@ -426,6 +426,10 @@ class Session:
             for start in range(0, count, largest)
         ]
         return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
+
+    def _check_route(self, route: Route) -> None:
+        if route in self.manifest.absent:
+            raise NoInverse(self.manifest.absent[route])
 
     def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
         """One batch through a loop."""

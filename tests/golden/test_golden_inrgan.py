@@ -1,0 +1,257 @@
+"""Every tensor of every golden INR-GAN case, in float64 and float32, within the bounds of the format's README."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from golden_cases import Listed, Quantities, compute
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hflow_rt.models.checkpoint import load_state
+from hflow_rt.models.inrgan.config import DiscriminatorConfig, EmbeddingConfig, INRGANConfig
+from hflow_rt.models.inrgan.discriminator import Discriminator
+from hflow_rt.models.inrgan.layers import ModulatedLayer
+from hflow_rt.models.inrgan.losses import generator_loss, judged_loss, slope
+from hflow_rt.models.inrgan.model import INRGAN
+from hflow_rt.models.inrgan.weights import discriminator_from_original, from_original, our_name
+
+FAMILY = "inrgan"
+
+
+class Case:
+    """Networks built from a golden case's settings and weights, and the means to compute what it lists."""
+
+    def __init__(self, golden: Any) -> None:
+        self.description = golden.description()
+        self.described = self.description["config"]
+        self.stored = Listed(golden.tensors(), self.description["io"])
+        file = self.description["weights"]["file"]  # of a training run, another case's
+        self.weights = load_file(golden.path.parent / file)
+        self.dtype = golden.dtype
+        self.listed = {
+            entry["name"]: entry
+            for entry in self.description["io"]
+            if entry["role"] == "output" and not entry["name"].endswith(".f64")
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.stored[name]
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def config(self) -> INRGANConfig:
+        described, judge = self.described, self.described["discriminator"]
+        assert (judge["fp16_stages"], judge["clamp"]) == (0, None)
+        embeddings = {}
+        for side, entry in described["embedding"].items():
+            own = {name: entry[name] for name in ("const", "random", "diagonal", "cosine")}
+            embeddings[int(side)] = EmbeddingConfig(**own)
+            assert embeddings[int(side)].waves(int(side)) == entry["octave_rows"] + entry["random"]
+        config = INRGANConfig(
+            resolution=described["resolution"],
+            channels=described["img_channels"],
+            input_side=described["input_resolution"],
+            upsampling="bilinear" if described["variant"] == "bil" else "nearest",
+            z_dim=described["z_dim"],
+            w_dim=described["w_dim"],
+            classes=tuple(map(str, range(described["c_dim"]))),
+            mapping_layers=described["mapping_layers"],
+            rank=described["rank"],
+            **widths(described["widths"]),
+            extra_layers={int(side): count for side, count in described["extra_layers"].items()},
+            embeddings=embeddings,
+            w_avg_decay=described["w_avg_decay"],
+            discriminator=DiscriminatorConfig(**widths(judge["widths"]), group=judge["mbstd_group"]),
+            r1_gamma=described["loss"]["r1_gamma"],
+            r1_every=described["loss"]["r1_interval"],
+        )
+        assert config.slots == described["num_ws"]
+        for side, channels in described["widths"].items():
+            assert config.width(int(side)) == channels
+            assert config.discriminator.width(int(side)) == judge["widths"][side]
+        return config
+
+    def original(self, network: str) -> dict[str, Tensor]:
+        """Tensors of G or D under the original's names."""
+        return {name[2:]: value for name, value in self.weights.items() if name[0] == network}
+
+    def model(self) -> INRGAN:
+        model = INRGAN(self.config())
+        load_state(model, from_original(self.original("G")), "golden weights")
+        return model.to(self.dtype)
+
+    def judge(self, group: int | None = None) -> Discriminator:
+        config = self.config()
+        judge = Discriminator(config)
+        load_state(judge, discriminator_from_original(config, self.original("D")), "golden weights")
+        judge.group = judge.group if group is None else group
+        return judge.to(self.dtype)
+
+    def labels(self, name: str, rows: slice = slice(None)) -> Tensor | None:
+        return self[name][rows] if self.described["c_dim"] else None
+
+    def real(self, rows: slice = slice(None)) -> Tensor:
+        return self["d_img8"][rows].to(self.dtype) / 127.5 - 1
+
+
+def widths(by_stage: dict[str, int]) -> dict[str, int]:
+    """The bases that lead to these widths."""
+    last = max(by_stage, key=int)
+    return {"channel_base": by_stage[last] * int(last), "channel_max": max(by_stage.values())}
+
+
+def full(case: Case, value: float, count: int = 1) -> Tensor:
+    return torch.full((count,), value, dtype=case.dtype)
+
+
+def latents(case: Case) -> Quantities:
+    model = case.model()
+    w = model.mapping(case["z"], case.labels("c"))
+    yield "w", w
+    slots = model.slots(w)
+    far = full(case, model.config.slots, 4)
+    yield "w_psi07", model.truncated(slots, full(case, 0.7, 4), far)[:, -1]
+    cutoff = int(re.search(r"first (\d+) slots", case.listed["ws_cutoff"]["meaning"])[1])  # type: ignore[index]
+    yield "ws_cutoff", model.truncated(slots[:1], full(case, 0.7), full(case, cutoff))
+    model.follow(w)
+    yield "w_avg_after", model.w_avg
+
+
+@torch.no_grad()
+def pictures(case: Case) -> Quantities:
+    model = case.model()
+    for name, psi in (("img_psi10", 1.0), ("img_psi07", 0.7), ("img_psi05", 0.5)):
+        count = case.listed[name]["shape"][0]
+        labels = case.labels("c", slice(count))
+        w = model.slots(model.mapping(case["z"][:count], labels))
+        controls = full(case, psi, count), full(case, model.config.slots, count)
+        image = model.synthesis(model.truncated(w, *controls))
+        yield name, image
+        if psi == 0.7:
+            yield "img8_psi07", (model.public(w, *controls) * 255).round().permute(0, 2, 3, 1)
+
+
+def embeddings(case: Case) -> Quantities:
+    for stage in case.model().synthesis.stages:
+        if stage.embedding is not None:
+            name = f"emb_{stage.embedding.side}"
+            thinned = re.search(r"every (\d)\w+ row and every (\d)\w+ column", case.listed[name]["meaning"])
+            rows, columns = map(int, thinned.groups()) if thinned else (1, 1)
+            yield name, stage.embedding()[..., ::rows, ::columns]
+
+
+@torch.no_grad()
+def stages(case: Case) -> Quantities:
+    model, w = case.model(), case["ws_in"]
+    walked = list(model.synthesis.walk(w))
+    yield "img_ws", walked[-1][1]
+    yield "stage_rms", torch.stack([x.square().flatten(1).mean(1).sqrt() for x, _ in walked])
+    for stage, (_, image) in zip(model.config.stages, walked, strict=True):
+        yield f"stage_img_{stage}", image
+    for name in case.listed:
+        if match := re.fullmatch(r"W_(b\d+)_(?:(conv\d)|extra_(\d))", name):
+            part = match[2] or f"extra_convs.{match[3]}"
+            layer = model.get_submodule(our_name(f"synthesis.{match[1]}.{part}.weight").removesuffix(".weight"))
+            assert isinstance(layer, ModulatedLayer)
+            yield name, layer.weights(w[0, :2])
+
+
+@torch.no_grad()
+def judgements(case: Case) -> Quantities:
+    for name in case.listed:
+        if match := re.fullmatch(r"logits_b(\d)_g(\d)", name):
+            rows = slice(int(match[1]))
+            yield name, case.judge(int(match[2]))(case.real(rows), case.labels("d_c", rows))[:, None]
+    mapping = case.judge().mapping
+    if mapping is not None:
+        yield "d_cmap", mapping(None, case.labels("d_c"))
+
+
+def gradients(network: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
+    loss.backward()
+    return {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
+
+
+def norm(found: dict[str, Tensor]) -> Tensor:
+    return torch.stack([gradient.norm() for gradient in found.values()]).norm()
+
+
+def losses(case: Case) -> Quantities:
+    model, judge, rows = case.model(), case.judge(), slice(4)
+    top = f"synthesis.stages.{len(model.config.stages) - 1}.layers.1.bias"
+    fake = model.synthesis(model.slots(model.mapping(case["z"], case.labels("c"))))
+    logits = judge(fake, case.labels("c"))
+    yield "fake_logits", logits[:, None]
+    yield "g_loss", generator_loss(logits)[:, None]
+    found = gradients(model, generator_loss(logits).mean())
+    yield "gradnorm_Gmain", norm(found)
+    yield "grad_Gmain_map_bias", found["mapping.layers.0.bias"]
+    yield "grad_Gmain_rgb4_bias", found["synthesis.stages.0.colours.bias"]
+    yield "grad_Gmain_top_bias", found[top]
+    labels = case.labels("d_c", rows)
+    judged = judge(case.real(rows), labels)
+    loss = judged_loss(judge(fake.detach(), case.labels("c")), judged)
+    yield "real_logits", judged[:, None]
+    yield "d_loss", loss[:, None]
+    found = gradients(judge, loss.mean())
+    yield "gradnorm_Dmain", norm(found)
+    yield "grad_Dmain_out_weight", found["out.weight"]
+    yield "grad_Dmain_rgb_bias", found["from_colours.bias"]
+    penalty = slope(judge, case.real(rows), labels)
+    yield "r1_penalty", penalty
+    yield "r1_loss", model.config.r1_gamma / 2 * penalty
+    found = gradients(judge, model.config.r1_every * model.config.r1_gamma / 2 * penalty.mean())
+    yield "gradnorm_Dreg", norm(found)
+    yield "grad_Dreg_out_weight", found["out.weight"]
+    yield "grad_Dreg_rgb_weight", found["from_colours.weight"]
+
+
+# what computes the outputs whose names begin so
+GROUPS: dict[str, Callable[[Any], Quantities]] = {
+    r"w$|w_|ws_": latents,
+    r"img_psi|img8": pictures,
+    r"emb_": embeddings,
+    r"img_ws|stage_|W_": stages,
+    r"logits_|d_cmap": judgements,
+    r"(fake|real)_logits|g_loss|d_loss|grad|r1_": losses,
+}
+
+
+def bound(case: Case, entry: dict[str, Any], name: str) -> tuple[Tensor, float]:
+    """What an output must be, and how far it may be off (README of the golden cases)."""
+    expected = case.stored[name].double()
+    if entry["dtype"] in ("float64", "int64"):
+        return expected, 1e-12 * entry["max_value"]
+    if case.dtype == torch.float32:
+        return expected, 4 * max(entry["max_abs_err"], entry["rerun_max_abs"]) + 2e-6 * entry["max_value"]
+    if f"{name}.f64" in case.stored:
+        return case.stored[f"{name}.f64"], 1e-10 * max(1.0, entry["max_value"])
+    # the original in float32 is off by this much, so what is exact is as far from it
+    return expected, 1.02 * entry["max_abs_err"] + 1e-12
+
+
+def test_golden_inrgan(golden: Any) -> None:
+    case = Case(golden)
+    computed, absent = compute(GROUPS, case, case.listed)
+    failures = [f"{name}: not computed" for name in case.listed.keys() - computed.keys() - absent]
+    failures += [f"{name}: not computed, in a case that is whole" for name in absent if golden.is_ours]
+    compared = case.listed.keys() & computed.keys()
+    for name in compared:
+        entry, value = case.listed[name], computed[name].detach().double()
+        if entry["dtype"] == "uint8":
+            # one level where a value sits on the edge between two bytes
+            differs = (value - case.stored[name].double()).abs()
+            if not (differs.max() <= 1 and (differs > 0).sum() <= 2):
+                failures.append(f"{name}: {int((differs > 0).sum())} bytes differ, by up to {differs.max():.0f}")
+            continue
+        expected, allowed = bound(case, entry, name)
+        if value.shape != expected.shape:
+            failures.append(f"{name}: shape {list(value.shape)} instead of {list(expected.shape)}")
+            continue
+        error = (value - expected).abs().max().item()
+        if not error <= allowed:
+            failures.append(f"{name}: error {error:.3g} above {allowed:.3g}")
+    assert compared, f"nothing of {golden} was compared"
+    assert not failures, f"{len(failures)} of {len(case.listed)}:\n" + "\n".join(sorted(failures))

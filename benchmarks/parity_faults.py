@@ -219,7 +219,7 @@ def _outputs(model: LatentModel, images: Array, seed: int) -> list[torch.Tensor]
     """Image of two latents, latents and log-probability of two images, in float64."""
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(model).double()
-    told = {name: torch.eye(len(options)).double()[:2] for name, options in model.choices().items()}
+    told = {name: torch.eye(len(options)).double()[:2] for name, options in model.conditions().items()}
     latents = {
         name: std * torch.randn(2, *model.latent_shapes()[name], generator=generator, dtype=torch.float64)
         for name, std in model.prior_std().items()

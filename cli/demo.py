@@ -79,7 +79,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     held_out = images.split()[1]
     chosen = held_out[:: max(1, len(held_out) // _COLUMNS)][:_COLUMNS]
     pixels = images.pixels(chosen).astype(np.float32) / 255
-    latents = session.inverse(pixels, by_folder(session.choices, [images.names[index] for index in chosen])).latents
+    latents = session.inverse(pixels, by_folder(session.conditions, [images.names[index] for index in chosen])).latents
     detail = list(session.latent_shapes)[-1]
     coarse = latents | {detail: np.zeros_like(latents[detail])}
     rows = [

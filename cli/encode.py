@@ -71,9 +71,10 @@ def decode(
     check_latents(values, session.input_shapes, str(latents))
     if about.get("model") not in (None, session.manifest.checkpoint["sha256"]):
         note(f"warning: {latents} was made by another training state of this kind of model")
+    controls = about.get("controls", {})  # which the latents may depend on
     count = views.count(values)
     check_pictures(asked.output, range(count), session.resolution)
     parts = tracked(views.batches(values), count, views.count, "decoding")
-    where = write_pictures(asked.output, np.concatenate([to_uint8(session.forward(part)) for part in parts]))
+    where = write_pictures(asked.output, np.concatenate([to_uint8(session.forward(part, controls)) for part in parts]))
     report = {"images": count, "output": where}
     asked.finish(report, [f"{count} images: {where}"], f"hflow-rt sample{named(asked.model)}")

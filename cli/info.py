@@ -72,7 +72,7 @@ def info(
     say(f"  images: {manifest.size}")
     for latent in manifest.latents:
         say(f"  latent {latent.name}: {'x'.join(map(str, latent.shape))}, prior std {latent.prior_std}")
-    for name, options in manifest.choices.items():
+    for name, options in manifest.conditions.items():
         more = f" and {len(options) - _SHOWN} more" if len(options) > _SHOWN else ""
         say(f"  {name}: {', '.join(options[:_SHOWN])}{more}")
     say(f"  samples at std {' '.join(manifest.std)} by default")

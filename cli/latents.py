@@ -111,7 +111,7 @@ class Asked:
         """As `read_pictures`, for the model; how many images cannot be used is said on stderr. Raises `DataError`."""
         from hflow_rt.runtime.images.reading import read_pictures
 
-        return read_pictures(images, session.resolution, limit, session.choices, unused, note, session.channels)
+        return read_pictures(images, session.resolution, limit, session.conditions, unused, note, session.channels)
 
     def encode(
         self,
@@ -132,9 +132,9 @@ class Asked:
         from hflow_rt.conditions import by_folder, of_option
 
         if self.label is not None:
-            return of_option(session.choices, self.label, len(names))
+            return of_option(session.conditions, self.label, len(names))
         try:
-            return by_folder(session.choices, names)
+            return by_folder(session.conditions, names)
         except DataError as error:
             raise DataError(f"{error}; put it there, or say --label") from error
 

@@ -58,14 +58,14 @@ def neighbours(
     searched = select(data, session.resolution, split, channels=session.channels)
     if searched.images.unused:
         note(f"not used of {searched.source}: {searched.images.left_out}")
-    found, seen = [(class_folder(session.choices, data) if data else "") + name for name in searched.names], 0
+    found, seen = [(class_folder(session.conditions, data) if data else "") + name for name in searched.names], 0
     known = _of_set(asked, session, found)
     if images:
         start = asked.encode(session, *asked.read(session, images))
     else:
         drawn = replace(asked, number=samples).start(session, None)
         # as they would be read from a file, so that samples and images are encoded alike
-        conditions = {name: drawn.latents[name] for name in session.choices}
+        conditions = {name: drawn.latents[name] for name in session.conditions}
         start = asked.encode(session, drawn.names, from_uint8(to_uint8(drawn.pixels)), conditions)
     nearest = {
         where.name: Nearest(points(session, start.latents, where), count),
@@ -103,7 +103,7 @@ def _of_set(asked: Asked, session: "Session", names: list[str]) -> "dict[str, ND
     from hflow_rt.errors import DataError
 
     try:
-        return by_folder(session.choices, names)
+        return by_folder(session.conditions, names)
     except DataError:
         return asked.conditions(session, names)
 

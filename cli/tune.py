@@ -25,14 +25,13 @@ def tune(
 
     Example: hflow-rt tune runs/my-run
     """
-    from hflow_rt.bench.variants import DIRECTIONS
     from hflow_rt.runtime.engines.tune import forget as forget_all
-    from hflow_rt.runtime.engines.tune import tune_runtime
+    from hflow_rt.runtime.engines.tune import tunable, tune_runtime
 
     check_count("--batch", batch)
     check_count("--rounds", rounds)
     bundle = locate_bundle(model, json)
-    graphs = [name for name in DIRECTIONS if name in bundle.manifest.graphs]
+    graphs = tunable(bundle)
     if forget:
         gone = forget_all(bundle, graphs)
         if json:

@@ -4,6 +4,7 @@ Loops are compared call by call and as a whole. How large an error may be is for
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = ["STDS", "run_parity"]
 Array = NDArray[Any]
 STDS = (0.5, 0.7, 1.0)
 BATCHES = (1, 3)
+FEW_IMAGES = 2  # of a loop
 DRAWS = 24  # in all at std 1, of a graph whose outputs are short vectors
 _Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -148,7 +150,7 @@ def _image_cases(pair: _Pair, session: Session, images: Array, seed: int) -> Ite
     rng = np.random.default_rng(seed)
     for chosen in _batches(images, seed):
         batch = len(chosen)
-        values = {"image": chosen, **in_turn(session.choices, range(batch))}
+        values = {"image": chosen, **in_turn(session.conditions, range(batch))}
         values |= _drawn(pair.spec.inputs, batch, rng)
         case = pair.compared({"batch": batch}, session, values)
         if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
@@ -190,47 +192,50 @@ def _loop_cases(
     """
     start, step = (pairs[name] for name in loop.graphs)
     rng = np.random.default_rng(seed)
-    found: dict[str, list[_Case]] = {start.spec.name: [], step.spec.name: [], f"{route} loop": []}
-    watched = sorted({0, loop.steps // 2, loop.steps - 1})
-    for about, values in _of_route(route, session, images, seed):
-        batch = about["batch"]
-        values |= _drawn([tensor for tensor in start.spec.inputs if tensor.name not in values], batch, rng)
-        new = [tensor for tensor in step.spec.inputs if tensor.name not in values]
-        by_call = drawn_by_call(new)
-        values |= _drawn([tensor for tensor in new if tensor.name not in by_call], batch, rng)
-        each = [_drawn([tensor for tensor in new if tensor.name in by_call], batch, rng) for _ in range(loop.steps)]
-        values |= {name: np.stack([draws[name] for draws in each], 1) for name in by_call}
-        found[start.spec.name].append(start.compared(about, session, values))
-        states: list[dict[str, Array]] = []
-        exact = _followed(loop, start.exact_outputs, step.exact_outputs, by_call, values, session, states)
-        for index in watched:
-            given = {name: array.astype(np.float32) for name, array in states[index].items()}
-            found[step.spec.name].append(step.compared(about | {"step": index}, session, given))
-        plain = _followed(loop, start.plain_outputs, step.plain_outputs, by_call, values, session)
-        ran = session.run(route, values)
-        outputs = {name: (ran[name], exact[name], plain[name]) for name in exact}
-        found[f"{route} loop"].append(_Case(about, outputs))
-    return found
+    if route == "inverse":
+        about, values = {"batch": FEW_IMAGES}, {"image": _few(images), **in_turn(session.conditions, range(FEW_IMAGES))}
+    else:
+        about, values = {"batch": FEW_IMAGES, "std": 1.0}, _latents(session, seed, FEW_IMAGES, 1.0)
+    values |= _drawn([tensor for tensor in start.spec.inputs if tensor.name not in values], FEW_IMAGES, rng)
+    new = [tensor for tensor in step.spec.inputs if tensor.name not in values]
+    by_call = drawn_by_call(new)
+    values |= _drawn([tensor for tensor in new if tensor.name not in by_call], FEW_IMAGES, rng)
+    each = [_drawn([tensor for tensor in new if tensor.name in by_call], FEW_IMAGES, rng) for _ in range(loop.steps)]
+    values |= {name: np.stack([draws[name] for draws in each], 1) for name in by_call}
+    watched: dict[int, dict[str, Array]] = {index: {} for index in (0, loop.steps // 2, loop.steps - 1)}
+    exact = _followed(loop, start.exact_outputs, step.exact_outputs, by_call, values, session, watched)
+    plain = _followed(loop, start.plain_outputs, step.plain_outputs, by_call, values, session)
+    ran = session.run(route, values)
+    return {
+        start.spec.name: [start.compared(about, session, values)],
+        step.spec.name: [
+            step.compared(about | {"step": index}, session, {name: v.astype(np.float32) for name, v in state.items()})
+            for index, state in watched.items()
+        ],
+        f"{route} loop": [_Case(about, {name: (ran[name], exact[name], plain[name]) for name in exact})],
+    }
 
 
-def _of_route(route: Route, session: Session, images: Array, seed: int) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What a route is given in a few cases: a single image and several, latents at two stds."""
-    for batch, std in zip(BATCHES, (0.7, 1.0), strict=True):
-        if route == "inverse":
-            chosen = images[np.arange(batch) % len(images)]
-            yield {"batch": batch}, {"image": chosen, **in_turn(session.choices, range(batch))}
-        else:
-            yield {"batch": batch, "std": std}, _latents(session, seed, batch, std)
+def _few(images: Array) -> Array:
+    """Those that go through a loop: each costs all of its calls three times."""
+    return images[np.arange(FEW_IMAGES) % len(images)]
 
 
 def _followed(
-    loop: Loop, start: _Run, step: _Run, drawn: Sequence[str], values: Any, session: Session, states: Any = None
+    loop: Loop,
+    start: _Run,
+    step: _Run,
+    drawn: Sequence[str],
+    values: dict[str, Array],
+    session: Session,
+    watched: dict[int, dict[str, Array]] | None = None,
 ) -> dict[str, Array]:
-    """A loop by a reference; the inputs of every call are added to `states`."""
+    """A loop by a reference; `watched` gets the inputs of those calls that it has already."""
+    number = itertools.count()
 
     def call(given: dict[str, Array]) -> Mapping[str, Array]:
-        if states is not None:
-            states.append(given)
+        if (index := next(number)) in (watched or ()):
+            watched[index] = given  # type: ignore[index]
         return step(given)
 
     def calls(first: dict[str, Array]) -> Iterator[Mapping[str, Array]]:
@@ -263,10 +268,11 @@ def _round_trips(
 ) -> Iterator[_Case]:
     """Images to latents, as the cases of `inverse` have found them already, and back."""
     forward, inverse = routes["forward"], routes["inverse"]
-    for chosen, case in zip(
-        _batches(images), cases[inverse if isinstance(inverse, str) else "inverse loop"], strict=False
-    ):
-        told = in_turn(session.choices, range(len(chosen)))
+    known, sets = (
+        (cases[inverse], _batches(images)) if isinstance(inverse, str) else (cases["inverse loop"], [_few(images)])
+    )
+    for chosen, case in zip(sets, known, strict=False):  # those with noise follow
+        told = in_turn(session.conditions, range(len(chosen)))
         latents = {name: case.outputs[name] for name in session.input_shapes if name in case.outputs}
         back = session.run("forward", {name: found for name, (found, _, _) in latents.items()} | told)["image"]
         plain = {name: values for name, (_, _, values) in latents.items()} | told
@@ -295,7 +301,7 @@ def _by_torch(way: str | Loop, pairs: Mapping[str, _Pair], values: dict[str, Arr
 def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
     """Informative only: a latent list may hold more numbers than an image, and then this is not the identity."""
     latents = _latents(session, seed, 1, 0.7)
-    told = {name: latents[name] for name in session.choices}
+    told = {name: latents[name] for name in session.conditions}
     again = session.run("inverse", {"image": session.run("forward", latents)["image"], **told})
     found = {name: float(finite(np.abs(again[name] - latents[name])).max()) for name in session.latent_shapes}
     return {"path": "latents", "batch": 1, "max": found}
@@ -304,7 +310,7 @@ def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
 def _latents(session: Session, seed: int, batch: int, std: float) -> dict[str, Array]:
     """Latents of images 0 .. batch - 1 of `seed`, and the conditions beside them."""
     stds = dict.fromkeys(session.latent_shapes, std)
-    return {**session.drawing.latents(seed, range(batch), stds), **in_turn(session.choices, range(batch))}
+    return {**session.drawing.latents(seed, range(batch), stds), **in_turn(session.conditions, range(batch))}
 
 
 def _batches(images: Array, draws: int | None = None) -> Iterator[Array]:

@@ -72,7 +72,7 @@ class Tensor(_Entry):
     role: Role
     dtype: Literal["float32"] = "float32"
     range: tuple[float, float] | None = None
-    default: float | None = Field(default=None, description="of a control")
+    default: float | None = Field(default=None, description="of a control, and of noise that is only drawn by who asks")
 
     def batched(self, batch: int) -> tuple[int, ...]:
         """Its shape in a call with `batch` images."""
@@ -182,7 +182,7 @@ class Manifest(_Entry):
     resolution: int
     latents: tuple[Latent, ...]
     std: tuple[str, ...] = Field(default=STD, description="what samples are drawn at by default, as --std is written")
-    choices: dict[str, tuple[str, ...]] = Field(
+    conditions: dict[str, tuple[str, ...]] = Field(
         default={}, description="what graphs are told beside image or latents: options by name, as one-hot vectors"
     )
     routes: dict[Route, str | Loop] = Field(description="a graph each, or a loop of calls of two graphs")
@@ -203,9 +203,13 @@ class Manifest(_Entry):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("schema_version") == 1:
-            return _from_schema_1(values)
-        return values
+        if not isinstance(values, dict):
+            return values
+        if "choices" in values:  # as former bundles call conditions
+            values = {name: value for name, value in values.items() if name != "choices"} | {
+                "conditions": values["choices"]
+            }
+        return _from_schema_1(values) if values.get("schema_version") == 1 else values
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
@@ -279,7 +283,7 @@ def _from_schema_1(values: dict[str, Any]) -> Any:
     """
     try:
         latents = {latent["name"] for latent in values["latents"]}
-        conditions = values.get("choices", {}).keys()
+        conditions = values.get("conditions", {}).keys()
 
         def role(graph: str, tensor: dict[str, Any]) -> Role:
             name = tensor["name"]

@@ -22,7 +22,7 @@ def library(array: Any) -> str:
 
 def as_kind(like: Any, array: Any) -> Any:
     """An array as a tensor where `like` is one, on its device."""
-    if library(like) != "torch" or library(array) == "torch":
+    if library(like) != "torch" or library(array) == "torch" or isinstance(array, Stream):
         return array
     import torch
 
@@ -35,10 +35,10 @@ def filled(like: Any, shape: tuple[int, ...], value: float | None) -> Any:
 
 
 def given(tensor: Tensor, values: Mapping[str, Any], count: int) -> Any:
-    """An input by name; where nobody gave it, of a control its default, of noise its mean. Raises `DataError`."""
+    """An input by name; where nobody gave it, its default, else of noise the mean. Raises `DataError`."""
     if tensor.name in values:
         return values[tensor.name]
-    unset = tensor.default if tensor.role == "control" else _MEANS.get(tensor.role)
+    unset = _MEANS.get(tensor.role) if tensor.default is None else tensor.default
     if unset is None:
         raise DataError(f"'{tensor.name}' [B, {', '.join(map(str, tensor.shape))}] is needed and was not given")
     return filled(next(iter(values.values())), tensor.batched(count), unset)

@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.manifest import Graph, Loop, Role, Tensor, graphs_of
+from hflow_rt.errors import DataError
+from hflow_rt.manifest import Graph, Loop, Role, Route, Tensor, graphs_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.loops import drawn_by_call
 from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows
@@ -30,7 +31,7 @@ class Draw(NamedTuple):
 
 
 class Drawing:
-    """Draws what `forward` takes, and knows what that is."""
+    """Draws what routes take, and knows what that is."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle, self._manifest = bundle, bundle.manifest
@@ -41,23 +42,24 @@ class Drawing:
         """The latents that a std applies to."""
         return [latent.name for latent in self._manifest.latents if latent.prior == "normal"]
 
-    def inputs(self, *roles: Role) -> list[Tensor]:
-        """The inputs of these roles of all that `forward` runs, each once; none where the bundle lacks the route."""
-        found = {tensor.name: tensor for graph in self._graphs() for tensor in graph.inputs}
+    def inputs(self, *roles: Role, route: Route = "forward") -> list[Tensor]:
+        """The inputs of these roles of all that a route runs, each once; none where the bundle lacks the route."""
+        found = {tensor.name: tensor for graph in self._graphs(route) for tensor in graph.inputs}
         return [tensor for tensor in found.values() if tensor.role in roles]
 
-    def beside(self) -> dict[str, Draw]:
-        """What is random beside the latents, by name."""
-        route = self._manifest.routes.get("forward")
-        steps = route.steps if isinstance(route, Loop) else None
-        by_call = () if steps is None else drawn_by_call(self._graphs()[-1].inputs)
+    def beside(self, route: Route = "forward") -> dict[str, Draw]:
+        """What is random beside latents or images, by name."""
+        way = self._manifest.routes.get(route)
+        steps = way.steps if isinstance(way, Loop) else None
+        by_call = () if steps is None else drawn_by_call(self._graphs(route)[-1].inputs)
         return {
             tensor.name: Draw(
                 "uniform" if tensor.role == "uniform" else "noise",
                 tensor.shape,
                 steps if tensor.name in by_call else None,
             )
-            for tensor in self.inputs("noise", "uniform")
+            for tensor in self.inputs("noise", "uniform", route=route)
+            if tensor.default is None  # else it is there to be given, and has its default
         }
 
     def latents(self, seed: int, indices: Sequence[int], stds: Mapping[str, float]) -> dict[str, Array]:
@@ -72,15 +74,20 @@ class Drawing:
             bank = self.table(self._manifest.bank)
             rows = draw_rows(len(next(iter(bank.values()))), seed, indices)
             drawn |= {name: table[rows] for name, table in bank.items()}
+        if missing := [latent.name for latent in self._manifest.latents if latent.name not in drawn]:
+            raise DataError(
+                f"samples take '{missing[0]}' from a bank made of training images, and this model has none; train it, or"
+                " decode latents of images"
+            )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
 
-    def noise(self, seed: int, indices: Sequence[int]) -> dict[str, Array | Stream]:
-        """What is random beside latents; what every call draws is a stream, made as it is asked for."""
+    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward") -> dict[str, Array | Stream]:
+        """What is random beside latents or images; what every call draws is a stream, made as it is asked for."""
         return {
             name: draw_noise(draw.kind, name, draw.shape, seed, indices)
             if draw.steps is None
             else Stream(draw.kind, name, draw.shape, seed, indices, draw.steps)
-            for name, draw in self.beside().items()
+            for name, draw in self.beside(route).items()
         }
 
     def table(self, file: str) -> dict[str, Array]:
@@ -89,6 +96,6 @@ class Drawing:
             self._tables[file] = self._bundle.table(file)
         return self._tables[file]
 
-    def _graphs(self) -> list[Graph]:
-        route = self._manifest.routes.get("forward")
-        return [] if route is None else [self._manifest.graphs[name] for name in graphs_of(route)]
+    def _graphs(self, route: Route) -> list[Graph]:
+        way = self._manifest.routes.get(route)
+        return [] if way is None else [self._manifest.graphs[name] for name in graphs_of(way)]

@@ -22,7 +22,7 @@ def inputs_of(bundle: Bundle, case: str, batch: int, seed: int) -> dict[str, NDA
     """
     manifest, drawing, indices = bundle.manifest, Drawing(bundle), range(batch)
     known = drawing.latents(seed, indices, parse_std(list(manifest.std), drawing.scaled))
-    known |= in_turn(manifest.choices, indices)
+    known |= in_turn(manifest.conditions, indices)
     graphs, steps = [manifest.graphs.get(case)], 1
     for route, way in manifest.routes.items():
         if isinstance(way, Loop) and way.step == case:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.conditions import Choices, check_told, in_turn, of_option
+from hflow_rt.conditions import Options, check_conditions, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
 from hflow_rt.manifest import LOG_PROB, Graph, Loop, Manifest, Precision, Route, Space
 from hflow_rt.memory import guarded, need
-from hflow_rt.runtime.arrays import as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
+from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.drawing import Drawing
@@ -124,9 +124,9 @@ class Session:
         return self.manifest.latent_shapes
 
     @property
-    def choices(self) -> Choices:
+    def conditions(self) -> Options:
         """The conditions beside image or latents: options by name, none for most models."""
-        return self.manifest.choices
+        return self.manifest.conditions
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -135,7 +135,7 @@ class Session:
         Of what is random in every call of a loop `[K, *shape]`.
         """
         noise = {name: draw.whole for name, draw in self.drawing.beside().items()}
-        return self.latent_shapes | noise | {name: (len(options),) for name, options in self.choices.items()}
+        return self.latent_shapes | noise | {name: (len(options),) for name, options in self.conditions.items()}
 
     @property
     def controls(self) -> dict[str, float]:
@@ -214,7 +214,7 @@ class Session:
         """The inputs of `forward`, and a function that gives results their kind. Raises `DataError`."""
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
-        check_told(self.choices, arrays)
+        check_conditions(self.conditions, arrays)
         return arrays | self._set(controls or {}, next(iter(arrays.values()))), restore
 
     def trajectory(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Iterator[Any]:
@@ -237,10 +237,20 @@ class Session:
         for outputs in calls(first_inputs(loop, values, begun)):
             yield restore(outputs["image"])
 
-    def inverse(self, images: Any, conditions: Mapping[str, Any] | None = None) -> Encoded:
+    def inverse(
+        self,
+        images: Any,
+        conditions: Mapping[str, Any] | None = None,
+        controls: Mapping[str, float] | None = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
+    ) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
-        conditions: one-hot `[B, options]` for every choice of the model. Raises `DataError`.
+        conditions: one-hot `[B, options]` for every condition of the model. controls: as of `forward`, which must have
+        the same. seed, first: of what is random in the latents of an image, which most models have not; the first
+        image is number `first` of `seed`. Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
         >>> session = hflow_rt.load()
@@ -251,7 +261,7 @@ class Session:
         self._check_route("inverse")  # before what it would need is missed
         arrays, restore = self._received({"image": images, **(conditions or {})})
         pixels = as_pixels(arrays.pop("image"), self.resolution, self.channels)
-        told = {name: (len(pixels), len(options)) for name, options in self.choices.items()}
+        told = {name: (len(pixels), len(options)) for name, options in self.conditions.items()}
         floats = ("float32", "torch.float32")
         given = {name: tuple(array.shape) for name, array in arrays.items() if str(array.dtype) in floats}
         if given != told or len(given) != len(arrays):
@@ -260,8 +270,11 @@ class Session:
                 for shapes in (told, {name: array.shape for name, array in arrays.items()})
             )
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
-        check_told(self.choices, arrays)
-        outputs = self.run("inverse", {"image": pixels, **arrays}) | arrays
+        check_conditions(self.conditions, arrays)
+        beside = self._set(controls or {}, pixels, "inverse")
+        drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse")
+        beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
+        outputs = self.run("inverse", {"image": pixels, **arrays, **beside}) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
         return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
 
@@ -352,7 +365,7 @@ class Session:
             alike = [indices[0]] * len(part)
             drawn = self.drawing.latents(seed, alike if same_start else part, stds)
             drawn |= self.drawing.noise(seed, alike if share_noise else part)
-            told = in_turn(self.choices, part) if option is None else of_option(self.choices, option, len(part))
+            told = in_turn(self.conditions, part) if option is None else of_option(self.conditions, option, len(part))
             yield drawn | told
 
     def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
@@ -399,9 +412,9 @@ class Session:
         self._graph(graph)
         return str(graph)
 
-    def _set(self, controls: Mapping[str, float], like: Any) -> dict[str, Any]:
+    def _set(self, controls: Mapping[str, float], like: Any, route: Route = "forward") -> dict[str, Any]:
         """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
-        known = {tensor.name: tensor for tensor in self.drawing.inputs("control")}
+        known = {tensor.name: tensor for tensor in self.drawing.inputs("control", route=route)}
         values = {}
         for name, value in controls.items():
             if name not in known:

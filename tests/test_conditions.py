@@ -1,11 +1,11 @@
-"""Choices as one-hot vectors: by folder, in turn, or one for all."""
+"""Options as one-hot vectors: by folder, in turn, or one for all."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hflow_rt.conditions import by_folder, check_told, class_folder, in_turn, of_option
+from hflow_rt.conditions import by_folder, check_conditions, class_folder, in_turn, of_option
 from hflow_rt.errors import DataError
 
 CHOICES = {"labels": ("boot", "coat", "train")}
@@ -36,12 +36,12 @@ def test_a_folder_or_file_tells_its_class(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_told_must_be_one_hot_or_a_mixture() -> None:
     fine = np.array([[1, 0, 0], [0.25, 0.5, 0.25]], np.float32)
-    check_told(CHOICES, {"labels": fine})
-    check_told({}, {})
+    check_conditions(CHOICES, {"labels": fine})
+    check_conditions({}, {})
     for wrong in ([2.0, -1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [np.nan, 0.0, 1.0], [np.inf, 0.0, 0.0]):
         rows = np.concatenate([fine, np.array([wrong], np.float32)])
         with pytest.raises(DataError, match="labels must be one-hot, or a mixture"):
-            check_told(CHOICES, {"labels": rows})
+            check_conditions(CHOICES, {"labels": rows})
 
 
 def test_in_turn() -> None:

@@ -129,9 +129,9 @@ def measure(
             "this bundle has no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use --backend torch"
         )
 
-    if model.choices() and names is None:
+    if model.conditions() and names is None:
         names = images.names if isinstance(images, Selection) else []
-    if model.choices() and len(names or ()) != len(images):
+    if model.conditions() and len(names or ()) != len(images):
         raise DataError("a model of classes is measured on images in folders named after them; found none")
 
     def terms(inputs: dict[str, torch.Tensor]) -> Parts:

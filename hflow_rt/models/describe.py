@@ -22,7 +22,7 @@ def described(model: LatentModel, ways: Mapping[Route, str | Loop], graphs: Coll
         "config": model.config.model_dump(mode="json"),
         "resolution": model.resolution,
         "latents": latents_of(model),
-        "choices": dict(model.choices()),
+        "conditions": dict(model.conditions()),
         "routes": {route: way if isinstance(way, str) else _loop(route, way) for route, way in ways.items()},
         "absent": dict(model.absent()),
         "bank": _BANK if model.bank() else None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.conditions import Choices, by_folder
+from hflow_rt.conditions import Options, by_folder
 from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
 from hflow_rt.models.registry import ModelConfig
 
@@ -46,7 +46,7 @@ __all__ = [
     "conditions_by_folder",
 ]
 
-# one-hot `[B, options]` by name, of every choice of `LatentModel.choices`
+# one-hot `[B, options]` by name, of every choice of `LatentModel.conditions`
 Conditions = Mapping[str, Tensor]
 
 
@@ -95,7 +95,8 @@ class TensorSpec:
     """A named float32 tensor of a graph: `shape` without the batch axis, `role` (see the manifest's `Role`), and its
     values' range if bounded.
 
-    std: of a latent's prior at temperature 1. default: of a control. A `schedule` has one row for all images.
+    std: of a latent's prior at temperature 1. default: of a control; of noise that is the same in every image unless
+    somebody asks for more, such as that of a posterior. A `schedule` has one row for all images.
     """
 
     name: str
@@ -205,7 +206,7 @@ class LatentModel(nn.Module, ABC):
     def prior_std(self) -> dict[str, float]:
         """Standard deviation of each latent at temperature 1."""
 
-    def choices(self) -> Choices:
+    def conditions(self) -> Options:
         """The conditions beside image or latents: options by name, none for most families.
 
         Each is an input of every graph, a one-hot vector, and an entry of `conditions` and of the latents that
@@ -284,4 +285,4 @@ class LatentModel(nn.Module, ABC):
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:
     """Conditions of images of a set by their names, see `by_folder`. Raises `DataError`."""
-    return {name: torch.from_numpy(rows) for name, rows in by_folder(model.choices(), names).items()}
+    return {name: torch.from_numpy(rows) for name, rows in by_folder(model.conditions(), names).items()}

@@ -56,7 +56,7 @@ def flow_graphs(
     stds = model.prior_std()
     latents = [TensorSpec(name, shape, "latent", std=stds[name]) for name, shape in model.latent_shapes().items()]
     conditions = [
-        TensorSpec(name, (len(options),), "condition", (0.0, 1.0)) for name, options in model.choices().items()
+        TensorSpec(name, (len(options),), "condition", (0.0, 1.0)) for name, options in model.conditions().items()
     ]
     image = TensorSpec("image", (model.channels, model.resolution, model.resolution), "image", (0.0, 1.0))
     uniform = TensorSpec("uniform", image.shape, "uniform", (0.0, 1.0))

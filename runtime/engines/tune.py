@@ -14,7 +14,7 @@ from hflow_rt.runtime.engines.cpu import OPTIMISED, Settings, cores, default, tu
 from hflow_rt.runtime.engines.onnx import OnnxEngine
 from hflow_rt.runtime.inputs import inputs_of
 
-__all__ = ["Trial", "forget", "tune_runtime"]
+__all__ = ["Trial", "forget", "tunable", "tune_runtime"]
 
 _FILL = 0.1  # seconds of a round at least
 _MARGIN = 1.03  # times as fast as the default, or it stays
@@ -29,6 +29,12 @@ class Trial:
     what: str
     ms: float
     kept: bool = False
+
+
+def tunable(bundle: Bundle) -> list[str]:
+    """The graphs that are a whole route; what of a loop is fastest depends on the calls around it."""
+    manifest = bundle.manifest
+    return [graph for graph in manifest.routes.values() if isinstance(graph, str) and graph in manifest.graphs]
 
 
 def tune_runtime(

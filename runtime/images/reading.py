@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.conditions import Choices, class_folder
+from hflow_rt.conditions import Options, class_folder
 from hflow_rt.data.dataset import open_dataset
 from hflow_rt.errors import DataError
 from hflow_rt.memory import need
@@ -23,14 +23,14 @@ def read_pictures(
     paths: Sequence[Path],
     resolution: int,
     limit: int | None = None,
-    choices: Choices | None = None,
+    conditions: Options | None = None,
     unused: dict[str, str] | None = None,
     note: Callable[[str], None] = lambda line: None,
     channels: int = 3,
 ) -> tuple[list[str], NDArray[np.float32]]:
     """Names and pixels `[N, C, R, R]` in [0, 1] of image files, folders, archives and arrays, the first `limit`.
 
-    choices: of the model; a file's or folder's name then tells its class, see `class_folder`.
+    conditions: of the model; a file's or folder's name then tells its class, see `class_folder`.
     unused: takes the names of images in folders and archives that cannot be used, and why; if there are several
     sources, with the source before the name. note: takes a line with their number. channels: C; with 1 what is read
     is the luminance. Raises `DataError`.
@@ -38,7 +38,7 @@ def read_pictures(
     names: list[str] = []
     images: list[NDArray[np.float32]] = []
     for path in paths:
-        folder = class_folder(choices or {}, path)
+        folder = class_folder(conditions or {}, path)
         if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
             found = open_dataset(path, resolution, channels=channels)
             if found.unused:

@@ -83,7 +83,8 @@ def encoded(
     parts = []
     for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
         part = slice(rows.start, rows.stop)
-        parts.append(session.inverse(pixels[part], {name: values[part] for name, values in conditions.items()}))
+        given = {name: values[part] for name, values in conditions.items()}
+        parts.append(session.inverse(pixels[part], given, first=rows.start))
     return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
 
 
@@ -96,7 +97,7 @@ def between(
     """
     there = session.into_space(space, ends)
     first, last = (select(there, index) for index in (0, 1))
-    path = interpolate(first, last, frames, mode, session.joined(space), session.choices)
+    path = interpolate(first, last, frames, mode, session.joined(space), session.conditions)
     return _decoded(session, space, path, 1)
 
 
@@ -129,7 +130,7 @@ def walk(
     for key in range(keyframes):
         drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
         keys.append(session.into_space(space, drawn))
-    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.choices)
+    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.conditions)
     return _decoded(session, space, frames, paths)
 
 
@@ -137,7 +138,7 @@ def _decoded(session: Session, space: str, frames: Iterator[dict[str, Array]], p
     together = max(1, _BATCH // paths)
     for first in frames:
         part = [first, *islice(frames, together - 1)]
-        images = session.forward(session.from_space(space, concatenate(part)))
+        images = session.decode(space, concatenate(part))
         yield from np.split(images, len(part))
 
 
@@ -255,7 +256,7 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
     Conditions, such as a class, go with the coarsest latent. Raises `DataError` for an unknown name.
     """
     taken = list(names)
-    conditions = session.choices if next(iter(session.latent_shapes)) in taken else ()
+    conditions = session.conditions if next(iter(session.latent_shapes)) in taken else ()
     return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
 
 

@@ -57,7 +57,7 @@ def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:
     built = ok(hflow("export", "--engine", "trt", "--compute-capability", "8.9"))
     shown = r"layers \d+ float of the network, built in \d+\.\d s"
     lines = re.findall(rf"^{run}/bundle/trt/rtx-[\w.-]+/(\w+)\.plan: \d+\.\d MB, {shown}", built.out, re.M)
-    assert lines == ["forward", "inverse"]
+    assert lines == ["forward", "inverse", "end_forward", "end_inverse"]
     assert "unverified: no GPU here can run them; there, run 'hflow-rt check --backend trt'" in built.out
     assert "next: hflow-rt sample --backend trt" in built.out
     assert "exporting" not in built.err  # the graphs that are there will do
@@ -85,7 +85,7 @@ def test_from_a_run_to_pictures(hflow: Command, run: Path) -> None:
 def test_python_builds_them_too(run: Path, quick: list[Any]) -> None:
     assert hflow_rt.export(run, engine="trt") == run / "bundle"
     (engines,) = read_manifest(run / "bundle").engines.values()
-    assert list(engines.plans) == ["forward", "inverse"]
+    assert list(engines.plans) == ["forward", "inverse", "end_forward", "end_inverse"]
     assert not engines.verified  # no GPU can run them here
     folder = hflow_rt.export(hflow_rt.pretrained(), "trt", "mine", direction="forward")
     (engines,) = read_manifest(folder).engines.values()
@@ -100,7 +100,7 @@ def test_json(hflow: Command, run: Path, quick: list[Any]) -> None:
     assert found["batch"] == [2, 2, 2]
     assert found["verified"] is False
     assert found["plans"]["forward"]["types"] == {"float": 12, "half": 3}
-    assert [request.workspace for request in quick] == [256, 256]
+    assert [request.workspace for request in quick] == [256] * 4  # into and out of the space as well
 
 
 def test_a_bundle_alone(hflow: Command, run: Path, quick: list[Any]) -> None:
@@ -187,7 +187,7 @@ def test_graphs_of_rounded_weights(hflow: Command, run: Path, quick: list[Any]) 
     (run / "bundle" / "manifest.json").write_text(json.dumps(described))
     for arguments in ((), ("--half",)):
         assert "exporting" not in ok(hflow("export", "--engine", "trt", *arguments)).err
-    assert len(quick) == 4
+    assert len(quick) == 8
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_other_weights_for_real_graphs(hflow: Command, refitting: Path, finetune
         bundle.file(name)
     assert not list(refitting.parent.glob(".*"))
     old = {name: refitting / plan.file for name, plan in next(iter(before.engines.values())).plans.items()}
-    assert [(request.old, request.load) for request in quick[-2:]] == [(path, False) for path in old.values()]
+    assert [(request.old, request.load) for request in quick[-4:]] == [(path, False) for path in old.values()]
     refused(
         hflow("export", finetuned, "--engine", "trt", "--update-weights", "-o", refitting),
         f"has the weights of {finetuned}/model.safetensors already; there is nothing to update",

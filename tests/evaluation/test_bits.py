@@ -16,7 +16,7 @@ class UniformModel(torch.nn.Module):
     """Stands in for a family: 8 bits plus a uniform draw; what it published is the mean of the pixels."""
 
     resolution, channels = 4, 3
-    choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
+    conditions, noise_scales = LatentModel.conditions, LatentModel.noise_scales
 
     def __init__(self) -> None:
         super().__init__()

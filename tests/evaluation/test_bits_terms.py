@@ -167,7 +167,7 @@ class Plain(torch.nn.Module):
     """A family that tells no parts apart."""
 
     resolution, channels = 4, 3
-    choices, noise_scales = LatentModel.choices, LatentModel.noise_scales
+    conditions, noise_scales = LatentModel.conditions, LatentModel.noise_scales
 
     def __init__(self) -> None:
         super().__init__()

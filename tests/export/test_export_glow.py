@@ -123,7 +123,7 @@ def test_labels_that_are_no_class(exported: Exported) -> None:
     model, session, _ = exported
     x, given = photographs(2, 40), told(model, 2)
     if not given:
-        assert not session.choices
+        assert not session.conditions
         return
     latents = next(session.draw(range(2)))
     half = np.full((2, 3), 1 / 3, np.float32)

@@ -57,7 +57,7 @@ class Pictures:
         corners = torch.rand(count, model.channels, 2, 2, generator=torch.Generator().manual_seed(0))
         smooth = torch.nn.functional.interpolate(corners, model.resolution, mode="bilinear", align_corners=True)
         self.array = (255 * smooth).round().to(torch.uint8).numpy()
-        classes = next(iter(model.choices().values()), ("all",))
+        classes = next(iter(model.conditions().values()), ("all",))
         self.names = [f"{classes[index % len(classes)]}/{index:02d}.png" for index in range(count)]
         self.hash = hashlib.sha256(self.array.tobytes()).hexdigest()
 
@@ -123,7 +123,7 @@ def test_graphs_are_described(made: Made) -> None:
     assert not routes.keys() & model.absent().keys()
     ways = (*routes.values(), *(space for space in model.spaces().values()))
     assert {name for way in ways for name in graphs_of(way)} <= graphs.keys()
-    latents, conditions = model.latent_shapes(), model.choices()
+    latents, conditions = model.latent_shapes(), model.conditions()
     for name, spec in graphs.items():
         assert spec.name == name
         for tensors in (spec.inputs, spec.outputs):
@@ -234,7 +234,7 @@ def test_controls(session: Session) -> None:
 
 
 def test_images_come_back_or_are_refused(made: Made, session: Session, tmp_path: Path) -> None:
-    told = in_turn(session.choices, range(3))
+    told = in_turn(session.conditions, range(3))
     if "inverse" in made.model.routes():
         found = session.inverse(made.images, told)
         assert found.latents.keys() == session.input_shapes.keys()

@@ -381,7 +381,7 @@ def test_spreads_are_those_of_one_large_batch_without_what_is_held_out(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
     pixels[count - held_out :] //= 64
-    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels, held_out))
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda *_, **options: Images(pixels, held_out))
     run, source = tmp_path / "run", GOLDEN / "tiny32.weights.safetensors"
     done = import_published(source, "hflow", run, settings_file, tmp_path / "images.npy")
     assert done.spreads == {
@@ -424,7 +424,7 @@ def test_one_image_has_no_spread(
     tmp_path: Path, settings_file: Path, held_out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = np.zeros((1 + held_out, 32, 32, 3), np.uint8)
-    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels, held_out))
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda *_, **options: Images(pixels, held_out))
     source = GOLDEN / "tiny32.weights.safetensors"
     reason = rf"a spread needs at least 2 images, not 1; give more \(.* has {1 + held_out}, {held_out} held out\)"
     with pytest.raises(DataError, match=reason):
@@ -436,7 +436,7 @@ def test_spreads_that_are_not_finite(
     tmp_path: Path, weights: dict[str, torch.Tensor], settings_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda source, resolution: Images(pixels, 0))
+    monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda *_, **options: Images(pixels, 0))
     encoder = "blocks.0.learned_upscaler.components.0.conv_e1.w"
     save_file(weights | {encoder: weights[encoder] * 1e38}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x.safetensors: noise scales must be finite, and those of .*end0.* are"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hflow_rt.conditions import Choices
+from hflow_rt.conditions import Options
 from hflow_rt.errors import DataError
 from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.fold import folded_copy
@@ -209,7 +209,7 @@ class Glow(FlowModel):
         x = to_model(image, self.config.bits) + (uniform - 0.5) / (1 << self.config.bits)
         return self._parts(self.encode_model(x, self._labels(inputs)))
 
-    def choices(self) -> Choices:
+    def conditions(self) -> Options:
         return {LABELS: self.config.classes} if self.config.classes else {}
 
     def _labels(self, given: Conditions | None) -> Tensor | None:

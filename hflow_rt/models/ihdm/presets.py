@@ -83,17 +83,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ihdm-demo": {
         "model": {
             "resolution": 32, "steps": 50, "blur_max": 16.0, "base_width": 32, "widths": (1, 2, 2), "blocks": 1,
-            "attention": (2,), "dropout": 0.0,
+            "attention": (2,), "dropout": 0.0, "bank": 1024,
         },
-        "training": _training(16, 4e-4, 0.998, images=60_000, warmup_images=4000, flip=True),
+        "training": _training(16, 4e-4, 0.998, images=60_000, warmup_images=4000, flip=True, init_images=1024),
     },
     # the 64x64 emoji, hours of one CPU core
     "ihdm-emoji": {
         "model": {
             "resolution": 64, "steps": 100, "blur_max": 32.0, "base_width": 32, "widths": (1, 2, 3, 4), "blocks": 2,
-            "attention": (2, 3), "dropout": 0.0,
+            "attention": (2, 3), "dropout": 0.0, "bank": 3072,
         },
-        "training": _training(16, 3e-4, 0.9995, images=300_000, warmup_images=16_000, flip=True),
+        "training": _training(16, 3e-4, 0.9995, images=300_000, warmup_images=16_000, flip=True, init_images=3072),
     },
 }  # fmt: skip
 

@@ -243,7 +243,7 @@ class ToyClasses(ToyEngine):
 def classes(toy: Session, tmp_path: Path) -> Session:
     graph = toy.manifest.graphs["forward"]
     graph = graph.model_copy(update={"inputs": (*graph.inputs, Tensor(name="kind", shape=(2,), role="condition"))})
-    update = {"choices": {"kind": ("dark", "light")}, "graphs": {"forward": graph}}
+    update = {"conditions": {"kind": ("dark", "light")}, "graphs": {"forward": graph}}
     return Session(Bundle(tmp_path, toy.manifest.model_copy(update=update)), ToyClasses())
 
 

@@ -1,20 +1,25 @@
 """Every tensor of every golden INR-GAN case, in float64 and float32, within the bounds of the format's README."""
 
+import hashlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from golden_cases import Listed, Quantities, compute
+from golden_cases import Absent, Listed, Quantities, compute
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hflow_rt.models.checkpoint import load_state
+from hflow_rt.models.inrgan.augment import PIPES, Augmenter
 from hflow_rt.models.inrgan.config import DiscriminatorConfig, EmbeddingConfig, INRGANConfig
 from hflow_rt.models.inrgan.discriminator import Discriminator
 from hflow_rt.models.inrgan.layers import ModulatedLayer
 from hflow_rt.models.inrgan.losses import generator_loss, judged_loss, slope
 from hflow_rt.models.inrgan.model import INRGAN
+from hflow_rt.models.inrgan.published import read_published, read_snapshot
 from hflow_rt.models.inrgan.weights import discriminator_from_original, from_original, our_name
 
 FAMILY = "inrgan"
@@ -28,7 +33,8 @@ class Case:
         self.described = self.description["config"]
         self.stored = Listed(golden.tensors(), self.description["io"])
         file = self.description["weights"]["file"]  # of a training run, another case's
-        self.weights = load_file(golden.path.parent / file)
+        self.path: Path = golden.path
+        self.weights = load_file(self.path.parent / file)
         self.dtype = golden.dtype
         self.listed = {
             entry["name"]: entry
@@ -87,6 +93,13 @@ class Case:
         load_state(judge, discriminator_from_original(config, self.original("D")), "golden weights")
         judge.group = judge.group if group is None else group
         return judge.to(self.dtype)
+
+    def snapshot(self) -> Path:
+        """The published file beside the case."""
+        path = self.path.parent / self.description.get("container", {}).get("file", "none")
+        if not path.is_file():
+            raise Absent("container")
+        return path
 
     def labels(self, name: str, rows: slice = slice(None)) -> Tensor | None:
         return self[name][rows] if self.described["c_dim"] else None
@@ -199,13 +212,56 @@ def losses(case: Case) -> Quantities:
     yield "gradnorm_Dmain", norm(found)
     yield "grad_Dmain_out_weight", found["out.weight"]
     yield "grad_Dmain_rgb_bias", found["from_colours.bias"]
-    penalty = slope(judge, case.real(rows), labels)
+    penalty = slope(lambda images: judge(images, labels), case.real(rows))
     yield "r1_penalty", penalty
     yield "r1_loss", model.config.r1_gamma / 2 * penalty
     found = gradients(judge, model.config.r1_every * model.config.r1_gamma / 2 * penalty.mean())
     yield "gradnorm_Dreg", norm(found)
     yield "grad_Dreg_out_weight", found["out.weight"]
     yield "grad_Dreg_rgb_weight", found["from_colours.weight"]
+
+
+@torch.no_grad()
+def files(case: Case) -> Quantities:
+    """Of the networks in the published file."""
+    path, config = case.snapshot(), case.config()
+    for part, name, psi in (("G_ema", "file_img_ema_psi07", 0.7), ("G", "file_img_raw", 1.0)):
+        published = read_published(path, part=part)
+        assert published.config == config.model_copy(update={"r1_gamma": 10.0})
+        model = INRGAN(config)
+        load_state(model, published.state, "golden snapshot")
+        model.to(case.dtype)
+        w = model.slots(model.mapping(case["z_eval"]))
+        image = model.synthesis(model.truncated(w, full(case, psi, 2), full(case, config.slots, 2)))
+        yield name, image
+        if part == "G_ema":
+            judge = Discriminator(config)
+            found, _ = read_snapshot(path, "D")
+            load_state(judge, discriminator_from_original(config, found.weights), "golden snapshot")
+            yield "file_logits", judge.to(case.dtype)(image)[:, None]
+
+
+def augmented(case: Case) -> Quantities:
+    """Every draw at one quantile; what is normal there lacks a factor, and the second rotation is none."""
+    for name in case.listed:
+        match = re.fullmatch(r"aug_(grey_)?(\w+?)(?:_q(\d+))?", name)
+        if match is None:
+            continue
+        images = case["aug_x"][:, :1] if match[1] else case["aug_x"]
+        channels, side = images.shape[1], images.shape[3]
+        off = match[2] == "off"
+        pipe = {"off": "bgc", "geom": "bg"}.get(match[2], match[2])  # its "geom" is of all that moves pixels
+        names = PIPES.get(pipe, (pipe,))
+        augmenter = Augmenter(names, channels, side)
+        quantile = 0.5 if off else int(match[3]) / 1e4
+        drawn = {spec.name: full(case, 0.0).expand(1, *spec.shape).clone() for spec in augmenter.draws()}
+        drawn["uniform"] += quantile
+        drawn["uniform"][:, 5] = 0.5  # of the second rotation
+        drawn["normal"] += torch.erfinv(full(case, 2 * quantile - 1))
+        drawn["normal"][:, -1] = torch.erfinv(full(case, quantile))  # of noise
+        if "noise" in names:
+            drawn["picture"] = case["aug_noise"]
+        yield name, augmenter(images, torch.tensor(0.0 if off else 1.0), drawn)
 
 
 # what computes the outputs whose names begin so
@@ -215,6 +271,8 @@ GROUPS: dict[str, Callable[[Any], Quantities]] = {
     r"emb_": embeddings,
     r"img_ws|stage_|W_": stages,
     r"logits_|d_cmap": judgements,
+    r"file_": files,
+    r"aug_": augmented,
     r"(fake|real)_logits|g_loss|d_loss|grad|r1_": losses,
 }
 
@@ -255,3 +313,19 @@ def test_golden_inrgan(golden: Any) -> None:
             failures.append(f"{name}: error {error:.3g} above {allowed:.3g}")
     assert compared, f"nothing of {golden} was compared"
     assert not failures, f"{len(failures)} of {len(case.listed)}:\n" + "\n".join(sorted(failures))
+
+
+def test_published_snapshot_to_the_bit(golden: Any) -> None:
+    """Digests of all tensors, and that those of the import are among them."""
+    case = Case(golden)
+    try:
+        path = case.snapshot()
+    except Absent:
+        pytest.skip("a case without a published file")
+    for part, digests in case.description["container"]["digests"].items():
+        if digests is None:
+            continue
+        found = read_snapshot(path, part)[0].weights
+        assert {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for name, tensor in found.items()} == (
+            dict(digests)
+        )

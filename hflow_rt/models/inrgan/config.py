@@ -14,9 +14,14 @@ __all__ = ["FIRST_STAGE", "DiscriminatorConfig", "EmbeddingConfig", "INRGANConfi
 FIRST_STAGE = 4
 _LARGEST_SIDE = 4096
 
+# of transforms, see `augment.py`
+Pipe = Literal["none", "blit", "geom", "color", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
+
 _Side = Annotated[int, Field(ge=FIRST_STAGE, le=_LARGEST_SIDE)]
 _Width = Annotated[int, Field(ge=1, le=1 << 14)]
 _Base = Annotated[int, Field(ge=1, le=1 << 24)]
+_Steps = Annotated[int, Field(ge=1, le=10_000)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 _Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -94,7 +99,18 @@ class INRGANConfig(ModelConfig):
 
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     r1_gamma: _Weight = Field(default=10.0, description="weight of the gradient penalty on real images")
-    r1_every: Annotated[int, Field(ge=1, le=10_000)] = Field(default=16, description="steps between its phases")
+    r1_every: _Steps = Field(default=16, description="steps between its phases")
+    path_weight: _Weight = Field(default=0.0, description="of how unevenly w changes images")
+    path_every: _Steps = Field(default=4, description="steps between its phases")
+    style_mixing: _Share = Field(default=0.0, description="of the steps, in which images are of two w")
+
+    augment: Pipe = Field(default="none", description="what the discriminator sees is augmented by")
+    augment_target: _Share = Field(default=0.6, description="mean sign of its logits at real images, to adapt to")
+    augment_images: Annotated[int, Field(ge=1, le=1 << 40)] = Field(
+        default=500_000, description="until the probability has gone from 0 to 1, at most"
+    )
+    augment_start: _Share = Field(default=0.0, description="probability at first")
+    augment_every: _Steps = Field(default=4, description="steps between its changes")
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def graphs(model: INRGAN) -> dict[str, GraphSpec]:
     z, w = TensorSpec("z", (config.z_dim,), "latent"), TensorSpec("w", (config.slots, config.w_dim), "value")
     psi = TensorSpec("psi", (), "control", (0.0, LARGEST_PSI), default=config.psi)
     cutoff = TensorSpec("cutoff", (), "control", (0.0, float(config.slots)), default=float(config.slots))
-    labels = tuple(TensorSpec(name, (len(options),), "condition") for name, options in model.choices().items())
+    labels = tuple(TensorSpec(name, (len(options),), "condition") for name, options in model.conditions().items())
     exact = copy.deepcopy(model).double().eval().requires_grad_(False)
     made: dict[str, tuple[nn.Module, nn.Module, tuple[TensorSpec, ...], TensorSpec]] = {
         "forward": (FoldedForward(exact), _Whole(model), (z, psi, cutoff, *labels), image),

@@ -16,7 +16,7 @@ from hflow_rt.models.inrgan.network import Mapping, Synthesis, shortening
 from hflow_rt.models.inrgan.plan import INRGANPlan
 
 if TYPE_CHECKING:
-    from hflow_rt.conditions import Choices
+    from hflow_rt.conditions import Options
     from hflow_rt.models.plan import TrainingPlan
     from hflow_rt.training.config import TrainingConfig
 
@@ -73,7 +73,7 @@ class INRGAN(LatentModel):
     def prior_std(self) -> dict[str, float]:
         return {"z": 1.0}
 
-    def choices(self) -> Choices:
+    def conditions(self) -> Options:
         return {LABELS: self.config.classes} if self.config.classes else {}
 
     def prior(self) -> dict[str, Prior]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import LossTerms, TensorSpec
 from hflow_rt.models.inrgan.augment import PIPES, Augmenter
 from hflow_rt.models.inrgan.discriminator import Discriminator
@@ -99,13 +98,13 @@ class INRGANPlan(TrainingPlan):
 
     def generator_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`[B]`, and how many images pass for real."""
-        logits = self._judged("fake", self.model.synthesis(self._styles(batch)), batch)
+        logits = self._judged("fake", self.model.synthesis(self.styles(batch)), batch)
         return generator_loss(logits), {"fooled": _positive(logits)}
 
     def discriminator_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`[B]` of generated and real images in turn, and how many of each are taken for real."""
         with torch.no_grad():
-            images = self.model.synthesis(self._styles(batch))
+            images = self.model.synthesis(self.styles(batch))
         fake, real = self._judged("fake", images, batch), self._judged("real", self._real(batch), batch)
         terms = {"real": _positive(real), "fake": _positive(fake), "sign": real.detach().sign().mean()}
         return judged_loss(fake, real), terms | ({} if self.augmenter is None else {"p": self.p.clone()})
@@ -117,22 +116,23 @@ class INRGANPlan(TrainingPlan):
             {name: value[:count] for name, value in values.items()} for values in (batch.draws, batch.conditions)
         )
         half = Batch(batch.pixels[:count], draws, conditions)
-        lengths = path_lengths(self.model.synthesis, self._styles(half), half.draws["direction"])
+        lengths = path_lengths(self.model.synthesis, self.styles(half), half.draws["direction"])
         mean = self.path_mean.lerp(lengths.mean(), _PATH_DECAY)
         self.path_mean.copy_(mean.detach())
         return (lengths - mean).square()
 
     def slopes(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared norms `[B]` of the gradient by real images, through their augmentation."""
-        signs: list[Tensor] = []
+        judged: list[Tensor] = []
 
         def judge(images: Tensor) -> Tensor:
-            logits = self._judged("real", images, batch)
-            signs.append(logits.detach().sign().mean())
-            return logits
+            judged.append(self._judged("real", images, batch))
+            return judged[-1]
 
         found = slope(judge, self._real(batch))
-        return found, {"slope": found.detach().mean(), "sign": signs[0]}
+        terms = {"slope": found.detach().mean(), "sign": judged[0].detach().sign().mean()}
+        # biases that the slope does not depend on get a gradient of zero, so that Adam counts the step for all alike
+        return found + 0 * judged[0], terms
 
     def after_step(self, terms: Mapping[str, Mapping[str, float]], place: Place) -> None:
         if self.augmenter is None:
@@ -146,7 +146,7 @@ class INRGANPlan(TrainingPlan):
             self.p.copy_(adapted(self.p, total / max(count, 1), config.augment_target, step))
             self.window.copy_(torch.tensor([0.0, 0.0, place.images]))
 
-    def _styles(self, batch: Batch) -> Tensor:
+    def styles(self, batch: Batch) -> Tensor:
         """One w a slot, of one z or of two, `[B, S, W]`; the first moves the running mean of w."""
         config, labels, draws = self.model.config, self.model.labels(batch.conditions), batch.draws
         w = self.model.mapping(draws["z"], labels)
@@ -160,9 +160,10 @@ class INRGANPlan(TrainingPlan):
         return mixed(styles, self.model.slots(self.model.mapping(draws["z2"], labels)), first)
 
     def _real(self, batch: Batch) -> Tensor:
-        """In [-1, 1]."""
-        pixels = public_levels(batch.pixels, self.model.config.bits).to(self.discriminator.out.weight.dtype)
-        return pixels * 2 - 1
+        """In [-1, 1], in the type of the weights."""
+        bins = 1 << self.model.config.bits
+        levels = (batch.pixels // (256 // bins)).to(self.discriminator.out.weight.dtype)
+        return levels * (2 / (bins - 1)) - 1
 
     def _judged(self, kind: str, images: Tensor, batch: Batch) -> Tensor:
         """Logits `[B]` of augmented images; kind: fake or real."""

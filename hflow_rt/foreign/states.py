@@ -108,15 +108,19 @@ class _PickledStorages:
     def __init__(self, name: str) -> None:
         self._name = name
         self._streams: dict[Storage, tuple[Source, dict[str, Storage]]] = {}
+        self._known: dict[int, tuple[bytes, Storage]] = {}  # so that the same bytes are read once, however often asked
 
     def find(self, arguments: tuple[Any, ...]) -> Storage:
         match arguments:
+            case (bytes(data),) if id(data) in self._known:
+                return self._known[id(data)][1]
             case (bytes(data),):
                 source = Source(io.BytesIO(data), self._name)
                 storage, storages = _begin_stream(source, ())
                 if not isinstance(storage, Storage) or list(storages.values()) != [storage]:
                     raise ValueError("a storage is no storage")
                 self._streams[storage] = source, storages
+                self._known[id(data)] = data, storage
                 return storage
         raise ValueError("a storage is made of odd arguments")
 

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.checkpoint import parse_config, skeleton
+from hflow_rt.models.inrgan.augment import PIPES, Augmenter
 from hflow_rt.models.inrgan.config import INRGANConfig
 from hflow_rt.models.inrgan.discriminator import Discriminator
 from hflow_rt.models.inrgan.layers import grid
 from hflow_rt.models.inrgan.losses import slope
 from hflow_rt.models.inrgan.model import INRGAN
-from hflow_rt.models.inrgan.plan import INRGANPlan
+from hflow_rt.models.inrgan.plan import INRGANPlan, adapted
 from hflow_rt.models.inrgan.presets import PRESETS, TINY
+from hflow_rt.models.plan import Batch, draw
+from hflow_rt.training.config import TrainingConfig
 
 
 def config(**changes: Any) -> INRGANConfig:
@@ -171,6 +174,72 @@ def test_slope_is_the_gradient_and_has_one() -> None:
         with torch.no_grad():
             weight -= sign * 1e-6 * direction
     assert (sums[0] - sums[1]) / 2e-6 == pytest.approx((second * direction).sum().item(), rel=1e-4)
+
+
+def drawn(augmenter: Augmenter, count: int) -> dict[str, Tensor]:
+    return draw(augmenter.draws(), count, torch.Generator().manual_seed(3))
+
+
+def test_augmentation_is_twice_differentiable() -> None:
+    augmenter = Augmenter(PIPES["bgcfnc"], 3, 24)
+    draws = {name: value.double() for name, value in drawn(augmenter, 1).items()}
+    images = torch.randn(1, 3, 24, 24, dtype=torch.float64, requires_grad=True)
+
+    def seen(x: Tensor) -> Tensor:
+        return augmenter(x, torch.tensor(1.0), draws).square().mean((2, 3))
+
+    assert torch.autograd.gradgradcheck(seen, images, fast_mode=True)
+
+
+def test_what_does_not_fire_changes_nothing() -> None:
+    augmenter = Augmenter(PIPES["bgcfnc"], 3, 24)
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), 24, mode="bicubic")
+    draws = drawn(augmenter, 4)
+    torch.testing.assert_close(augmenter(images, torch.tensor(0.0), draws), images, rtol=0, atol=1e-5)
+    fired = augmenter(images, torch.tensor(0.5), draws)
+    assert (fired - images).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+def test_augmentation_fires_as_often_as_it_should() -> None:
+    """A flip is one half of the times it fires; rotations fire once or twice with probability p."""
+    images = torch.zeros(4000, 1, 4, 4)
+    images[:, :, 0, 0] = 1.0
+    augmenter = Augmenter(("brightness",), 1, 4)
+    brighter = augmenter(images, torch.tensor(0.3), drawn(augmenter, 4000))[:, 0, 3, 3] != 0
+    assert brighter.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    augmenter = Augmenter(("xflip",), 1, 4)
+    flipped = augmenter(images, torch.tensor(0.8), drawn(augmenter, 4000))[:, 0, 0, 3] > 0.5
+    assert flipped.float().mean().item() == pytest.approx(0.4, abs=0.03)
+
+
+def test_the_probability_follows_the_discriminator() -> None:
+    p = torch.tensor(0.25)
+    assert adapted(p, 0.9, 0.6, 0.125) == 0.375
+    assert adapted(p, 0.2, 0.6, 0.125) == 0.125
+    assert adapted(p, 0.6, 0.6, 0.125) == 0.25
+    assert adapted(p, -1.0, 0.6, 0.5) == 0
+
+
+def test_styles_are_mixed_from_a_slot_on() -> None:
+    """In so many micro-batches, and only the first z moves the running mean."""
+    made = INRGAN(config(style_mixing=0.5, classes=()))
+    plan = INRGANPlan(made)
+    z, z2 = torch.randn(2, 3, 8)
+    one, other = (made.slots(made.mapping(value)) for value in (z, z2))
+    for chance, where, first in ((0.6, 0.0, 7), (0.4, 0.0, 1), (0.4, 0.5, 4), (0.4, 0.99, 6)):
+        before = made.w_avg.clone()
+        draws = {"z": z, "z2": z2, "mix": torch.tensor([[chance, where]]).expand(3, 2)}
+        found = plan.styles(Batch(torch.zeros(3), draws, {}))
+        assert torch.equal(found, torch.cat([one[:, :first], other[:, first:]], 1))
+        torch.testing.assert_close(made.w_avg, before.lerp(one[:, 0].mean(0), 0.005))
+
+
+def test_a_micro_batch_is_whole_groups() -> None:
+    made = INRGAN(config())
+    settings = {"learning_rates": {}}
+    made.plan(TrainingConfig(batch_size=6, **settings))
+    with pytest.raises(ConfigError, match=r"multiple of discriminator\.group = 2, not 5"):
+        made.plan(TrainingConfig(batch_size=5, **settings))
 
 
 def test_only_the_generator_ships() -> None:

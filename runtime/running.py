@@ -28,8 +28,7 @@ class Runner:
 
     def run(self, route: Route, values: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none."""
-        if route in self.manifest.absent:
-            raise NoInverse(self.manifest.absent[route])
+        self._check_route(route)
         found = self.manifest.routes.get(route, route)
         if isinstance(found, str):
             return self.run_graph(found, values)
@@ -40,6 +39,10 @@ class Runner:
             for start in range(0, count, largest)
         ]
         return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
+
+    def _check_route(self, route: Route) -> None:
+        if route in self.manifest.absent:
+            raise NoInverse(self.manifest.absent[route])
 
     def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
         """One batch through a loop."""

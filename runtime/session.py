@@ -251,6 +251,7 @@ class Session(Runner):
         >>> encoded.latents["z0"].shape, encoded.log_prob.shape
         ((1, 3, 64, 64), (1,))
         """
+        self._check_route("inverse")  # before what it would need is missed
         arrays, restore = self._received({"image": images, **(conditions or {})})
         pixels = as_pixels(arrays.pop("image"), self.resolution, self.channels)
         told = {name: (len(pixels), len(options)) for name, options in self.conditions.items()}

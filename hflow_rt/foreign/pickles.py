@@ -28,9 +28,13 @@ class Refused(Exception):  # noqa: N818 - a verdict, turned into a `CheckpointEr
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Function:
-    """What a name that may be called does: a tuple of plain values to a value. May raise ValueError or `Refused`."""
+    """What a name that may be called does: a tuple of plain values to a value. May raise ValueError or `Refused`.
+
+    copies: whether a call takes time or memory as its arguments are long.
+    """
 
     call: Callable[[tuple[Any, ...]], object]
+    copies: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,14 +77,18 @@ class Vocabulary:
 
 
 def unpickle(
-    source: Source, vocabulary: Vocabulary = Vocabulary({}), persistent: Callable[[object], object] | None = None
+    source: Source,
+    vocabulary: Vocabulary = Vocabulary({}),
+    persistent: Callable[[object], object] | None = None,
+    limit: int = _BYTES,
 ) -> Any:
     """The value of the pickle that begins here; the source then stands behind it.
 
-    persistent: gives a meaning to persistent ids; may raise ValueError. Raises `CheckpointError`.
+    persistent: gives a meaning to persistent ids; may raise ValueError. limit: bytes that it may have. Raises
+    `CheckpointError`.
     """
     try:
-        with source.limited(_BYTES):
+        with source.limited(limit):
             return _Machine(vocabulary, persistent).run(source)
     except Refused as what:
         raise source.refused(str(what)) from None
@@ -205,7 +213,8 @@ class _Machine:
             raise Refused(f"a call of {shown(function.name) if isinstance(function, StandIn) else 'a plain value'}")
         if not isinstance(arguments, tuple):
             raise ValueError("a call has no tuple of arguments")
-        self.spend(sum(len(value) for value in arguments if isinstance(value, (list, tuple, dict, str, bytes))))
+        if function.copies:
+            self.spend(sum(len(value) for value in arguments if isinstance(value, (list, tuple, dict, str, bytes))))
         return function.call(arguments)
 
     def build(self, target: object, state: object) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from hflow_rt.errors import CheckpointError
 from hflow_rt.foreign.modules import MOST_ENTRIES
 from hflow_rt.foreign.parts import Naming, Part, part_of
-from hflow_rt.foreign.pickles import Vocabulary, unpickle
+from hflow_rt.foreign.pickles import Function, Vocabulary, unpickle
 from hflow_rt.foreign.source import Source, open_source, shown
 from hflow_rt.foreign.tensors import Storage, Storages, StoredTensor, torch_vocabulary
 
-__all__ = ["Choose", "read_part", "read_stream", "read_weights", "skip_stream"]
+__all__ = ["Choose", "read_part", "read_pickle", "read_stream", "read_weights", "skip_stream"]
 
 T = TypeVar("T")
 
@@ -82,6 +82,55 @@ def skip_stream(source: Source, modules: Sequence[str] = ()) -> Any:
     value, storages = _begin_stream(source, modules)
     _pass_storages(source, storages, ())
     return value
+
+
+def read_pickle(path: Path, known: Mapping[str, object], modules: Sequence[str], choose: Choose) -> Part[Tensor]:
+    """The chosen tensors of one plain pickle, in which every storage is the bytes of a stream of its own.
+
+    known: further names, see `Vocabulary`. No other storages are copied. Raises `CheckpointError`.
+    """
+    with open_source(path) as source:
+        if source.peek(1) != b"\x80":
+            raise CheckpointError(f"{path} is no pickle; give the file as it was published")
+        storages = _PickledStorages(str(path))
+        names = {**torch_vocabulary().known, "torch.storage._load_from_bytes": Function(storages.find, False), **known}
+        value = unpickle(source, Vocabulary(names, tuple(modules)), limit=source.left)
+        if source.left:
+            raise source.broken("something follows its end")
+        found = choose(value, StoredTensor)
+        storages.load(found.weights.values())
+        return _loaded(found, source)
+
+
+class _PickledStorages:
+    """Storages as bytes in a pickle: what they are is read as they are met, their values when they are wanted."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._streams: dict[Storage, tuple[Source, dict[str, Storage]]] = {}
+        self._known: dict[int, tuple[bytes, Storage]] = {}  # so that the same bytes are read once, however often asked
+
+    def find(self, arguments: tuple[Any, ...]) -> Storage:
+        match arguments:
+            case (bytes(data),) if id(data) in self._known:
+                return self._known[id(data)][1]
+            case (bytes(data),):
+                source = Source(io.BytesIO(data), self._name)
+                storage, storages = _begin_stream(source, ())
+                if not isinstance(storage, Storage) or list(storages.values()) != [storage]:
+                    raise ValueError("a storage is no storage")
+                self._streams[storage] = source, storages
+                self._known[id(data)] = data, storage
+                return storage
+        raise ValueError("a storage is made of odd arguments")
+
+    def load(self, tensors: Iterable[StoredTensor]) -> None:
+        tensors = list(tensors)
+        for storage in dict.fromkeys(tensor.storage for tensor in tensors):
+            source, storages = self._streams[storage]
+            _pass_storages(source, storages, tensors)
+            if source.left:
+                raise source.broken("something follows a storage")
 
 
 def _begin_stream(source: Source, modules: Sequence[str]) -> tuple[Any, dict[str, Storage]]:

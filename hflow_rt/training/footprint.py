@@ -23,7 +23,7 @@ from hflow_rt.training.config import RunConfig, TrainingConfig
 __all__ = ["check_batch", "check_model", "saved_bytes"]
 
 _COPIES = 4  # of every weight, float32: itself, its gradient, two moments; one more is the average of a model
-_FEW, _MORE = 2, 3  # images that are tried; a single one has no spread
+_FEW, _MORE = 2, 4  # images that are tried; a single one has no spread, and statistics of groups need even numbers
 
 
 def check_model(config: RunConfig, device: torch.device) -> None:
@@ -45,7 +45,7 @@ def check_batch(
 ) -> None:
     """Raise `OutOfMemory` unless the gradient of a micro-batch fits beside what is in memory by now.
 
-    Measured with two images and with three, as what the loss keeps for the gradient: a step takes that and more.
+    Measured with two images and with four, as what the loss keeps for the gradient: a step takes that and more.
     """
     if training.batch_size <= _MORE:
         return
@@ -55,7 +55,7 @@ def check_batch(
         for chosen in (np.resize(indices, _FEW), np.resize(indices, _MORE))
     )
     need(
-        few + (more - few) * (training.batch_size - _FEW),
+        few + (more - few) * (training.batch_size - _FEW) // (_MORE - _FEW),
         f"training.batch_size={training.batch_size}",
         "lower it, and raise training.accumulate to see as many images a step",
         _room(device),

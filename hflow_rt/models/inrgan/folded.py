@@ -1,0 +1,220 @@
+"""The generator with its constants folded, built of a float64 copy (spec sections 12, 14 and 15).
+
+Embeddings are constants. A stage's first layer maps features before they are enlarged, which is the same, because a
+1x1 map commutes with resampling: `W [up(x); e] = up(W_x x) + W_e e`. The bilinear variant's division by the spread
+goes into the columns of the next weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, normalized, phi
+from hflow_rt.models.inrgan.network import Mapping, Stage, enlarged, shortening
+
+if TYPE_CHECKING:
+    from hflow_rt.models.inrgan.model import INRGAN
+
+__all__ = ["FoldedForward", "FoldedMapping", "FoldedSynthesis"]
+
+_EPS = 1e-8
+
+
+def _affine(layer: ModulatedLayer | ToColours) -> tuple[Tensor, Tensor]:
+    """Weight and bias of what w becomes, with the factor of the low-rank product in its left half."""
+    weight, bias = layer.affine.effective()
+    gain = torch.ones_like(bias)
+    if isinstance(layer, ModulatedLayer):
+        gain[: len(layer.weight) * layer.rank] /= math.sqrt(layer.rank)
+    return weight * gain[:, None], bias * gain
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Unbiased standard deviation of `[B, C, P]` over P, and a little more, `[B, 1, C]`."""
+    pixels = x.shape[2]
+    off = x - x.mean(2, keepdim=True)
+    return (off.square().mean(2) * (pixels / (pixels - 1))).sqrt()[:, None] + _EPS
+
+
+class _Layer(nn.Module):
+    """`ModulatedLayer` of what its affine map yields."""
+
+    def __init__(self, layer: ModulatedLayer) -> None:
+        super().__init__()
+        self.rank = layer.rank
+        self.weight, self.bias = nn.Parameter(layer.weight.clone()), nn.Parameter(layer.bias[:, None].clone())
+
+    def weights(self, style: Tensor) -> Tensor:
+        """`[B, (C_out + C_in) rank]` to `[B, C_out, C_in]`."""
+        c_out, c_in = self.weight.shape
+        left, right = style.split([c_out * self.rank, c_in * self.rank], 1)
+        low_rank = left.unflatten(1, (c_out, self.rank)) @ right.unflatten(1, (self.rank, c_in))
+        weights = self.weight * (1 + low_rank)
+        return weights / (weights.square().sum(2, keepdim=True).sqrt() + _EPS)
+
+
+class _Colours(nn.Module):
+    """`ToColours` of what its affine map yields."""
+
+    def __init__(self, layer: ToColours) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight / math.sqrt(layer.weight.shape[1]))
+        self.bias = nn.Parameter(layer.bias[:, None].clone())
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        return (self.weight * style[:, None]) @ x + self.bias
+
+
+class _Stage(nn.Module):
+    """A stage on flat pixels `[B, C, P]`."""
+
+    embedding: Tensor | None
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.upsampling = stage.upsampling
+        self.doubles = stage.doubles
+        embedding = None if stage.embedding is None else stage.embedding().flatten(2)
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.layers)
+        self.colours = _Colours(stage.colours)
+
+    def enlarge(self, x: Tensor) -> Tensor:
+        """`[B, C, P]` of the stage before on this stage's grid."""
+        if not self.doubles:
+            return x
+        side = math.isqrt(x.shape[2])
+        return enlarged(x.unflatten(2, (side, side)), self.upsampling).flatten(2)
+
+    def enter(self, x: Tensor | None, style: Tensor) -> Tensor:
+        """The first layer."""
+        first = self.layers[0]
+        weights = first.weights(style)
+        y = first.bias
+        if x is not None:
+            y = y + self.enlarge(weights[:, :, : x.shape[1]] @ x)
+        if self.embedding is not None:
+            y = y + weights[:, :, weights.shape[2] - self.embedding.shape[1] :] @ self.embedding
+        return phi(y)
+
+    def forward(self, x: Tensor | None, styles: Sequence[Tensor]) -> Tensor:
+        x = self.enter(x, styles[0])
+        for layer, style in zip(list(self.layers)[1:], styles[1:], strict=True):
+            weights = layer.weights(style)
+            if self.upsampling == "bilinear":
+                weights = weights / _spread(x)
+            x = phi(weights @ x + layer.bias)
+        return x
+
+
+class _Painter(nn.Module):
+    """Styles of all layers, in order, to an image in [0, 1]."""
+
+    def __init__(self, model: INRGAN) -> None:
+        super().__init__()
+        self.side = model.resolution
+        self.stages = nn.ModuleList(_Stage(stage) for stage in model.synthesis.stages)
+
+    def forward(self, styles: Sequence[Tensor]) -> Tensor:
+        """Each `[B, N_layer]`, to `[B, channels, R, R]`."""
+        x: Tensor | None = None
+        image: Tensor | float = 0.0
+        at = 0
+        for stage in self.stages:
+            end = at + len(stage.layers)
+            x = stage(x, styles[at:end])
+            colours = stage.colours(x, styles[end])
+            image = stage.enlarge(image) + colours if isinstance(image, Tensor) else colours
+            at = end + 1
+        assert isinstance(image, Tensor)
+        return (image * 0.5 + 0.5).clamp(0, 1).unflatten(2, (self.side, self.side))
+
+
+def _styled(model: INRGAN) -> list[tuple[int, Tensor, Tensor]]:
+    """By layer, in order: its slot, and weight and bias of its affine map."""
+    found, slot = [], 0
+    for stage in model.synthesis.stages:
+        for layer in stage.layers:
+            found.append((slot, *_affine(layer)))
+            slot += 1
+        found.append((slot, *_affine(stage.colours)))
+    return found
+
+
+class FoldedMapping(nn.Module):
+    """z, and labels, to the same w in every slot."""
+
+    def __init__(self, mapping: Mapping, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.embed = None if mapping.embed is None else mapping.embed.fold()
+        self.layers = nn.ModuleList(layer.fold() for layer in mapping.layers)
+
+    def w(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """`[B, W]`."""
+        x = normalized(z)
+        if self.embed is not None:
+            x = torch.cat([x, normalized(self.embed(labels))], 1)
+        for layer in self.layers:
+            x = phi(layer(x))
+        return x
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> tuple[Tensor]:
+        """`[B, S, W]`."""
+        return (self.w(z, labels)[:, None].repeat(1, self.slots, 1),)
+
+
+class FoldedSynthesis(nn.Module):
+    """One w a slot to an image."""
+
+    centre: Tensor
+
+    def __init__(self, model: INRGAN) -> None:
+        super().__init__()
+        self.register_buffer("centre", model.w_avg.clone(), persistent=False)
+        styled = _styled(model)
+        self.slots = [slot for slot, _, _ in styled]
+        self.affines = nn.ModuleList(_linear(weight, bias) for _, weight, bias in styled)
+        self.painter = _Painter(model)
+
+    def forward(self, w: Tensor, psi: Tensor, cutoff: Tensor) -> tuple[Tensor]:
+        """`[B, S, W]`, `[B]` and `[B]` to `[B, channels, R, R]`."""
+        slots = torch.arange(w.shape[1], device=w.device, dtype=w.dtype)
+        w = w + shortening(slots, psi, cutoff)[:, :, None] * (self.centre - w)
+        own = w.unbind(1)
+        return (self.painter([layer(own[slot]) for slot, layer in zip(self.slots, self.affines, strict=True)]),)
+
+
+class FoldedForward(nn.Module):
+    """z to an image. One product makes the styles of all layers; truncation, which is linear, moves the styles."""
+
+    centre: Tensor
+    row_slots: Tensor
+
+    def __init__(self, model: INRGAN) -> None:
+        super().__init__()
+        self.mapping = FoldedMapping(model.mapping, model.config.slots)
+        slots, weights, biases = zip(*_styled(model), strict=True)
+        self.sizes = [len(bias) for bias in biases]
+        self.affine = _linear(torch.cat(weights), torch.cat(biases))
+        rows = torch.repeat_interleave(torch.tensor(slots), torch.tensor(self.sizes))
+        self.register_buffer("row_slots", rows.to(model.w_avg.dtype), persistent=False)
+        self.register_buffer("centre", self.affine(model.w_avg).detach(), persistent=False)
+        self.painter = _Painter(model)
+
+    def forward(self, z: Tensor, psi: Tensor, cutoff: Tensor, labels: Tensor | None = None) -> tuple[Tensor]:
+        """`[B, Z]`, `[B]` and `[B]` to `[B, channels, R, R]`."""
+        styles = self.affine(self.mapping.w(z, labels))
+        styles = styles + shortening(self.row_slots, psi, cutoff) * (self.centre - styles)
+        return (self.painter(styles.split(self.sizes, 1)),)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+    return linear

@@ -1,0 +1,132 @@
+"""The generator of INR-GAN: z to w, and w to colours at every pixel of a grid (spec sections 2.1 and 3).
+
+No layer looks at neighbouring pixels; each stage beyond the input grid doubles the grid and adds what its pixels know
+of their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hflow_rt.layers.equalized import EqualizedLinear
+from hflow_rt.models.inrgan.config import FIRST_STAGE, INRGANConfig
+from hflow_rt.models.inrgan.layers import (
+    LR_SCALE,
+    CoordinateEmbedding,
+    ModulatedLayer,
+    ToColours,
+    normalized,
+    phi,
+    spread,
+)
+
+__all__ = ["Mapping", "Stage", "Synthesis", "enlarged", "shortening"]
+
+
+def enlarged(x: Tensor, upsampling: str) -> Tensor:
+    """`[B, C, n, n]` to `[B, C, 2n, 2n]`; bilinear keeps the corners where they are."""
+    if upsampling == "nearest":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    side = 2 * x.shape[-1]
+    return F.interpolate(x, (side, side), mode="bilinear", align_corners=True)
+
+
+def shortening(slots: Tensor, psi: Tensor, cutoff: Tensor) -> Tensor:
+    """How far truncation goes to the centre: 1 - psi in slots before `cutoff`, then not at all.
+
+    slots: `[N]`, of `[B, N]` numbers. psi, cutoff: `[B]`; a cutoff of as many as there are slots means all.
+    """
+    return (1 - psi[:, None]) * (slots < cutoff[:, None]).to(slots.dtype)
+
+
+class Mapping(nn.Module):
+    """z, and the labels of a conditional model, to w."""
+
+    def __init__(self, z_dim: int, w_dim: int, labels: int, layers: int) -> None:
+        """z_dim 0: labels alone are mapped."""
+        super().__init__()
+        self.embed = EqualizedLinear(labels, w_dim) if labels else None
+        first = z_dim + (w_dim if labels else 0)
+        sizes = [first] + [w_dim] * layers
+        self.layers = nn.ModuleList(EqualizedLinear(c_in, c_out, lr_scale=LR_SCALE) for c_in, c_out in pairwise(sizes))
+
+    def forward(self, z: Tensor | None, labels: Tensor | None = None) -> Tensor:
+        """`[B, Z]` and `[B, options]` to `[B, W]`."""
+        parts = [] if z is None else [normalized(z)]
+        if self.embed is not None:
+            assert labels is not None
+            parts.append(normalized(self.embed(labels)))
+        x = torch.cat(parts, 1)
+        for layer in self.layers:
+            x = phi(layer(x))
+        return x
+
+
+class Stage(nn.Module):
+    """Layers at one width, and a map to colours."""
+
+    def __init__(self, config: INRGANConfig, stage: int) -> None:
+        super().__init__()
+        side = config.grid(stage)
+        self.is_first = stage == FIRST_STAGE
+        self.doubles = side > config.input_side
+        self.upsampling = config.upsampling
+        embeds = self.is_first or self.doubles
+        self.embedding = CoordinateEmbedding(config.embeddings[side], side) if embeds else None
+        c_in = config.embeddings[side].channels(side) if embeds else 0
+        if not self.is_first:
+            c_in += config.width(stage // 2)
+        c_out = config.width(stage)
+        self.layers = nn.ModuleList(
+            ModulatedLayer(c_out if index else c_in, c_out, config.w_dim, config.rank)
+            for index in range(config.layers(stage))
+        )
+        self.colours = ToColours(c_out, config.channels, config.w_dim)
+
+    def enlarge(self, x: Tensor) -> Tensor:
+        """Features or colours of the stage before on this stage's grid."""
+        return enlarged(x, self.upsampling) if self.doubles else x
+
+    def forward(self, x: Tensor | None, w: Sequence[Tensor]) -> Tensor:
+        """Features of the stage before, if there is one, to `[B, C, n, n]`. w: `[B, W]` of each layer."""
+        parts = [] if x is None else [self.enlarge(x)]
+        if self.embedding is not None:
+            parts.append(self.embedding().expand(len(w[0]), -1, -1, -1))
+        x = torch.cat(parts, 1)
+        for index, (layer, own) in enumerate(zip(self.layers, w, strict=True)):
+            if index and self.upsampling == "bilinear":
+                x = x / spread(x)
+            x = layer(x, own)
+        return x
+
+
+class Synthesis(nn.Module):
+    """One w a slot to an image."""
+
+    def __init__(self, config: INRGANConfig) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(config, stage) for stage in config.stages)
+
+    def walk(self, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """By stage: its features, and the image so far. w: `[B, S, W]`."""
+        x: Tensor | None = None
+        image: Tensor | None = None
+        slots, slot = w.unbind(1), 0
+        for stage in self.stages:
+            end = slot + len(stage.layers)
+            x = stage(x, slots[slot:end])
+            colours = stage.colours(x, slots[end])  # the slot of the next stage's first layer
+            image = colours if image is None else stage.enlarge(image) + colours
+            slot = end
+            yield x, image
+
+    def forward(self, w: Tensor) -> Tensor:
+        """`[B, S, W]` to `[B, channels, R, R]`, nominally in [-1, 1]."""
+        for _, image in self.walk(w):  # noqa: B007 - the last is used
+            pass
+        return image

@@ -47,7 +47,7 @@ class Mixture:
         kinds = 3 if channels == 3 else 2
         count = logits.shape[1] // (1 + kinds * channels)
         self.weights = logits[:, :count]
-        parameters = logits[:, count:].unflatten(1, (channels, kinds, count))
+        parameters = torch.unflatten(logits[:, count:], 1, (channels, kinds, count))
         self.means = parameters[:, :, 0]  # [B, C, M, H, W]
         self.log_scales = parameters[:, :, 1].clamp(min=_SMALLEST_LOG_SCALE)
         # green by red, blue by red, blue by green

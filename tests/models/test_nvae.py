@@ -13,6 +13,7 @@ from hflow_rt.models.nvae.config import NVAEConfig, halved_groups
 from hflow_rt.models.nvae.convolution import NormedConv2d, convolutions
 from hflow_rt.models.nvae.folded import folded
 from hflow_rt.models.nvae.inverse import forward, inverse
+from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.network import Network, packed, unpacked
 from hflow_rt.models.nvae.objective import balance_targets, kl_weight, weight_penalty
 from hflow_rt.models.nvae.output import Mixture, pixels
@@ -204,6 +205,16 @@ def test_weights_of_the_objective() -> None:
     targets = balance_targets(NVAEConfig(**PRESETS["nvae-celeba-256"]["model"]))
     assert targets == [1] * 4 + [4] * 4 + [16] * 4 + [32] * 8 + [64] * 16
     assert halved_groups(20, 3) == (20, 10, 5)
+
+
+def test_bounds_are_of_probabilities_alone() -> None:
+    def claims(**changes: Any) -> dict[str, str]:
+        model = NVAE(NVAEConfig(**TINY["model"] | changes))
+        return {name: bound.claim for name, bound in model.bounds().items()}
+
+    assert claims() == {"elbo": "upper", "importance": "upper"}
+    assert claims(likelihood="published") == {"published": "published"}
+    assert claims(output="normal") == {}
 
 
 @pytest.mark.parametrize(

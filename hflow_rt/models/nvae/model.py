@@ -50,6 +50,8 @@ class NVAE(Network, LatentModel):
         """None of a normal output, which gives densities and no probabilities of levels."""
         if self.config.output == "normal":
             return {}
+        if self.config.likelihood == "published":
+            return {"published": Bound("published evidence bound", "published")}
         return {
             "elbo": Bound("evidence bound", "upper"),
             "importance": Bound("importance-weighted bound", "upper", "logmeanexp"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hflow_rt.models.nvae.config import NVAEConfig
-from hflow_rt.models.nvae.normal import Normal
+from hflow_rt.models.nvae.normal import Normal, at_least_single
 
 __all__ = ["Bernoulli", "Mixture", "NormalPixels", "Pixels", "pixels"]
 
@@ -31,6 +31,7 @@ class Pixels(Protocol):
 
 def pixels(config: NVAEConfig, logits: Tensor) -> Pixels:
     """The distribution that the head's output `[B, head_channels, H, W]` stands for."""
+    logits = at_least_single(logits)
     if config.output == "mixture":
         return Mixture(logits, config.channels, config.bits, config.likelihood == "published")
     return Bernoulli(logits) if config.output == "bernoulli" else NormalPixels(logits)

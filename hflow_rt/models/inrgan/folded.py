@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,9 @@ class _Layer(nn.Module):
     def weights(self, style: Tensor) -> Tensor:
         """`[B, (C_out + C_in) rank]` to `[B, C_out, C_in]`."""
         c_out, c_in = self.weight.shape
-        left, right = style.split([c_out * self.rank, c_in * self.rank], 1)
-        low_rank = left.unflatten(1, (c_out, self.rank)) @ right.unflatten(1, (self.rank, c_in))
-        weights = self.weight * (1 + low_rank)
+        left = style[:, : c_out * self.rank].reshape(-1, c_out, self.rank)
+        right = style[:, c_out * self.rank :].reshape(-1, self.rank, c_in)
+        weights = self.weight * (1 + left @ right)
         return weights / (weights.square().sum(2, keepdim=True).sqrt() + _EPS)
 
 
@@ -81,21 +81,25 @@ class _Stage(nn.Module):
         self.doubles = stage.doubles
         embedding = None if stage.embedding is None else stage.embedding().flatten(2)
         self.register_buffer("embedding", embedding, persistent=False)
-        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.layers)
+        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.own_layers())
         self.colours = _Colours(stage.colours)
+
+    def own_layers(self) -> list[_Layer]:
+        """The first first."""
+        return cast("list[_Layer]", list(self.layers))
 
     def enlarge(self, x: Tensor) -> Tensor:
         """`[B, C, P]` of the stage before on this stage's grid."""
         if not self.doubles:
             return x
         side = math.isqrt(x.shape[2])
-        return enlarged(x.unflatten(2, (side, side)), self.upsampling).flatten(2)
+        return enlarged(x.reshape(*x.shape[:2], side, side), self.upsampling).flatten(2)
 
     def enter(self, x: Tensor | None, style: Tensor) -> Tensor:
         """The first layer."""
-        first = self.layers[0]
+        first = self.own_layers()[0]
         weights = first.weights(style)
-        y = first.bias
+        y: Tensor = first.bias
         if x is not None:
             y = y + self.enlarge(weights[:, :, : x.shape[1]] @ x)
         if self.embedding is not None:
@@ -104,7 +108,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor | None, styles: Sequence[Tensor]) -> Tensor:
         x = self.enter(x, styles[0])
-        for layer, style in zip(list(self.layers)[1:], styles[1:], strict=True):
+        for layer, style in zip(self.own_layers()[1:], styles[1:], strict=True):
             weights = layer.weights(style)
             if self.upsampling == "bilinear":
                 weights = weights / _spread(x)
@@ -118,28 +122,29 @@ class _Painter(nn.Module):
     def __init__(self, model: INRGAN) -> None:
         super().__init__()
         self.side = model.resolution
-        self.stages = nn.ModuleList(_Stage(stage) for stage in model.synthesis.stages)
+        self.stages = nn.ModuleList(_Stage(stage) for stage in model.synthesis.own_stages())
 
     def forward(self, styles: Sequence[Tensor]) -> Tensor:
         """Each `[B, N_layer]`, to `[B, channels, R, R]`."""
         x: Tensor | None = None
         image: Tensor | float = 0.0
         at = 0
-        for stage in self.stages:
+        for stage in cast("list[_Stage]", list(self.stages)):
             end = at + len(stage.layers)
-            x = stage(x, styles[at:end])
-            colours = stage.colours(x, styles[end])
+            x = stage.forward(x, styles[at:end])
+            colours = stage.colours.forward(x, styles[end])
             image = stage.enlarge(image) + colours if isinstance(image, Tensor) else colours
             at = end + 1
         assert isinstance(image, Tensor)
-        return (image * 0.5 + 0.5).clamp(0, 1).unflatten(2, (self.side, self.side))
+        image = (image * 0.5 + 0.5).clamp(0, 1)
+        return image.reshape(*image.shape[:2], self.side, self.side)
 
 
 def _styled(model: INRGAN) -> list[tuple[int, Tensor, Tensor]]:
     """By layer, in order: its slot, and weight and bias of its affine map."""
     found, slot = [], 0
-    for stage in model.synthesis.stages:
-        for layer in stage.layers:
+    for stage in model.synthesis.own_stages():
+        for layer in stage.own_layers():
             found.append((slot, *_affine(layer)))
             slot += 1
         found.append((slot, *_affine(stage.colours)))

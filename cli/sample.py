@@ -88,7 +88,7 @@ def sample(
         if latents is not None:
             kept.append(part)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
-    drawn = {"seed": asked.seed, "std": stds, "controls": controls}
+    drawn = {"seed": asked.seed, "std": stds} | ({"controls": controls} if controls else {})
     if latents is not None:
         save_latents(latents, concatenate(kept), about_model(session) | drawn)
     if trajectory is not None:

@@ -192,6 +192,7 @@ def _loop_cases(
     """
     start, step = (pairs[name] for name in loop.graphs)
     rng = np.random.default_rng(seed)
+    about: dict[str, Any]
     if route == "inverse":
         about, values = {"batch": FEW_IMAGES}, {"image": _few(images), **in_turn(session.conditions, range(FEW_IMAGES))}
     else:

@@ -25,10 +25,7 @@ from hflow_rt.manifest import (
     Graph,
     Manifest,
     Plan,
-    Routes,
-    graphs_of,
     read_manifest,
-    routes_of,
 )
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.cuda import Gpu, chosen_gpu
@@ -61,14 +58,12 @@ def add_engines(
     capabilities: Sequence[str] | None = None,
     batch: tuple[int, int, int] | None = None,
     workspace: int | None = None,
-    routes: Routes = "both",
+    graphs: Sequence[str] | None = None,
     refit: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     detail: Callable[[str], None] = lambda text: None,
 ) -> tuple[Bundle, str]:
-    """Build plans of all that `routes` need into `trt/KEY/`; the bundle as it is then, and the key.
-
-    routes: `both` for every graph of the bundle.
+    """Build plans of `graphs`, by default of all, into `trt/KEY/`; the bundle as it is then, and the key.
 
     flavor: as of `product`. capabilities: GPUs to build for, such as `8.9`, with TensorRT for RTX; else this machine's
     GPU, or without one `_PORTABLE`. batch: smallest, likeliest and largest of one call, see `parse_batch`.
@@ -83,10 +78,9 @@ def add_engines(
             " with --tune any, to another --out if this bundle is to stay"
         )
     built_by, gpu, capabilities = target(flavor, capabilities, refit)
-    ways = [bundle.manifest.routes[route] for route in routes_of(routes) if route in bundle.manifest.routes]
-    names = list(bundle.manifest.graphs) if routes == "both" else [name for way in ways for name in graphs_of(way)]
+    names = [name for name in bundle.manifest.graphs if graphs is None or name in graphs]
     if not names:
-        raise BundleError(f"{bundle.path} has no {routes} route; export it with 'hflow-rt export'")
+        raise BundleError(f"{bundle.path} has no such graphs; export them with 'hflow-rt export'")
     batch = _batch(batch, [bundle.manifest.graphs[name] for name in names])
     digests = {name: graph_sha256(bundle.manifest, name) for name in names}
     gpu_name = gpu.name if built_by.flavor == "tensorrt" and gpu is not None else None

@@ -59,8 +59,9 @@ def add_plans(
         capabilities = None if options.capabilities is None else parse_capabilities(options.capabilities)
         target(options.flavor, capabilities, options.refit)
         folder = bundle_with(run, output, graphs, make, note)
-        settings = options.workspace, graphs.direction or "both", options.refit
-        _, key = add_engines(find_bundle(folder), options.flavor, capabilities, batch, *settings, progress, detail)
+        bundle = find_bundle(folder)
+        settings = options.workspace, bundle.manifest.graphs_for(graphs.direction or "both"), options.refit
+        _, key = add_engines(bundle, options.flavor, capabilities, batch, *settings, progress, detail)
     report = None
     if chosen_gpu() is not None:
         report = checked(find_bundle(folder), graphs.images, "trt", "cuda", None, progress, note)

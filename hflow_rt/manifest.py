@@ -223,9 +223,6 @@ class Manifest(_Entry):
                 if file is not None and file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
         for route, found in self.routes.items():
-            for name in graphs_of(found):
-                if name not in self.graphs:
-                    raise ValueError(f"route '{route}' needs graph '{name}', which is not among the graphs")
             if isinstance(found, Loop) and found.schedule not in self.files:
                 raise ValueError(f"route '{route}' has its schedule in {found.schedule}, which is not among the files")
         for key, engines in self.engines.items():
@@ -244,6 +241,13 @@ class Manifest(_Entry):
     def size(self) -> str:
         """Of the image, for people: `64x64`, or `28x28 grey`."""
         return image_size(self.resolution, self.channels)
+
+    def graphs_for(self, routes: Routes) -> list[str]:
+        """The graphs that routes need; for both all that there are, those of other spaces among them."""
+        if routes == "both":
+            return list(self.graphs)
+        ways = [self.routes[route] for route in routes_of(routes) if route in self.routes]
+        return [name for way in ways for name in graphs_of(way) if name in self.graphs]
 
     @property
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:

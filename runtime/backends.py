@@ -37,10 +37,6 @@ class Engine(Protocol):
     def tensors(self) -> str | None:
         """The device, such as `cuda:0`, whose torch tensors `run` takes and yields without a copy through the host."""
 
-    @property
-    def largest(self) -> int | None:
-        """The largest batch of one call, if it is smaller than that of the graphs."""
-
     def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         """Outputs of `graph`, of the kind of the inputs. Raises `BundleError` where the bundle lacks it."""
 
@@ -52,7 +48,7 @@ class Engine(Protocol):
         carry: Mapping[str, str],
         every: Collection[str],
     ) -> Iterator[Mapping[str, Any]]:
-        """Calls of `graph`, one for each of `rows`, as `looped` says, on at most `largest` images."""
+        """Calls of `graph`, one for each of `rows`, as `looped` says, on at most one batch of images."""
 
     def close(self) -> None:
         """Give back what it holds on a GPU. Once closed it does not run again."""

@@ -1,7 +1,7 @@
 """What is random in the samples of a bundle: latents by their priors, noise beside them and in every call of a loop."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +76,12 @@ class Drawing:
             drawn |= {name: table[rows] for name, table in bank.items()}
         if missing := [latent.name for latent in self._manifest.latents if latent.name not in drawn]:
             raise DataError(
-                f"samples take '{missing[0]}' from a bank made of training images, and this model has none; train it, or"
+                f"samples take '{missing[0]}' from a bank of training images, and this model has none; train it, or"
                 " decode latents of images"
             )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
 
-    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward") -> dict[str, Array | Stream]:
+    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward") -> dict[str, Any]:
         """What is random beside latents or images; what every call draws is a stream, made as it is asked for."""
         return {
             name: draw_noise(draw.kind, name, draw.shape, seed, indices)
@@ -98,4 +98,5 @@ class Drawing:
 
     def _graphs(self, route: Route) -> list[Graph]:
         way = self._manifest.routes.get(route)
-        return [] if way is None else [self._manifest.graphs[name] for name in graphs_of(way)]
+        known = self._manifest.graphs
+        return [] if way is None else [known[name] for name in graphs_of(way) if name in known]

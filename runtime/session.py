@@ -11,26 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.conditions import Options, check_conditions, in_turn, of_option
-from hflow_rt.errors import BackendUnavailable, BundleError, DataError, NoInverse
+from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import LOG_PROB, Graph, Loop, Manifest, Precision, Route, Space
-from hflow_rt.memory import guarded, need
-from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, concatenated, filled, given, library, to_numpy
-from hflow_rt.runtime.backends import BACKENDS, Engine, check_backend
+from hflow_rt.manifest import LOG_PROB, Loop, Precision, Route, Space
+from hflow_rt.memory import need
+from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, filled, library, to_numpy
+from hflow_rt.runtime.backends import BACKENDS, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.drawing import Drawing
 from hflow_rt.runtime.images.pictures import check_folder, save_image, to_picture, to_uint8, write_pictures
 from hflow_rt.runtime.latents.operations import check_latents
-from hflow_rt.runtime.loops import calls_of, first_inputs, follow, mean_draws
+from hflow_rt.runtime.loops import first_inputs
 from hflow_rt.runtime.noise import parse_std
+from hflow_rt.runtime.running import Runner
 
 __all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
-_FEWER = "take fewer images together (--batch or -n)"
 LATENT_SPACE = "z"  # the space of the latents themselves
 
 
@@ -50,7 +49,7 @@ class Encoded:
         return self.scores.get(LOG_PROB)
 
 
-class Session:
+class Session(Runner):
     """A loaded model. Arrays come back as the kind that went in: numpy, or torch on the tensor's device.
 
     >>> import hflow_rt
@@ -58,12 +57,6 @@ class Session:
     ...     session.latent_shapes["z0"]
     (3, 64, 64)
     """
-
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self.bundle = bundle
-        self.manifest: Manifest = bundle.manifest
-        self._engine = engine
-        self.drawing = Drawing(bundle)
 
     def __repr__(self) -> str:
         """What is loaded, what runs it, whether that was proved, and what the latents are."""
@@ -384,18 +377,16 @@ class Session:
         made = {} if space == LATENT_SPACE else self.run_graph(self._way(space, "back"), values)
         return {name: made[name] if name in made else values[name] for name in self.input_shapes}
 
-    def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Array:
+    def decode(self, space: str, values: Mapping[str, Array], controls: Mapping[str, float] | None = None) -> Any:
         """Images `[B, C, R, R]` in [0, 1] of what `into_space` yields; controls as of `forward`. Raises `DataError`."""
         found = None if space == LATENT_SPACE else self._space(space)
         if found is None or found.decode is None:
             return self.forward(self.from_space(space, values), controls)
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
         taken = {tensor.name for tensor in self._graph(found.decode).inputs}
-        given = {name: value for name, value in (controls or {}).items() if name in taken}
-        image: Array = self.run_graph(found.decode, {**values, **self._set(given, next(iter(values.values())))})[
-            "image"
-        ]
-        return image
+        known = {name: value for name, value in (controls or {}).items() if name in taken}
+        inputs = {**values, **self._set(known, next(iter(values.values())))}
+        return self.run_graph(found.decode, inputs)["image"]
 
     def _space(self, space: str) -> Space:
         if space not in self.manifest.spaces:
@@ -425,68 +416,6 @@ class Session:
                 raise DataError(f"control {name} must be a number in {low:g} .. {high:g}; found {value}")
             values[name] = filled(like, (len(like), *known[name].shape), value)
         return values
-
-    def run(self, route: Route, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none."""
-        self._check_route(route)
-        found = self.manifest.routes.get(route, route)
-        if isinstance(found, str):
-            return self.run_graph(found, values)
-        largest = min(self._largest(name) for name in found.graphs)
-        count = len(next(iter(values.values())))
-        parts = [
-            self._follow(found, {name: value[start : start + largest] for name, value in values.items()})
-            for start in range(0, count, largest)
-        ]
-        return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
-
-    def _check_route(self, route: Route) -> None:
-        if route in self.manifest.absent:
-            raise NoInverse(self.manifest.absent[route])
-
-    def _follow(self, loop: Loop, values: Mapping[str, Any]) -> dict[str, Any]:
-        """One batch through a loop."""
-        values, begun, calls = self._begun(loop, values, loop.every.keys())
-        with guarded(f"at {len(next(iter(values.values()))):,} images a call", _FEWER):
-            return follow(loop, values, begun, calls, self.latent_shapes)
-
-    def _begun(self, loop: Loop, values: Mapping[str, Any], every: Collection[str]) -> tuple[Any, Any, Any]:
-        """What a loop is given, what its start makes of it, and its calls, with the outputs wanted of every one."""
-        step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
-        values = {**mean_draws(step, loop.steps, values), **values}
-        return values, self.run_graph(loop.start, values), calls_of(self._engine, loop, step, schedule, values, every)
-
-    def _graph(self, name: str) -> Graph:
-        if name not in self.manifest.graphs:
-            have = ", ".join(self.manifest.graphs)
-            raise BundleError(f"this bundle has no '{name}' engine (it has: {have}); export it with 'hflow-rt export'")
-        return self.manifest.graphs[name]
-
-    def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Run one graph by name, unchecked, on any batch size: batches beyond its largest are split."""
-        graph = self._graph(name)
-        batched = [tensor for tensor in graph.inputs if tensor.role != "schedule"]
-        count = len(next(values[tensor.name] for tensor in batched if tensor.name in values))
-        inputs = [given(tensor, values, count) for tensor in graph.inputs]
-        largest = self._largest(name)
-        with guarded(f"at {count:,} images a call", _FEWER):
-            parts = [
-                self._engine.run(
-                    name,
-                    [
-                        array if tensor.role == "schedule" else array[start : start + largest]
-                        for tensor, array in zip(graph.inputs, inputs, strict=True)
-                    ],
-                )
-                for start in range(0, count, largest)
-            ]
-        joined = [outputs[0] if len(outputs) == 1 else concatenated(outputs) for outputs in zip(*parts, strict=True)]
-        return {tensor.name: array for tensor, array in zip(graph.outputs, joined, strict=True)}
-
-    def _largest(self, name: str) -> int:
-        """The largest batch of one call of a graph."""
-        largest = self._graph(name).batch[1]
-        return largest if self._engine.largest is None else min(largest, self._engine.largest)
 
     def _received(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         """The inputs as the engine takes them, and a function that gives results their kind and device."""

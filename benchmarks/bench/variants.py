@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.extras import needed
-from hflow_rt.manifest import MODEL, Loop, Manifest, Routes, graphs_of, routes_of
+from hflow_rt.manifest import MODEL, Loop, Manifest, Routes, routes_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.drawing import Drawing
 from hflow_rt.runtime.loops import called, drawn_by_call, follow, looped, row_of
@@ -305,9 +305,8 @@ def opened(name: str) -> Variant:
 
 def cases_of(manifest: Manifest, routes: Routes) -> list[str]:
     """What there is to measure: the graphs that routes need, for both all there are, and routes that are loops."""
-    ways = {route: manifest.routes[route] for route in routes_of(routes) if route in manifest.routes}
-    graphs = list(manifest.graphs) if routes == "both" else [name for way in ways.values() for name in graphs_of(way)]
-    return [*graphs, *(route for route in ways if loop_of(manifest, route) is not None)]
+    loops = [route for route in routes_of(routes) if loop_of(manifest, route) is not None]
+    return [*manifest.graphs_for(routes), *loops]
 
 
 def loop_of(manifest: Manifest, case: str) -> Loop | None:

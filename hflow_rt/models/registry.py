@@ -83,6 +83,7 @@ FAMILIES = {
     "hflow": "hflow_rt.models.hflow",
     "ihdm": "hflow_rt.models.ihdm",
     "inrgan": "hflow_rt.models.inrgan",
+    "nvae": "hflow_rt.models.nvae",
 }
 DEFAULT_PRESET = "hflow-demo"  # of `hflow-rt train` and `demo`: small enough to be trained while somebody waits
 

@@ -152,9 +152,11 @@ class Lane:
 
     def _read(self, tensors: Iterable[Tensor], count: int) -> dict[str, NDArray[np.float32]]:
         """The first `count` rows of outputs, once all that was queued is done."""
-        staged = {tensor.name: self._stage(tensor)[:count] for tensor in tensors}
-        for name, rows in staged.items():
-            self._cuda.download(self._pinned[name, 0], self._device[name], rows.nbytes, self._stream)
+        staged = {}
+        for tensor in tensors:
+            rows = staged[tensor.name] = self._stage(tensor)[:count]
+            source = self._device[tensor.name]
+            self._cuda.download(self._pinned[tensor.name, 0], source, rows.nbytes, self._stream)
         self._cuda.synchronize(self._stream)
         return {name: rows.copy() for name, rows in staged.items()}
 

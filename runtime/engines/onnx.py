@@ -86,10 +86,6 @@ class OnnxEngine:
     def side_by_side(self) -> bool:
         return self._device == "cpu" and cores() > 1
 
-    @property
-    def largest(self) -> None:
-        return None
-
     def close(self) -> None:
         with self._running, self._lock:
             _release(self._cuda, self._lanes)

@@ -45,10 +45,6 @@ class TorchEngine:
     def tensors(self) -> str | None:
         return None
 
-    @property
-    def largest(self) -> None:
-        return None
-
     def close(self) -> None:
         self._modules.clear()
 

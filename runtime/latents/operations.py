@@ -7,6 +7,7 @@ knows no backend; `lerp` and `mix` use nothing but arithmetic and so take torch 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,7 +181,7 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
     """
     problems = [f"missing {name} {list(shape)}" for name, shape in shapes.items() if name not in latents]
     problems += [f"unexpected {name} {list(latents[name].shape[1:])}" for name in latents if name not in shapes]
-    known = {name: latents[name] for name in shapes if name in latents}
+    known: dict[str, Any] = {name: latents[name] for name in shapes if name in latents}
     for name, values in known.items():
         if values.ndim == 0 or values.shape[1:] != tuple(shapes[name]):
             problems.append(f"{name} is {list(values.shape[1:])} there and {list(shapes[name])} in the model")

@@ -88,6 +88,7 @@ def test_what_was_not_said_stays(
 def test_a_bundle_of_one_direction_keeps_it(hflow: Command, bundle: Path, calls: list[dict[str, Any]]) -> None:
     described = json.loads((bundle / "manifest.json").read_text())
     described["graphs"] = {"forward": described["graphs"]["forward"]}
+    described["routes"] = {"forward": "forward"}
     (bundle / "manifest.json").write_text(json.dumps(described | {"precision": "mixed", "spaces": {}}))
     ok(hflow("export", bundle))
     assert (calls[0]["direction"], calls[0]["precision"], calls[0]["bound"]) == ("forward", "mixed", False)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from outcomes import refused, tree
 
-from hflow_rt.cli import sample as sample_command
 from hflow_rt.manifest import read_manifest
 from hflow_rt.models.checkpoint import load_model
 
@@ -123,7 +122,7 @@ def test_ctrl_c_anywhere_is_one_line(hflow: Command, run: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     if when == "before":
-        monkeypatch.setattr(sample_command, "open_session", interrupt)
+        monkeypatch.setattr("hflow_rt.cli.latents.open_session", interrupt)
     else:
         monkeypatch.setattr("hflow_rt.runtime.images.pictures.write_pictures", interrupt)
     result = hflow("sample")
@@ -137,7 +136,7 @@ def test_a_bug_shows_its_traceback(hflow: Command, run: Path, monkeypatch: pytes
     def bug(*arguments: object, **options: object) -> object:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(sample_command, "open_session", bug)
+    monkeypatch.setattr("hflow_rt.cli.latents.open_session", bug)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         hflow("sample")
 

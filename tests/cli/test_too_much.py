@@ -9,7 +9,6 @@ import pytest
 from outcomes import ok, refused, tree
 
 from hflow_rt import memory
-from hflow_rt.cli import sample as sample_command
 
 Command = Callable[..., Any]
 
@@ -104,7 +103,7 @@ def test_whatever_runs_out_of_memory_is_one_line(
         hflow("sample", "-n", 2, "--batch", 2),
         "out of memory at 2 images a call; take fewer images together (--batch or -n)",
     )
-    monkeypatch.setattr(sample_command, "open_session", fail)
+    monkeypatch.setattr("hflow_rt.cli.latents.open_session", fail)
     refused(hflow("sample"), "out of memory; ask for fewer images together")
 
 

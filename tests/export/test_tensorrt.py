@@ -59,9 +59,12 @@ def broken(bundle: Bundle, node: onnx.NodeProto) -> Bundle:
     return Bundle(bundle.path, bundle.manifest.model_copy(update={"files": files}))
 
 
+BOTH = ["forward", "inverse"]  # of four graphs, for time
+
+
 def test_two_plans_and_a_manifest(bundle: Bundle) -> None:
     before, said = tree(bundle.path), []
-    added, key = add_engines(bundle, "rtx", ["8.9"], progress=said.append)
+    added, key = add_engines(bundle, "rtx", ["8.9"], graphs=BOTH, progress=said.append)
     assert added.manifest == read_manifest(bundle.path)
     digest = key.rpartition("-")[2]
     assert key == f"rtx-{rtx.__version__}-sm89-fp32-b1-16-64-{digest}"
@@ -91,7 +94,7 @@ def test_two_plans_and_a_manifest(bundle: Bundle) -> None:
 
 
 def test_one_batch_size_is_part_of_the_shapes(bundle: Bundle) -> None:
-    added, key = add_engines(bundle, "rtx", ["8.6", "12.0"], (4, 4, 4), routes="forward")
+    added, key = add_engines(bundle, "rtx", ["8.6", "12.0"], (4, 4, 4), graphs=["forward"])
     assert "-sm86-sm120-fp32-b4-4-4-" in key
     plan = added.manifest.engines[key].plans["forward"]
     layers = [json.loads(line) for line in (bundle.path / plan.layers).read_text().splitlines()]
@@ -102,7 +105,7 @@ def test_mixed_precision_is_that_of_the_graph(
     tiny_mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "chosen_gpu", lambda: None)
-    added, key = add_engines(find_bundle(shutil.copytree(tiny_mixed, tmp_path / "mixed")), "rtx", ["8.9"])
+    added, key = add_engines(find_bundle(shutil.copytree(tiny_mixed, tmp_path / "mixed")), "rtx", ["8.9"], graphs=BOTH)
     assert "-sm89-mixed-b1-16-64-" in key
     for plan in added.manifest.engines[key].plans.values():
         assert plan.types["half"] > 100
@@ -118,16 +121,16 @@ def test_mixed_precision_is_that_of_the_graph(
 def test_every_generation(bundle: Bundle, capability: str) -> None:
     """Turing, which has no float32 matrix product, too."""
     graph = "inverse" if capability == "7.5" else "end_inverse"  # the smaller, for time
-    added, key = add_engines(bundle, "rtx", [capability], routes=graph)
+    added, key = add_engines(bundle, "rtx", [capability], graphs=[graph])
     assert added.manifest.engines[key].plans[graph].types["float"] > 50
 
 
 def test_several_engines_of_one_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_run", lambda request, *rest: _made(request))
-    one, first = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), routes="forward")
-    two, second = add_engines(one, "rtx", ["8.9"], (3, 3, 3), routes="forward")
+    one, first = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), graphs=["forward"])
+    two, second = add_engines(one, "rtx", ["8.9"], (3, 3, 3), graphs=["forward"])
     assert list(two.manifest.engines) == [first, second]
-    again, third = add_engines(two, "rtx", ["8.9"], (2, 2, 2), routes="forward")
+    again, third = add_engines(two, "rtx", ["8.9"], (2, 2, 2), graphs=["forward"])
     assert third == first
     assert list(again.manifest.engines) == [second, first]
     for name in again.manifest.files:
@@ -191,17 +194,17 @@ def test_tensorrt_builds_for_the_gpu_here(bundle: Bundle, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "chosen_gpu", lambda: ADA)
     with pytest.raises(ConfigError, match=r"for the GPU here, .*4090 with compute capability 8\.9, not for 8\.6, 8\.9"):
         add_engines(bundle, "tensorrt", ["8.6", "8.9"])
-    one, key = add_engines(bundle, "tensorrt", workspace=512)
+    one, key = add_engines(bundle, "tensorrt", workspace=512, graphs=BOTH)
     assert key.startswith("tensorrt-10.16.1.11-nvidia-geforce-rtx-4090-sm89-fp32-b1-16-64-")
     assert (requests[0].module, requests[0].capabilities, requests[0].workspace) == ("tensorrt", None, 512)
     engines = one.manifest.engines[key]
     assert (engines.gpu, engines.timing_cache) == (ADA.name, f"trt/{key}/timing.cache")
     # its timings start those of the next engines for this GPU and version, and of no other
     assert one.file(engines.timing_cache).read_bytes() == b"timings" * 2
-    two, key = add_engines(one, "tensorrt", batch=(2, 2, 2))
+    two, key = add_engines(one, "tensorrt", batch=(2, 2, 2), graphs=BOTH)
     assert two.file(two.manifest.engines[key].timing_cache).read_bytes() == b"timings" * 4
     monkeypatch.setattr(module, "chosen_gpu", lambda: Gpu(0, "NVIDIA H100", "9.0", 80 << 30))
-    three, key = add_engines(two, "tensorrt")
+    three, key = add_engines(two, "tensorrt", graphs=BOTH)
     assert three.file(three.manifest.engines[key].timing_cache).read_bytes() == b"timings" * 2
 
 
@@ -259,7 +262,7 @@ def test_the_model_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(module, "chosen_gpu", lambda: None)
     bundle = find_bundle(shutil.copytree(pretrained(), tmp_path / "bundle"))
-    added, key = add_engines(bundle, "rtx", ["8.9"], routes="inverse")
+    added, key = add_engines(bundle, "rtx", ["8.9"], graphs=["inverse"])
     plan = added.manifest.engines[key].plans["inverse"]
     assert plan.types.keys() == {"float"}
     layers = [json.loads(line) for line in (added.path / plan.layers).read_text().splitlines()]
@@ -302,7 +305,7 @@ def test_a_process_that_crashes(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
 
 def test_ctrl_c(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second plan is interrupted: the first goes too, and so does the process."""
-    _, key = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), routes="forward")
+    _, key = add_engines(bundle, "rtx", ["8.9"], (2, 2, 2), graphs=["forward"])
     bundle, before = find_bundle(bundle.path), tree(bundle.path)
     children = []
     popen = subprocess.Popen

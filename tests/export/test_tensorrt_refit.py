@@ -296,7 +296,7 @@ def test_refittable_engines_are_built(old: Bundle, api: FakeTensorRT, monkeypatc
 
     monkeypatch.setattr(module, "_run", build)
     plain, refit = (add_engines(old, "tensorrt", batch=(2, 2, 2), refit=wanted)[1] for wanted in (False, True))
-    assert [(request.refittable, request.load) for request in requests] == [(False, True)] * 2 + [(True, True)] * 2
+    assert [(request.refittable, request.load) for request in requests] == [(False, True)] * 4 + [(True, True)] * 4
     assert "-fp32-b2-2-2-" in plain
     assert refit == plain.replace("-fp32-", "-fp32-refit-")
     found = read_manifest(old.path).engines

@@ -260,9 +260,8 @@ def test_only_the_sequence_stands_rounding() -> None:
 
 
 def test_a_start_without_noise_is_a_setting() -> None:
-    assert make().prior() == {"start": "bank", "start_noise": "normal", "residual": "unscaled"}
+    assert make().prior_std() == {"start": 1.0, "start_noise": 1.0, "residual": 0.0}
     quiet = make(noisy_start=False)
-    assert quiet.prior()["start_noise"] == "unscaled"
     assert quiet.prior_std() == {"start": 1.0, "start_noise": 0.0, "residual": 0.0}
 
 

@@ -2,10 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hflow_rt.errors import ConfigError
+from hflow_rt.models.checkpoint import skeleton
 from hflow_rt.models.registry import FAMILIES, family
 from hflow_rt.training.config import load_config, preset_names
+from hflow_rt.training.optimizers import trained_groups
 
 
 def test_every_preset_is_valid_and_survives_json() -> None:
@@ -15,8 +18,9 @@ def test_every_preset_is_valid_and_survives_json() -> None:
         settings = load_config(name)
         again = load_config(file=json.loads(json.dumps(settings.dump())))
         assert again == settings
-        groups = {"flow"} if settings.family == "glow" else {"encoders", "decoders", "flows"}
-        assert set(settings.training.learning_rates) == groups
+        with torch.device("meta"):
+            plan = skeleton(settings.family, settings.model).plan(settings.training)
+        assert trained_groups(settings, plan).keys() == {phase.optimizer for phase in plan.phases()}
 
 
 def test_file_changes_a_preset_and_set_changes_both(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.family import Bound, GraphSpec, LatentModel, LossTerms
+from hflow_rt.models.family import Bound, GraphSpec, LossTerms
 from hflow_rt.models.flow import FlowModel, InversePass
+from hflow_rt.models.flow_graphs import flow_graphs
 from hflow_rt.models.registry import Family, ModelConfig
 
 SIDE = 8
@@ -102,9 +103,9 @@ class ToyFlow(FlowModel):
         }
 
     def graphs(self) -> dict[str, GraphSpec]:
-        return {}
+        return flow_graphs(self, self)
 
-    def folded(self) -> LatentModel:
+    def folded(self) -> "FlowModel":
         return self
 
 

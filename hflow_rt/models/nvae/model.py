@@ -1,0 +1,66 @@
+"""NVAE: a deep hierarchical variational autoencoder (Vahdat & Kautz, NeurIPS 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from hflow_rt.models.bins import public_levels
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel
+from hflow_rt.models.nvae.graphs import graphs, noise_specs
+from hflow_rt.models.nvae.network import Network
+from hflow_rt.models.nvae.objective import bound_parts
+from hflow_rt.models.plan import draw
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hflow_rt.models.plan import TrainingPlan
+    from hflow_rt.training.config import TrainingConfig
+
+__all__ = ["NVAE"]
+
+
+class NVAE(Network, LatentModel):
+    """Latents are noise of the priors, packed by scale, so that a std is a temperature."""
+
+    @property
+    def resolution(self) -> int:
+        return self.config.resolution
+
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.config.packed_shapes("z"))
+
+    def prior_std(self) -> dict[str, float]:
+        return dict.fromkeys(self.config.packed_shapes("z"), 1.0)
+
+    def round_trip(self) -> Literal["lossy"]:
+        return "lossy"
+
+    def plan(self, settings: TrainingConfig) -> TrainingPlan:
+        from hflow_rt.models.nvae.plan import NVAEPlan
+
+        return NVAEPlan(self)
+
+    def bounds(self) -> dict[str, Bound]:
+        """None of a normal output, which gives densities and no probabilities of levels."""
+        if self.config.output == "normal":
+            return {}
+        return {
+            "elbo": Bound("evidence bound", "upper"),
+            "importance": Bound("importance-weighted bound", "upper", "logmeanexp"),
+        }
+
+    def bound_inputs(
+        self, bound: str, pixels: Tensor, generator: torch.Generator, conditions: Conditions | None = None
+    ) -> dict[str, Tensor]:
+        image = public_levels(pixels, self.config.bits)
+        return {"image": image, **draw(noise_specs(self.config), len(pixels), generator)}
+
+    def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {name: value.to(self.top) for name, value in inputs.items()}
+        return bound_parts(self, given.pop("image"), given)
+
+    def graphs(self) -> dict[str, GraphSpec]:
+        return graphs(self)

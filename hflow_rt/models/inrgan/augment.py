@@ -49,7 +49,7 @@ class _Drawn:
     def __init__(self, drawn: Mapping[str, Tensor], p: Tensor) -> None:
         self.p = p
         self.values: dict[str, dict[str, Tensor]] = {
-            kind: dict(zip(sizes, drawn[kind].split(list(sizes.values()), 1), strict=True))
+            kind: dict(zip(sizes, torch.split(drawn[kind], list(sizes.values()), 1), strict=True))
             for kind, sizes in _KINDS.items()
         }
 

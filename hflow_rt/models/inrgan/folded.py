@@ -192,7 +192,8 @@ class FoldedSynthesis(nn.Module):
         slots = torch.arange(w.shape[1], device=w.device, dtype=w.dtype)
         w = w + shortening(slots, psi, cutoff)[:, :, None] * (self.centre - w)
         own = w.unbind(1)
-        return (self.painter([layer(own[slot]) for slot, layer in zip(self.slots, self.affines, strict=True)]),)
+        affines = cast("list[nn.Linear]", list(self.affines))
+        return (self.painter([layer(own[slot]) for slot, layer in zip(self.slots, affines, strict=True)]),)
 
 
 class FoldedForward(nn.Module):

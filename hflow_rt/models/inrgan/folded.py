@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, normalized, phi
+from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, phi
 from hflow_rt.models.inrgan.network import Mapping, Stage, enlarged, shortening
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FoldedForward", "FoldedMapping", "FoldedSynthesis"]
 
-_EPS = 1e-8
+_LARGE = 1e8  # 1 / 1e-8
 
 
 def _affine(layer: ModulatedLayer | ToColours) -> tuple[Tensor, Tensor]:
@@ -34,11 +34,21 @@ def _affine(layer: ModulatedLayer | ToColours) -> tuple[Tensor, Tensor]:
     return weight * gain[:, None], bias * gain
 
 
-def _spread(x: Tensor) -> Tensor:
-    """Unbiased standard deviation of `[B, C, P]` over P, and a little more, `[B, 1, C]`."""
+def _reciprocal(x: Tensor) -> Tensor:
+    """`1 / (x + 1e-8)`, so written that no exporter takes the addition of almost nothing for one of nothing."""
+    return _LARGE / (_LARGE * x + 1)
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """`layers.normalized`, written likewise."""
+    return x * (math.sqrt(_LARGE) * (_LARGE * x.square().mean(1, keepdim=True) + 1).rsqrt())
+
+
+def _reciprocal_spread(x: Tensor) -> Tensor:
+    """1 / (unbiased standard deviation of `[B, C, P]` over P, and a little more), `[B, 1, C]`."""
     pixels = x.shape[2]
     off = x - x.mean(2, keepdim=True)
-    return (off.square().mean(2) * (pixels / (pixels - 1))).sqrt()[:, None] + _EPS
+    return _reciprocal((off.square().mean(2) * (pixels / (pixels - 1))).sqrt()[:, None])
 
 
 class _Layer(nn.Module):
@@ -55,7 +65,7 @@ class _Layer(nn.Module):
         left = style[:, : c_out * self.rank].reshape(-1, c_out, self.rank)
         right = style[:, c_out * self.rank :].reshape(-1, self.rank, c_in)
         weights = self.weight * (1 + left @ right)
-        return weights / (weights.square().sum(2, keepdim=True).sqrt() + _EPS)
+        return weights * _reciprocal(weights.square().sum(2, keepdim=True).sqrt())
 
 
 class _Colours(nn.Module):
@@ -111,7 +121,7 @@ class _Stage(nn.Module):
         for layer, style in zip(self.own_layers()[1:], styles[1:], strict=True):
             weights = layer.weights(style)
             if self.upsampling == "bilinear":
-                weights = weights / _spread(x)
+                weights = weights * _reciprocal_spread(x)
             x = phi(weights @ x + layer.bias)
         return x
 
@@ -162,9 +172,9 @@ class FoldedMapping(nn.Module):
 
     def w(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """`[B, W]`."""
-        x = normalized(z)
+        x = _normalized(z)
         if self.embed is not None:
-            x = torch.cat([x, normalized(self.embed(labels))], 1)
+            x = torch.cat([x, _normalized(self.embed(labels))], 1)
         for layer in self.layers:
             x = phi(layer(x))
         return x

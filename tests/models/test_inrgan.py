@@ -1,14 +1,19 @@
 """INR-GAN beyond the contract: sizes as published, independent pixels, truncation, folding, what trains."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.models.checkpoint import parse_config, skeleton
+from hflow_rt.export.bundle import export_bundle
+from hflow_rt.models.checkpoint import parse_config, save_model, skeleton
+from hflow_rt.models.inrgan import FAMILY
 from hflow_rt.models.inrgan.augment import PIPES, Augmenter
 from hflow_rt.models.inrgan.config import INRGANConfig
 from hflow_rt.models.inrgan.discriminator import Discriminator
@@ -18,6 +23,8 @@ from hflow_rt.models.inrgan.model import INRGAN
 from hflow_rt.models.inrgan.plan import INRGANPlan, adapted
 from hflow_rt.models.inrgan.presets import PRESETS, TINY
 from hflow_rt.models.plan import Batch, draw
+from hflow_rt.models.registry import Family
+from hflow_rt.runtime import load
 from hflow_rt.training.config import TrainingConfig
 
 
@@ -140,6 +147,20 @@ def test_folding_is_exact(upsampling: str, classes: tuple[str, ...]) -> None:
         error = (single.double() - expected).abs().max().item()
         assert (found.double() - expected).abs().max().item() <= 4 * error + 1e-6
         assert expected.std() > 0.05
+
+
+def test_the_middle_of_the_prior_survives_export(tiny: Callable[[Family], Any], tmp_path: Path) -> None:
+    """z of zeros is divided by almost nothing, which an exporter could take for nothing."""
+    made = tiny(FAMILY)
+    save_model(tmp_path / "model.safetensors", "inrgan", made, made.state_dict(), {})
+    export_bundle(tmp_path / "model.safetensors", tmp_path / "bundle", np.zeros((1, 3, 16, 16), np.float32))
+    z = np.zeros((2, 8), np.float32)
+    z[1, 0] = 1e-4
+    told = labels(2).float()
+    with load(tmp_path / "bundle") as session:
+        w = session.into_space("w", {"z": z, "labels": told.numpy()})["w"]
+    expected = copy.deepcopy(made).double().mapping(torch.from_numpy(z).double(), told.double())
+    np.testing.assert_allclose(w[:, 0], expected.detach().numpy(), atol=1e-5)
 
 
 def test_groups_of_images_are_formed_by_stride() -> None:

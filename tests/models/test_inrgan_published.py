@@ -6,7 +6,7 @@ import json
 import pickle
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Network:
 
 
 @pytest.fixture(autouse=True)
-def _modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names that snapshots use, for writing them; gone when they are read."""
     for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -49,7 +49,6 @@ def _modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module, entry in (("torch_utils.persistence", _reconstruct_persistent_obj), ("dnnlib.util", EasyDict)):
         entry.__module__, entry.__qualname__ = module, entry.__name__
         setattr(sys.modules[module], entry.__name__, entry)
-    yield
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -215,5 +214,4 @@ def test_bytes_of_storages_are_checked(save: Save) -> None:
     at = content.rindex(marker)
     path.write_bytes(content[:at] + (4).to_bytes(8, "little") + content[at + 8 :])
     with pytest.raises(CheckpointError, match="has another size than declared"):
-        for part in ("G_ema", "G", "D"):
-            read_snapshot(path, part)
+        read_snapshot(path, "G_ema")

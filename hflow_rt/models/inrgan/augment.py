@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hflow_rt.models.family import TensorSpec
 from hflow_rt.models.inrgan.filters import band_filters, filtered, halved, twice, wavelet
+from hflow_rt.models.inrgan.layers import by_pixel
 
 __all__ = ["PIPES", "Augmenter"]
 
@@ -47,8 +48,8 @@ class _Drawn:
 
     def __init__(self, drawn: Mapping[str, Tensor], p: Tensor) -> None:
         self.p = p
-        self.values = {
-            kind: dict(zip(sizes, drawn[kind].split(list(sizes.values()), 1), strict=True))
+        self.values: dict[str, dict[str, Tensor]] = {
+            kind: dict(zip(sizes, torch.split(drawn[kind], list(sizes.values()), 1), strict=True))
             for kind, sizes in _KINDS.items()
         }
 
@@ -123,17 +124,17 @@ class Augmenter(nn.Module):
             matrix = matrix @ _scaling(1 / scale, 1 / scale)
         # two rotations, of which at least one fires with probability p
         half = 1 - (1 - drawn.p).clamp(min=0).sqrt()
-        turns = [
+        angles = [
             torch.where(drawn.fired("rotate", k, half), (2 * drawn.uniform("rotate", k) - 1) * math.pi, 0)
             for k in range(2)
         ]
         if "rotate" in self.names:
-            matrix = matrix @ _rotation(turns[0])
+            matrix = matrix @ _rotation(angles[0])
         if "aniso" in self.names:
             scale = torch.where(drawn.fired("aniso"), (0.2 * drawn.normal("aniso")).exp2(), 1)
             matrix = matrix @ _scaling(1 / scale, scale)
         if "rotate" in self.names:
-            matrix = matrix @ _rotation(turns[1])
+            matrix = matrix @ _rotation(angles[1])
         if "xfrac" in self.names:
             moves = [0.125 * side * drawn.normal("xfrac", axis) for axis in range(2)]
             matrix = matrix @ _shift(*(torch.where(drawn.fired("xfrac"), -move, 0) for move in moves))
@@ -234,7 +235,7 @@ def _recoloured(images: Tensor, matrix: Tensor) -> Tensor:
     linear, offset = matrix[:, :3, :3], matrix[:, :3, 3:]
     if images.shape[1] == 1:
         return images * linear.mean(1).sum(1)[:, None, None, None] + offset.mean((1, 2))[:, None, None, None]
-    return (linear @ images.flatten(2) + offset).unflatten(2, images.shape[2:])
+    return by_pixel(linear, images) + offset[:, :, :, None]
 
 
 def _band_gains(drawn: _Drawn) -> Tensor:

@@ -60,9 +60,10 @@ class _Block(nn.Module):
         self.skip = _Conv(c_in, c_out, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        short = self.skip(_blurred(x, 1, stride=2))
+        short = self.skip.forward(_blurred(x, 1, stride=2))
         x = phi(self.conv0(x, pad=1))
-        return _HALF * (short + phi(self.conv1(_blurred(x, 2), stride=2)))
+        long: Tensor = phi(self.conv1(_blurred(x, 2), stride=2))
+        return _HALF * (short + long)
 
 
 class Discriminator(nn.Module):
@@ -89,16 +90,16 @@ class Discriminator(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = phi(self.conv(self._with_spread(x), pad=1))
-        x = self.out(phi(self.fc(x.flatten(1))))
+        x = self.out.forward(phi(self.fc(x.flatten(1))))
         if self.mapping is None:
             return x.squeeze(1)
-        label = self.mapping(None, labels)
+        label = self.mapping.forward(None, labels)
         return (x * label).sum(1) / math.sqrt(label.shape[1])
 
     def _with_spread(self, x: Tensor) -> Tensor:
         """A further channel: how much images of a group differ. Groups are formed by stride."""
         size = min(self.group, len(x))
         check_groups(size, len(x))
-        groups = x.unflatten(0, (size, -1))
+        groups = x.reshape(size, -1, *x.shape[1:])
         std = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
         return torch.cat([x, std.repeat(size)[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)

@@ -66,4 +66,4 @@ def filtered(x: Tensor, taps: Tensor) -> Tensor:
     kernel = taps.repeat_interleave(channels, 0)[:, None, None, :]
     x = F.conv2d(x, kernel, groups=batch * channels)
     x = F.conv2d(x, kernel.mT, groups=batch * channels)
-    return x[0].unflatten(0, (batch, channels))
+    return x.reshape(batch, channels, *x.shape[2:])

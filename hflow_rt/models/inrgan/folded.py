@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, normalized, phi
+from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, phi
 from hflow_rt.models.inrgan.network import Mapping, Stage, enlarged, shortening
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FoldedForward", "FoldedMapping", "FoldedSynthesis"]
 
-_EPS = 1e-8
+_LARGE = 1e8  # 1 / 1e-8
 
 
 def _affine(layer: ModulatedLayer | ToColours) -> tuple[Tensor, Tensor]:
@@ -34,11 +34,21 @@ def _affine(layer: ModulatedLayer | ToColours) -> tuple[Tensor, Tensor]:
     return weight * gain[:, None], bias * gain
 
 
-def _spread(x: Tensor) -> Tensor:
-    """Unbiased standard deviation of `[B, C, P]` over P, and a little more, `[B, 1, C]`."""
+def _reciprocal(x: Tensor) -> Tensor:
+    """`1 / (x + 1e-8)`, so written that no exporter takes the addition of almost nothing for one of nothing."""
+    return _LARGE / (_LARGE * x + 1)
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """`layers.normalized`, written likewise."""
+    return x * (math.sqrt(_LARGE) * (_LARGE * x.square().mean(1, keepdim=True) + 1).rsqrt())
+
+
+def _reciprocal_spread(x: Tensor) -> Tensor:
+    """1 / (unbiased standard deviation of `[B, C, P]` over P, and a little more), `[B, 1, C]`."""
     pixels = x.shape[2]
     off = x - x.mean(2, keepdim=True)
-    return (off.square().mean(2) * (pixels / (pixels - 1))).sqrt()[:, None] + _EPS
+    return _reciprocal((off.square().mean(2) * (pixels / (pixels - 1))).sqrt()[:, None])
 
 
 class _Layer(nn.Module):
@@ -52,10 +62,10 @@ class _Layer(nn.Module):
     def weights(self, style: Tensor) -> Tensor:
         """`[B, (C_out + C_in) rank]` to `[B, C_out, C_in]`."""
         c_out, c_in = self.weight.shape
-        left, right = style.split([c_out * self.rank, c_in * self.rank], 1)
-        low_rank = left.unflatten(1, (c_out, self.rank)) @ right.unflatten(1, (self.rank, c_in))
-        weights = self.weight * (1 + low_rank)
-        return weights / (weights.square().sum(2, keepdim=True).sqrt() + _EPS)
+        left = style[:, : c_out * self.rank].reshape(-1, c_out, self.rank)
+        right = style[:, c_out * self.rank :].reshape(-1, self.rank, c_in)
+        weights = self.weight * (1 + left @ right)
+        return weights * _reciprocal(weights.square().sum(2, keepdim=True).sqrt())
 
 
 class _Colours(nn.Module):
@@ -81,21 +91,25 @@ class _Stage(nn.Module):
         self.doubles = stage.doubles
         embedding = None if stage.embedding is None else stage.embedding().flatten(2)
         self.register_buffer("embedding", embedding, persistent=False)
-        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.layers)
+        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.own_layers())
         self.colours = _Colours(stage.colours)
+
+    def own_layers(self) -> list[_Layer]:
+        """The first first."""
+        return cast("list[_Layer]", list(self.layers))
 
     def enlarge(self, x: Tensor) -> Tensor:
         """`[B, C, P]` of the stage before on this stage's grid."""
         if not self.doubles:
             return x
         side = math.isqrt(x.shape[2])
-        return enlarged(x.unflatten(2, (side, side)), self.upsampling).flatten(2)
+        return enlarged(x.reshape(*x.shape[:2], side, side), self.upsampling).flatten(2)
 
     def enter(self, x: Tensor | None, style: Tensor) -> Tensor:
         """The first layer."""
-        first = self.layers[0]
+        first = self.own_layers()[0]
         weights = first.weights(style)
-        y = first.bias
+        y: Tensor = first.bias
         if x is not None:
             y = y + self.enlarge(weights[:, :, : x.shape[1]] @ x)
         if self.embedding is not None:
@@ -104,10 +118,10 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor | None, styles: Sequence[Tensor]) -> Tensor:
         x = self.enter(x, styles[0])
-        for layer, style in zip(list(self.layers)[1:], styles[1:], strict=True):
+        for layer, style in zip(self.own_layers()[1:], styles[1:], strict=True):
             weights = layer.weights(style)
             if self.upsampling == "bilinear":
-                weights = weights / _spread(x)
+                weights = weights * _reciprocal_spread(x)
             x = phi(weights @ x + layer.bias)
         return x
 
@@ -118,28 +132,29 @@ class _Painter(nn.Module):
     def __init__(self, model: INRGAN) -> None:
         super().__init__()
         self.side = model.resolution
-        self.stages = nn.ModuleList(_Stage(stage) for stage in model.synthesis.stages)
+        self.stages = nn.ModuleList(_Stage(stage) for stage in model.synthesis.own_stages())
 
     def forward(self, styles: Sequence[Tensor]) -> Tensor:
         """Each `[B, N_layer]`, to `[B, channels, R, R]`."""
         x: Tensor | None = None
         image: Tensor | float = 0.0
         at = 0
-        for stage in self.stages:
+        for stage in cast("list[_Stage]", list(self.stages)):
             end = at + len(stage.layers)
-            x = stage(x, styles[at:end])
-            colours = stage.colours(x, styles[end])
+            x = stage.forward(x, styles[at:end])
+            colours = stage.colours.forward(x, styles[end])
             image = stage.enlarge(image) + colours if isinstance(image, Tensor) else colours
             at = end + 1
         assert isinstance(image, Tensor)
-        return (image * 0.5 + 0.5).clamp(0, 1).unflatten(2, (self.side, self.side))
+        image = (image * 0.5 + 0.5).clamp(0, 1)
+        return image.reshape(*image.shape[:2], self.side, self.side)
 
 
 def _styled(model: INRGAN) -> list[tuple[int, Tensor, Tensor]]:
     """By layer, in order: its slot, and weight and bias of its affine map."""
     found, slot = [], 0
-    for stage in model.synthesis.stages:
-        for layer in stage.layers:
+    for stage in model.synthesis.own_stages():
+        for layer in stage.own_layers():
             found.append((slot, *_affine(layer)))
             slot += 1
         found.append((slot, *_affine(stage.colours)))
@@ -157,9 +172,9 @@ class FoldedMapping(nn.Module):
 
     def w(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """`[B, W]`."""
-        x = normalized(z)
+        x = _normalized(z)
         if self.embed is not None:
-            x = torch.cat([x, normalized(self.embed(labels))], 1)
+            x = torch.cat([x, _normalized(self.embed(labels))], 1)
         for layer in self.layers:
             x = phi(layer(x))
         return x
@@ -187,7 +202,8 @@ class FoldedSynthesis(nn.Module):
         slots = torch.arange(w.shape[1], device=w.device, dtype=w.dtype)
         w = w + shortening(slots, psi, cutoff)[:, :, None] * (self.centre - w)
         own = w.unbind(1)
-        return (self.painter([layer(own[slot]) for slot, layer in zip(self.slots, self.affines, strict=True)]),)
+        affines = cast("list[nn.Linear]", list(self.affines))
+        return (self.painter([layer(own[slot]) for slot, layer in zip(self.slots, affines, strict=True)]),)
 
 
 class FoldedForward(nn.Module):

@@ -11,7 +11,17 @@ from torch.nn import functional as F
 from hflow_rt.layers.equalized import EqualizedLinear
 from hflow_rt.models.inrgan.config import EmbeddingConfig, octaves
 
-__all__ = ["LR_SCALE", "CoordinateEmbedding", "ModulatedLayer", "ToColours", "grid", "normalized", "phi", "spread"]
+__all__ = [
+    "LR_SCALE",
+    "CoordinateEmbedding",
+    "ModulatedLayer",
+    "ToColours",
+    "by_pixel",
+    "grid",
+    "normalized",
+    "phi",
+    "spread",
+]
 
 _EPS = 1e-8
 _RANDOM_STD = math.sqrt(10)
@@ -31,6 +41,12 @@ def normalized(x: Tensor) -> Tensor:
 def spread(x: Tensor) -> Tensor:
     """Standard deviation `[B, C, 1, 1]` over the pixels, and a little more. x: `[B, C, H, W]`."""
     return x.std((2, 3), keepdim=True) + _EPS
+
+
+def by_pixel(weights: Tensor, x: Tensor) -> Tensor:
+    """`[B, C_out, C_in]` times every pixel of `[B, C_in, H, W]`."""
+    y = weights @ x.flatten(2)
+    return y.reshape(*y.shape[:2], *x.shape[2:])
 
 
 def grid(side: int) -> Tensor:
@@ -81,15 +97,15 @@ class ModulatedLayer(nn.Module):
     def weights(self, w: Tensor) -> Tensor:
         """`[B, W]` to `[B, C_out, C_in]`."""
         c_out, c_in = self.weight.shape
-        left, right = self.affine(w).split([c_out * self.rank, c_in * self.rank], 1)
-        low_rank = left.unflatten(1, (c_out, self.rank)) @ right.unflatten(1, (self.rank, c_in))
-        weights = self.weight * (1 + low_rank / math.sqrt(self.rank))
-        return weights / (weights.norm(dim=2, keepdim=True) + _EPS)
+        style: Tensor = self.affine(w)
+        left = style[:, : c_out * self.rank].reshape(-1, c_out, self.rank)
+        right = style[:, c_out * self.rank :].reshape(-1, self.rank, c_in)
+        weights = self.weight * (1 + left @ right / math.sqrt(self.rank))
+        return weights / (weights.square().sum(2, keepdim=True).sqrt() + _EPS)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """`[B, C_in, H, W]` to `[B, C_out, H, W]`."""
-        y = self.weights(w) @ x.flatten(2) + self.bias[:, None]
-        return phi(y).unflatten(2, x.shape[2:])
+        return phi(by_pixel(self.weights(w), x) + self.bias[:, None, None])
 
 
 class ToColours(nn.Module):
@@ -104,9 +120,9 @@ class ToColours(nn.Module):
 
     def weights(self, w: Tensor) -> Tensor:
         """`[B, W]` to `[B, channels, C_in]`."""
-        return self.weight * self.affine(w)[:, None] / math.sqrt(self.weight.shape[1])
+        scale: Tensor = self.affine(w)
+        return self.weight * scale[:, None] / math.sqrt(self.weight.shape[1])
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """`[B, C_in, H, W]` to `[B, channels, H, W]`."""
-        y = self.weights(w) @ x.flatten(2) + self.bias[:, None]
-        return y.unflatten(2, x.shape[2:])
+        return by_pixel(self.weights(w), x) + self.bias[:, None, None]

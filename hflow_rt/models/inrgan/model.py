@@ -55,7 +55,8 @@ class INRGAN(LatentModel):
 
     def public(self, w: Tensor, psi: Tensor, cutoff: Tensor) -> Tensor:
         """w `[B, S, W]`, truncated, to an image in [0, 1]."""
-        return (self.synthesis(self.truncated(w, psi, cutoff)) * 0.5 + 0.5).clamp(0, 1)
+        image = self.synthesis.forward(self.truncated(w, psi, cutoff))
+        return (image * 0.5 + 0.5).clamp(0, 1)
 
     def labels(self, conditions: Named[str, Tensor]) -> Tensor | None:
         """Those that the network takes, `[B, options]`; None of an unconditional one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,10 @@ class Stage(nn.Module):
         )
         self.colours = ToColours(c_out, config.channels, config.w_dim)
 
+    def own_layers(self) -> list[ModulatedLayer]:
+        """Its layers, the map to colours aside."""
+        return cast("list[ModulatedLayer]", list(self.layers))
+
     def enlarge(self, x: Tensor) -> Tensor:
         """Features or colours of the stage before on this stage's grid."""
         return enlarged(x, self.upsampling) if self.doubles else x
@@ -98,7 +103,7 @@ class Stage(nn.Module):
         if self.embedding is not None:
             parts.append(self.embedding().expand(len(w[0]), -1, -1, -1))
         x = torch.cat(parts, 1)
-        for index, (layer, own) in enumerate(zip(self.layers, w, strict=True)):
+        for index, (layer, own) in enumerate(zip(self.own_layers(), w, strict=True)):
             if index and self.upsampling == "bilinear":
                 x = x / spread(x)
             x = layer(x, own)
@@ -112,15 +117,19 @@ class Synthesis(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(Stage(config, stage) for stage in config.stages)
 
+    def own_stages(self) -> list[Stage]:
+        """The smallest first."""
+        return cast("list[Stage]", list(self.stages))
+
     def walk(self, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """By stage: its features, and the image so far. w: `[B, S, W]`."""
         x: Tensor | None = None
         image: Tensor | None = None
         slots, slot = w.unbind(1), 0
-        for stage in self.stages:
+        for stage in self.own_stages():
             end = slot + len(stage.layers)
-            x = stage(x, slots[slot:end])
-            colours = stage.colours(x, slots[end])  # the slot of the next stage's first layer
+            x = stage.forward(x, slots[slot:end])
+            colours = stage.colours.forward(x, slots[end])  # the slot of the next stage's first layer
             image = colours if image is None else stage.enlarge(image) + colours
             slot = end
             yield x, image

@@ -153,7 +153,7 @@ def _list_presets(model: Path | None, json: bool) -> None:
         return
     for row in found:
         side = image_size(row["resolution"], row["channels"])
-        say(f"{row['preset']:<20} {row['family']:<6} {side:>9} {row['parameters'] / 1e6:8.2f} M parameters")
+        say(f"{row['preset']:<22} {row['family']:<6} {side:>9} {row['parameters'] / 1e6:8.2f} M parameters")
     say_next(f"hflow-rt train --preset {found[0]['preset']}")
 
 

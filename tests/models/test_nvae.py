@@ -13,11 +13,14 @@ from hflow_rt.models.nvae.config import NVAEConfig, halved_groups
 from hflow_rt.models.nvae.convolution import NormedConv2d, convolutions
 from hflow_rt.models.nvae.folded import folded
 from hflow_rt.models.nvae.inverse import forward, inverse
+from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.network import Network, packed, unpacked
 from hflow_rt.models.nvae.objective import balance_targets, kl_weight, weight_penalty
 from hflow_rt.models.nvae.output import Mixture, pixels
+from hflow_rt.models.nvae.plan import NVAEPlan
 from hflow_rt.models.nvae.posterior_flow import MaskedCell, PosteriorFlow
 from hflow_rt.models.nvae.presets import PRESETS, TINY
+from hflow_rt.models.plan import Batch, Place, draw
 from hflow_rt.training.config import TrainingConfig
 
 # preset: parameters, of the generator alone, batch norms, convolutions
@@ -204,6 +207,36 @@ def test_weights_of_the_objective() -> None:
     targets = balance_targets(NVAEConfig(**PRESETS["nvae-celeba-256"]["model"]))
     assert targets == [1] * 4 + [4] * 4 + [16] * 4 + [32] * 8 + [64] * 16
     assert halved_groups(20, 3) == (20, 10, 5)
+
+
+def test_mixed_precision_keeps_densities_and_penalties() -> None:
+    torch.manual_seed(0)
+    plan = NVAEPlan(NVAE(NVAEConfig(**TINY["model"])).train())
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (4, *plan.model.config.image_shape), generator=generator, dtype=torch.uint8)
+    batch = Batch(pixels, draw(plan.draws("network"), 4, generator), {})
+    found = []
+    for enabled in (False, True):
+        plan.start(pixels, torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(plan.loss("network", batch, Place(0, 100, 200)))
+    whole, mixed = found
+    assert mixed.loss.dtype == torch.float32
+    for name in ("spectral", "gains"):
+        assert torch.equal(whole.terms[name], mixed.terms[name])
+    assert whole.terms["spectral"] > 10
+    assert mixed.terms["reconstruction"] == pytest.approx(whole.terms["reconstruction"].item(), rel=0.01)
+    assert mixed.bits_per_dim != whole.bits_per_dim  # the convolutions are in bfloat16
+
+
+def test_bounds_are_of_probabilities_alone() -> None:
+    def claims(**changes: Any) -> dict[str, str]:
+        model = NVAE(NVAEConfig(**TINY["model"] | changes))
+        return {name: bound.claim for name, bound in model.bounds().items()}
+
+    assert claims() == {"elbo": "upper", "importance": "upper"}
+    assert claims(likelihood="published") == {"published": "published"}
+    assert claims(output="normal") == {}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def settings(tmp_path: Path) -> Callable[..., Path]:
 def test_options_tell_the_network(save: Save, settings: Callable[..., Path], weights: dict[str, torch.Tensor]) -> None:
     # what older files lack takes its default, 10 logistics among them, which this network does not have
     found = read_published(save(ada_groups=None, min_groups_per_scale=None))
-    assert (found.part, found.prefix, found.dropped) == ("state_dict", "", {"second names of weights": 1})
+    assert (found.part, found.prefix, found.dropped) == ("state_dict", "", {"duplicate weight": 1})
     assert "non-commercial" in found.notes[0]
     config = found.config.model_dump()
     assert (config["groups"], config["mixtures"], config["flows"], config["bits"]) == ((3,), 2, 1, 8)

@@ -38,14 +38,17 @@ class NormedConv2d(nn.Conv2d):
     def effective_weight(self) -> Tensor:
         """What the input is convolved with."""
         weight = self._masked()
-        return self.log_norm.exp() * weight / (_norm(weight) + _SMALLEST_NORM)
+        effective: Tensor = self.log_norm.exp() * weight / (_norm(weight) + _SMALLEST_NORM)
+        return effective
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+        convolved: Tensor = self._conv_forward(x, self.effective_weight(), self.bias)
+        return convolved
 
 
 def _norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
+    return norm
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:

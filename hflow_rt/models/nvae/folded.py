@@ -118,9 +118,10 @@ def _behind(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | float = 0.0) ->
 
 
 def _conv(weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int | str = 0, groups: int = 1) -> nn.Conv2d:
-    outputs, inputs, *kernel = weight.shape
+    outputs, inputs, height, width = weight.shape
+    has_bias = bias is not None
     with torch.device("meta"):  # made without values, which come next
-        made = nn.Conv2d(inputs * groups, outputs, tuple(kernel), stride, padding, groups=groups, bias=bias is not None)
+        made = nn.Conv2d(inputs * groups, outputs, (height, width), stride, padding, groups=groups, bias=has_bias)
     made.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach(), requires_grad=False)

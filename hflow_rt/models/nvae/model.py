@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel
+from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.graphs import graphs, noise_specs
 from hflow_rt.models.nvae.network import Network
 from hflow_rt.models.nvae.objective import bound_parts
@@ -24,6 +25,8 @@ __all__ = ["NVAE"]
 
 class NVAE(Network, LatentModel):
     """Latents are noise of the priors, packed by scale, so that a std is a temperature."""
+
+    config: NVAEConfig
 
     @property
     def resolution(self) -> int:
@@ -47,6 +50,8 @@ class NVAE(Network, LatentModel):
         """None of a normal output, which gives densities and no probabilities of levels."""
         if self.config.output == "normal":
             return {}
+        if self.config.likelihood == "published":
+            return {"published": Bound("published evidence bound", "published")}
         return {
             "elbo": Bound("evidence bound", "upper"),
             "importance": Bound("importance-weighted bound", "upper", "logmeanexp"),

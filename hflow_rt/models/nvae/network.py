@@ -184,7 +184,7 @@ def packed(config: NVAEConfig, name: str, groups: Sequence[Tensor]) -> dict[str,
 def unpacked(config: NVAEConfig, name: str, scales: Mapping[str, Tensor]) -> list[Tensor]:
     """The inverse of `packed`."""
     tensors = (scales[key] for key in config.packed_shapes(name))
-    return [group for tensor in tensors for group in tensor.split(config.latent_channels, 1)]
+    return [group for tensor in tensors for group in torch.split(tensor, config.latent_channels, 1)]
 
 
 def _before(config: NVAEConfig) -> nn.ModuleList:

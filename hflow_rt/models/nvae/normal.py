@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Normal"]
+__all__ = ["Normal", "at_least_single"]
 
 _LIMIT = 5.0
 _SMALLEST_STD = 0.01
@@ -26,7 +26,7 @@ class Normal(NamedTuple):
 
         Zeros make the prior of the top group, whose deviation is 1.01.
         """
-        mean, log_std = raw.chunk(2, 1)
+        mean, log_std = at_least_single(raw).chunk(2, 1)
         return cls(_limited(mean), _limited(log_std).exp() + _SMALLEST_STD)
 
     def at(self, noise: Tensor) -> Tensor:
@@ -46,6 +46,11 @@ class Normal(NamedTuple):
         ratio = self.std / other.std
         apart = (self.mean - other.mean) / other.std
         return 0.5 * (apart.square() + ratio.square()) - 0.5 - ratio.log()
+
+
+def at_least_single(value: Tensor) -> Tensor:
+    """In float32 where mixed precision made it a half type, in which squares and sums of densities are lost."""
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
 def _limited(value: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def bound_parts(network: Network, image: Tensor, noise: Mapping[str, Tensor]) ->
     inferred = network.infer(network.bottom_up(canvas), unpacked(config, "noise", noise))
     groups = inferred.by_group(Group.log_q) - inferred.by_group(Group.log_p)
     counts = [config.groups[scale] for scale in reversed(range(len(config.groups)))]
-    costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in groups.split(counts, 1)))
+    costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in torch.split(groups, counts, 1)))
     return {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hflow_rt.models.nvae.config import NVAEConfig
-from hflow_rt.models.nvae.normal import Normal
+from hflow_rt.models.nvae.normal import Normal, at_least_single
 
 __all__ = ["Bernoulli", "Mixture", "NormalPixels", "Pixels", "pixels"]
 
@@ -31,6 +31,7 @@ class Pixels(Protocol):
 
 def pixels(config: NVAEConfig, logits: Tensor) -> Pixels:
     """The distribution that the head's output `[B, head_channels, H, W]` stands for."""
+    logits = at_least_single(logits)
     if config.output == "mixture":
         return Mixture(logits, config.channels, config.bits, config.likelihood == "published")
     return Bernoulli(logits) if config.output == "bernoulli" else NormalPixels(logits)
@@ -47,7 +48,7 @@ class Mixture:
         kinds = 3 if channels == 3 else 2
         count = logits.shape[1] // (1 + kinds * channels)
         self.weights = logits[:, :count]
-        parameters = logits[:, count:].unflatten(1, (channels, kinds, count))
+        parameters = torch.unflatten(logits[:, count:], 1, (channels, kinds, count))
         self.means = parameters[:, :, 0]  # [B, C, M, H, W]
         self.log_scales = parameters[:, :, 1].clamp(min=_SMALLEST_LOG_SCALE)
         # green by red, blue by red, blue by green

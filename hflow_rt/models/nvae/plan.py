@@ -91,7 +91,8 @@ class NVAEPlan(TrainingPlan):
         """The sum of the largest singular values; moves the vectors."""
         convs = by_shape(self.model)
         buffers = {shape: self.get_buffer(_name(shape)) for shape in convs}
-        values, moved = singular_values(convs, buffers, rounds)
+        with torch.autocast(self.model.top.device.type, enabled=False):  # vectors of a half type do not converge
+            values, moved = singular_values(convs, buffers, rounds)
         for shape, left in moved.items():
             buffers[shape].copy_(left)
         return torch.cat(list(values.values())).sum()

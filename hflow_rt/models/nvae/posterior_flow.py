@@ -57,5 +57,5 @@ def _mask(centre: Tensor, kernel: int, mirrored: bool) -> Tensor:
     middle = kernel * kernel // 2
     mask[:, :, :middle] = 1
     mask[:, :, middle] = centre.to(mask.dtype)
-    mask = mask.unflatten(2, (kernel, kernel))
+    mask = mask.reshape(*centre.shape, kernel, kernel)
     return mask.flip(2, 3) if mirrored else mask

@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "resolution": 32, "groups": (4, 2), "latent_channels": 8, **_width(16), "blocks": 1, "block_cells": 1,
             "decoder_block_cells": 1, "encoder_cells": 1, "decoder_cells": 1, "mixtures": 5,
         },
-        "training": _training(2000, 30, 16, 1, warmup_epochs=1),
+        "training": _training(2000, 10, 16, 1, warmup_epochs=1),
     },
     # the 64x64 emoji, hours of one CPU core
     "nvae-emoji": {

@@ -62,7 +62,7 @@ def read_published(path: Path, settings: Path | None = None, part: str | None = 
     _check_cells(config, len(found.weights), str(path))
     duplicates = sum(map(is_duplicate, found.weights))
     floats = {name: t.float() if t.is_floating_point() else t for name, t in found.weights.items()}
-    dropped = {"second names of weights": duplicates} if duplicates else {}
+    dropped = {"duplicate weight": duplicates} if duplicates else {}
     return Published(config, from_original(floats), dropped, (_LICENCE,), found.name, found.prefix, found.passed_over)
 
 

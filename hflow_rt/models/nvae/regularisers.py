@@ -65,4 +65,5 @@ def gain_penalty(network: nn.Module) -> Tensor:
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors along axis 1, of length 1 unless they are tiny."""
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=_SMALLEST_NORM)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / length.clamp(min=_SMALLEST_NORM)

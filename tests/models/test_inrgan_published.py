@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import pickle
+import pickletools
 import sys
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hflow_rt.errors import CheckpointError, ConfigError
+from hflow_rt.foreign import states
 from hflow_rt.foreign.importing import import_published
 from hflow_rt.models.checkpoint import load_model
 from hflow_rt.models.inrgan.published import read_published, read_snapshot
@@ -215,3 +217,21 @@ def test_bytes_of_storages_are_checked(save: Save) -> None:
     path.write_bytes(content[:at] + (4).to_bytes(8, "little") + content[at + 8 :])
     with pytest.raises(CheckpointError, match="has another size than declared"):
         read_snapshot(path, "G_ema")
+
+
+def test_the_same_bytes_are_read_once_however_often_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a short file could ask for hours of work."""
+    whole = pickletools.genops(pickle.dumps(torch.zeros(1000), 4))
+    stream = next(argument for opcode, argument, _ in whole if opcode.name == "BINBYTES")
+    head = b"\x80\x04\x8c\x0dtorch.storage\x94\x8c\x10_load_from_bytes\x94\x93\x94"
+    held = b"B" + len(stream).to_bytes(4, "little") + stream + b"\x94"
+    again = b"h\x02h\x03\x85R0"  # the function, the bytes, a tuple of them; called, and dropped
+    path = tmp_path / "many.pkl"
+    path.write_bytes(head + held + again * 1000 + b".")
+    begin, begun = states._begin_stream, []
+    monkeypatch.setattr(states, "_begin_stream", lambda *given: begun.append(1) or begin(*given))
+    with pytest.raises(CheckpointError, match="must hold the network G_ema"):
+        read_published(path)
+    assert len(begun) == 1

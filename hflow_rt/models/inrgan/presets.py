@@ -57,7 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                 8: {"const": 16, "diagonal": True}, 16: {"const": 16, "diagonal": True},
                 32: {"const": 16, "random": 8},
             },
-            "discriminator": {"channel_base": 1024, "channel_max": 128}, "r1_gamma": 0.1, "augment": "bgc",
+            "discriminator": {"channel_base": 1024, "channel_max": 128}, "r1_gamma": 1.0, "augment": "bgc",
+            "augment_images": 50_000,  # a short run would end before it had adapted
         },
         "training": _training(16, 5_000, images=100_000, decay_start_images=100_000),
     },
@@ -71,6 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 64: {"const": 32, "random": 16},
             },
             "discriminator": {"channel_base": 2048, "channel_max": 128}, "r1_gamma": 1.0, "augment": "bgc",
+            "augment_images": 100_000,
         },
         "training": _training(16, 5_000, images=1_000_000, decay_start_images=1_000_000),
     },

@@ -103,5 +103,5 @@ def sample(
             *([] if trajectory is None else [f"how they came to be: {trajectory}"]),
         ],
         f"hflow-rt interpolate{asked.again} -o walk.gif",
-        f"hflow-rt encode IMAGE{asked.again} -o latents.safetensors",
+        *([f"hflow-rt encode IMAGE{asked.again} -o latents.safetensors"] if session.can("inverse") else []),
     )

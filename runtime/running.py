@@ -40,6 +40,10 @@ class Runner:
         ]
         return {name: concatenated([part[name] for part in parts]) for name in parts[0]}
 
+    def can(self, route: Route) -> bool:
+        """Whether the family has this route."""
+        return route not in self.manifest.absent
+
     def _check_route(self, route: Route) -> None:
         if route in self.manifest.absent:
             raise NoInverse(self.manifest.absent[route])

@@ -4,6 +4,7 @@ The primary context is used, which is torch's too, so that tensors of either are
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,5 +167,4 @@ def _driver() -> Any:
 
 def _bindings() -> Any:
     with needed("cuda", "a GPU is reached through cuda-bindings: pip install 'hflow-rt[trt]', or [rtx] or [gpu]"):
-        from cuda.bindings import driver
-    return driver
+        return importlib.import_module("cuda.bindings.driver")

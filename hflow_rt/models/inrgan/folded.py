@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,8 @@ class FoldedMapping(nn.Module):
     def __init__(self, mapping: Mapping, slots: int) -> None:
         super().__init__()
         self.slots = slots
-        self.embed = None if mapping.embed is None else mapping.embed.fold()
+        embed: Any = mapping.embed
+        self.embed = None if embed is None else embed.fold()
         self.layers = nn.ModuleList(layer.fold() for layer in mapping.layers)
 
     def w(self, z: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import LossTerms, TensorSpec
 from hflow_rt.models.nvae.graphs import noise_specs
-from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.network import unpacked
 from hflow_rt.models.nvae.objective import bits_per_dim, kl_weight, training_cost, weight_penalty
 from hflow_rt.models.nvae.regularisers import (
@@ -21,6 +22,9 @@ from hflow_rt.models.nvae.regularisers import (
     unit,
 )
 from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
+
+if TYPE_CHECKING:
+    from hflow_rt.models.nvae.model import NVAE
 
 __all__ = ["NVAEPlan"]
 

@@ -169,7 +169,7 @@ class FoldedMapping(nn.Module):
         self.slots = slots
         embed: Any = mapping.embed
         self.embed = None if embed is None else embed.fold()
-        self.layers = nn.ModuleList(layer.fold() for layer in mapping.layers)
+        self.layers = nn.ModuleList(cast("Any", layer).fold() for layer in mapping.layers)
 
     def w(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """`[B, W]`."""

@@ -116,7 +116,7 @@ def test_engines_are_built_on_graphs_as_they_were(
     def stop(*arguments: Any) -> Any:
         raise BundleError("far enough")
 
-    monkeypatch.setattr("hflow_rt.export.tensorrt.add_engines", stop)
+    monkeypatch.setattr("hflow_rt.export.tensorrt_bundle.add_engines", stop)
     result = hflow("export", "--engine", "trt", "--precision", "mixed", "--compute-capability", "8.9")
     assert last_line(result) == "error: far enough"
     assert "lacks mixed arithmetic: exporting its graphs again" in result.err

@@ -33,8 +33,11 @@ main()
 
 
 def test_presets_are_listed_with_their_sizes(hflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"hflow-demo", "glow-demo", "ihdm-demo", "nvae-demo", "inrgan-demo"} < {*preset_names()}
+    few = ["glow-emoji", "hflow-256"]  # the others take a while to count
+    monkeypatch.setattr("hflow_rt.training.config.preset_names", lambda: few)
     found = json.loads(ok(hflow("info", "--presets", "--json")).out)["presets"]
-    assert [row["preset"] for row in found] == preset_names()
+    assert [row["preset"] for row in found] == few
     by_name = {row["preset"]: row for row in found}
     assert by_name["hflow-256"] == {
         "preset": "hflow-256",

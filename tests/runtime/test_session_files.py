@@ -123,4 +123,4 @@ def test_what_is_no_bundle_yet_names_the_command(tiny_run: Path) -> None:
     ):
         for backend in ("onnx", "torch"):
             with pytest.raises(BundleError, match=f"run '{command}' first$"):
-                hflow_rt.load(path, backend)
+                load(path, backend)

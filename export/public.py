@@ -19,6 +19,7 @@ from hflow_rt.export.making import (
     nobody,
     went,
 )
+from hflow_rt.manifest import Routes
 from hflow_rt.runtime.bundle import find_bundle
 
 __all__ = ["check", "export"]
@@ -41,7 +42,7 @@ def export(
     out: Path | str | None = None,
     *,
     images: Sequence[Path | str] | None = None,
-    direction: Literal["forward", "inverse", "both"] | None = None,
+    direction: Routes | None = None,
     bound: bool | None = None,
     std: Sequence[str] | None = None,
     half: bool | None = None,

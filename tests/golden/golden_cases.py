@@ -101,6 +101,22 @@ def compute(
     return found, absent
 
 
+def bound(case: Any, entry: dict[str, Any], name: str) -> tuple[Tensor, float]:
+    """What an output must be, and how far it may be off (README of the golden cases).
+
+    case: has the `stored` tensors of the original and the `dtype` it is computed in.
+    """
+    expected = case.stored[name].double()
+    if entry["dtype"] in ("float64", "int64"):
+        return expected, 1e-12 * entry["max_value"]
+    if case.dtype == torch.float32:
+        return expected, 4 * max(entry["max_abs_err"], entry["rerun_max_abs"]) + 2e-6 * entry["max_value"]
+    if f"{name}.f64" in case.stored:
+        return case.stored[f"{name}.f64"], 1e-10 * max(1.0, entry["max_value"])
+    # the original in float32 is off by this much, so what is exact is as far from it
+    return expected, 1.02 * entry["max_abs_err"] + 1e-12
+
+
 @dataclass(frozen=True)
 class Reduced:
     """A case without the inputs and outputs that `leaves_out` says; `key` is the list of them in its description."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_cases import Absent, Listed, Quantities, compute
+from golden_cases import Absent, Listed, Quantities, bound, compute
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -480,19 +480,6 @@ GROUPS: dict[str, Callable[[Any], Quantities]] = {
     r"ada_p_table": adaptation,
     r"ada_p_hp": adaptation_of_a_run,
 }
-
-
-def bound(case: Case, entry: dict[str, Any], name: str) -> tuple[Tensor, float]:
-    """What an output must be, and how far it may be off (README of the golden cases)."""
-    expected = case.stored[name].double()
-    if entry["dtype"] in ("float64", "int64"):
-        return expected, 1e-12 * entry["max_value"]
-    if case.dtype == torch.float32:
-        return expected, 4 * max(entry["max_abs_err"], entry["rerun_max_abs"]) + 2e-6 * entry["max_value"]
-    if f"{name}.f64" in case.stored:
-        return case.stored[f"{name}.f64"], 1e-10 * max(1.0, entry["max_value"])
-    # the original in float32 is off by this much, so what is exact is as far from it
-    return expected, 1.02 * entry["max_abs_err"] + 1e-12
 
 
 def test_golden_inrgan(golden: Any) -> None:

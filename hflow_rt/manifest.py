@@ -52,7 +52,8 @@ Tuning = Literal["any", "cpu"]
 #   value      what another graph yields: another space, or what a loop carries
 #   schedule   `[1, *shape]`, a row of a loop's table, the same for all images of a call
 #   score      one number an image, such as its log-probability
-Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score"]
+#   grid       what a value that is read off becomes a multiple of, so that it takes few bits; 0 for not at all
+Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score", "grid"]
 Route = Literal["forward", "inverse"]  # latents to image, image to latents
 Routes = Literal["forward", "inverse", "both"]  # one by name, or all that a model has
 # where a latent of a sample comes from: standard normal numbers times its std, the same without a temperature, or a row
@@ -110,6 +111,7 @@ class Loop(_Entry):
     carry: dict[str, str]
     last: tuple[str, ...] = ()
     every: dict[str, str] = {}
+    leads_to: tuple[str, ...] = Field(default=(), description="tables that let it be of fewer calls")
 
     @property
     def graphs(self) -> tuple[str, str]:

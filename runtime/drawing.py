@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.manifest import Graph, Loop, Role, Route, Tensor, graphs_of
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.loops import drawn_by_call
+from hflow_rt.runtime.loops import drawn_by_call, shortened
 from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows
 
 __all__ = ["Draw", "Drawing"]
@@ -76,8 +76,8 @@ class Drawing:
             drawn |= {name: table[rows] for name, table in bank.items()}
         if missing := [latent.name for latent in self._manifest.latents if latent.name not in drawn]:
             raise DataError(
-                f"samples take '{missing[0]}' from a bank of training images, and this model has none; train it, or"
-                " decode latents of images"
+                f"samples take '{missing[0]}' from a bank of training images, and this model has none; give it one"
+                " with 'hflow-rt import FILE --images IMAGES', or decode latents of images"
             )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
 
@@ -95,6 +95,10 @@ class Drawing:
         if file not in self._tables:
             self._tables[file] = self._bundle.table(file)
         return self._tables[file]
+
+    def schedule(self, loop: Loop) -> dict[str, Array]:
+        """The tables `[steps, *shape]` of a loop, which may take fewer calls than its file has. Raises as `table`."""
+        return shortened(self.table(loop.schedule), loop.leads_to, loop.steps)
 
     def _graphs(self, route: Route) -> list[Graph]:
         way = self._manifest.routes.get(route)

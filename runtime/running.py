@@ -56,7 +56,7 @@ class Runner:
 
     def _begun(self, loop: Loop, values: Mapping[str, Any], every: Collection[str]) -> tuple[Any, Any, Any]:
         """What a loop is given, what its start makes of it, and its calls, with the outputs wanted of every one."""
-        step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
+        step, schedule = self._graph(loop.step), self.drawing.schedule(loop)
         values = {**mean_draws(step, loop.steps, values), **values}
         return values, self.run_graph(loop.start, values), calls_of(self._engine, loop, step, schedule, values, every)
 

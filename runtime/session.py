@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,15 @@ from hflow_rt.runtime.loops import first_inputs
 from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.running import Runner
 
-__all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
+__all__ = ["GRID", "LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
 LATENT_SPACE = "z"  # the space of the latents themselves
+# What noise that is read off in sequence is rounded to, because what follows makes up for it: half precision then holds
+# it to 128 stds.
+GRID = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,33 @@ class Session(Runner):
         """Calls of its network that `forward` takes."""
         route = self.manifest.routes.get("forward")
         return route.steps if isinstance(route, Loop) else 1
+
+    def in_steps(self, steps: int) -> "Session":
+        """This model with fewer calls of its network an image, both ways; it shares what runs with this session.
+
+        Latents of so many steps have so many noises. Raises `DataError` where that is not possible.
+
+        >>> import hflow_rt
+        >>> hflow_rt.load().in_steps(1).steps
+        Traceback (most recent call last):
+        hflow_rt.errors.DataError: the number of steps is for models of many, and this hflow model takes one; omit it
+        """
+        loops = {name: way for name, way in self.manifest.routes.items() if isinstance(way, Loop)}
+        what = f"this {self.manifest.family} model"
+        if not loops:
+            raise DataError(f"the number of steps is for models of many, and {what} takes one; omit it")
+        most = min(len(next(iter(self.drawing.table(loop.schedule).values()))) for loop in loops.values())
+        check_count("the number of steps", steps)
+        if steps > most:
+            raise DataError(f"the number of steps must be at most {most}, of {what}; found {steps}")
+        if steps < most and not all(loop.leads_to for loop in loops.values()):
+            raise DataError(
+                f"fewer than {most} steps need the mean and variance of training images, and {what} lacks them;"
+                " omit the number, or import it again with --images"
+            )
+        fewer = {name: loop.model_copy(update={"steps": steps}) for name, loop in loops.items()}
+        manifest = self.manifest.model_copy(update={"routes": self.manifest.routes | fewer})
+        return Session(replace(self.bundle, manifest=manifest), self._engine)
 
     @property
     def std(self) -> list[str]:
@@ -267,6 +297,8 @@ class Session(Runner):
         beside = self._set(controls or {}, pixels, "inverse")
         drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse")
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
+        grids = self.drawing.inputs("grid", route="inverse")
+        beside |= {tensor.name: filled(pixels, (len(pixels), *tensor.shape), GRID) for tensor in grids}
         outputs = self.run("inverse", {"image": pixels, **arrays, **beside}) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
         return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
@@ -279,19 +311,22 @@ class Session(Runner):
         *,
         option: str | None = None,
         controls: Mapping[str, float] | None = None,
+        steps: int | None = None,
     ) -> Array:
         """`n` images float32 `[n, C, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
 
-        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`.
+        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`. steps: as
+        of `in_steps`.
 
         >>> import hflow_rt
         >>> hflow_rt.load().sample(2, std=0.7, seed=1).shape
         (2, 3, 64, 64)
         """
         check_count("the number of images", n)
+        session = self if steps is None else self.in_steps(steps)
         size = 4 * n * self.channels * self.resolution**2
         need(size, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
-        parts = [self.forward(latents, controls) for latents in self.draw(range(n), std, seed, option=option)]
+        parts = [session.forward(latents, controls) for latents in session.draw(range(n), std, seed, option=option)]
         return np.concatenate(parts)
 
     def read(self, *paths: Path | str) -> Array:

@@ -75,4 +75,5 @@ def _loop(route: Route, loop: Loop) -> manifest.Loop:
         carry=dict(loop.carry),
         last=loop.last,
         every=dict(loop.every),
+        leads_to=loop.leads_to,
     )

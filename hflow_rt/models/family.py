@@ -141,6 +141,8 @@ class Loop:
     draw of its own for each call (roles noise and uniform, `[B, K, *shape]` as inputs of the route), what `start`
     yielded, or what the route was given. The route yields outputs of the `last` call by name, those of `every` call
     stacked `[B, K, *shape]` under the names of this mapping, and what of `start` is a latent. K is never unrolled.
+    leads_to: tables that say where a call leads. Where there are any, a loop may be of fewer calls than K: of rows
+    evenly chosen, in each of which these tables have the row before the next one that was chosen.
     """
 
     start: str
@@ -149,6 +151,7 @@ class Loop:
     carry: Mapping[str, str]
     last: tuple[str, ...] = ()
     every: Mapping[str, str] = field(default_factory=dict)
+    leads_to: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> tuple[str, str]:

@@ -6,7 +6,7 @@ memory stays flat. Latents are those of `hflow_rt.runtime.latents.operations`.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -16,7 +16,8 @@ from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
 from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, random_walk
-from hflow_rt.runtime.session import LATENT_SPACE, Array, Encoded, Session, Stds
+from hflow_rt.runtime.latents.round_trips import BATCH
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Session, Stds
 
 __all__ = [
     "RunningStd",
@@ -24,7 +25,6 @@ __all__ = [
     "between",
     "coarse_down_to",
     "count",
-    "encoded",
     "heat_map",
     "latents_of_seeds",
     "parse_seeds",
@@ -37,7 +37,6 @@ __all__ = [
     "zeroing",
 ]
 
-_BATCH = 16  # images per call: more is hardly faster on a CPU, and this fits beside a large model
 _MANY = 4096  # seeds, more than any picture shows
 _SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
 
@@ -57,7 +56,7 @@ def count(latents: Latents) -> int:
     return len(next(iter(latents.values())))
 
 
-def batches(latents: Latents, size: int = _BATCH) -> Iterator[dict[str, Array]]:
+def batches(latents: Latents, size: int = BATCH) -> Iterator[dict[str, Array]]:
     """A batch in parts of at most `size`."""
     for start in range(0, count(latents), size):
         yield select(latents, start, start + size)
@@ -70,22 +69,6 @@ def samples(
     size = 16 * number * sum(math.prod(shape) for shape in session.input_shapes.values())
     need(size, f"the latents of {number:,} images", "ask for fewer (-n)")
     return concatenate(list(session.draw(range(number), std, seed, option=option)))
-
-
-def encoded(
-    session: Session,
-    pixels: Array,
-    conditions: Mapping[str, Array],
-    track: Callable[[Sequence[range]], Iterable[range]] = lambda parts: parts,
-) -> Encoded:
-    """Images `[N, C, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
-    starts = range(0, len(pixels), _BATCH)
-    parts = []
-    for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
-        part = slice(rows.start, rows.stop)
-        given = {name: values[part] for name, values in conditions.items()}
-        parts.append(session.inverse(pixels[part], given, first=rows.start))
-    return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
 
 
 def between(
@@ -135,7 +118,7 @@ def walk(
 
 
 def _decoded(session: Session, space: str, frames: Iterator[dict[str, Array]], paths: int) -> Iterator[Array]:
-    together = max(1, _BATCH // paths)
+    together = max(1, BATCH // paths)
     for first in frames:
         part = [first, *islice(frames, together - 1)]
         images = session.decode(space, concatenate(part))
@@ -174,7 +157,7 @@ def heat_map(
     std: Stds = 1.0,
     seed: int = 0,
     first: int = 1,
-    batch: int = _BATCH,
+    batch: int = BATCH,
 ) -> NDArray[np.float64]:
     """How much each pixel depends on latent `name`: `[R, R]`, the std of its colour over `draws` redraws of that
     latent alone, averaged over the channels, all others being as in `base` (a batch of 1).

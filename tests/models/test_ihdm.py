@@ -210,6 +210,7 @@ def test_folded_graphs_are_the_model() -> None:
     delta, zero = torch.tensor([0.01, 0.02]), torch.zeros(2, 3, 8, 8)
     for index, k in ((0, 4), (3, 1)):
         rows = {name: torch.from_numpy(table[index : index + 1]) for name, table in loop.schedule.items()}
+        axes = (rows["damping"], rows["reached"])
         mean = model.mean(u, torch.tensor([k, k]))
         aim = model.blur(x, k - 1) + 0.01 * noise if k > 1 else x
         reached = mean + delta[:, None, None, None] * noise if k > 1 else mean
@@ -218,8 +219,8 @@ def test_folded_graphs_are_the_model() -> None:
             "read": ((aim - mean) / delta[:, None, None, None], zero, aim) if k > 1 else (zero, x - mean, x),
         }
         given = {
-            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta),
-            "read": (u, x, noise, rows["level"], rows["goes_on"], rows["damping"], delta),
+            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta, *axes),
+            "read": (u, x, noise, rows["level"], rows["goes_on"], axes[1], delta, torch.zeros(2), axes[0]),
         }
         for name, values in given.items():
             found = graphs[name].module(*(value.float() for value in values))
@@ -269,7 +270,7 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     """Over levels drawn evenly, the parts of one draw add up to all steps; and all is near what noise alone costs."""
     model = make(bank=3)
     pixels = (images(3, seed=11) * 255).round().to(torch.uint8)
-    model.fill_bank(pixels)
+    model.know(pixels)
     inputs = model.bound_inputs("strict", pixels[:1].expand(3, -1, -1, -1), torch.Generator().manual_seed(12))
     inputs |= {name: inputs[name][:1].expand(3, -1, -1, -1) for name in ("uniform", "noise", "pixel_noise")}
     inputs["level"] = torch.tensor([0.1, 0.5, 0.9])  # levels 2, 3 and 4
@@ -285,7 +286,7 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
 
 def test_the_graph_of_the_bound() -> None:
     model = make(bank=3)
-    model.fill_bank((images(3, seed=11) * 255).round().to(torch.uint8))
+    model.know((images(3, seed=11) * 255).round().to(torch.uint8))
     inputs = model.bound_inputs("strict", (images(4) * 255).to(torch.uint8), torch.Generator().manual_seed(12))
     inputs["level"] = torch.tensor([0.1, 0.5, 0.9, 1 - 2**-24])
     graph = model.graphs()["bound"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from hflow_rt.models.ihdm.blur import Blur, cosine_basis, damping
 from hflow_rt.models.ihdm.config import IHDMConfig
 
-__all__ = ["coefficients", "rebuilt", "starts", "surviving", "waves"]
+__all__ = ["coefficients", "moments", "rebuilt", "starts", "surviving", "waves"]
 
 _TOLERANCE = 1e-6  # of a pixel, for any image: far below the noise that is added to it
 _BATCH = 64
@@ -61,3 +61,14 @@ def starts(config: IHDMConfig, pixels: Tensor, rows: int) -> Tensor:
     chosen = torch.arange(rows) % len(pixels) if rows > len(pixels) else torch.arange(rows) * len(pixels) // rows
     batches = (pixels[part].to(kept) / 255 for part in torch.split(chosen, _BATCH))
     return torch.cat([coefficients(blur(images, config.steps), kept) for images in batches]).float()
+
+
+def moments(pixels: Tensor) -> Tensor:
+    """Mean and variance of every cosine wave in uint8 images `[N, C, R, R]`, float32 `[2, C, R, R]`."""
+    basis = cosine_basis(pixels.shape[-1])
+    total = basis.new_zeros(2, *pixels.shape[1:])
+    for part in torch.split(pixels, _BATCH):
+        found = basis @ (part.to(basis) / 255) @ basis.T
+        total += torch.stack([found.sum(0), found.square().sum(0)])
+    mean, square = total / len(pixels)
+    return torch.stack([mean, (square - mean.square()).clamp(min=0)]).float()

@@ -11,7 +11,7 @@ from torch import Tensor
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route
-from hflow_rt.models.ihdm.bank import starts, surviving
+from hflow_rt.models.ihdm.bank import moments, starts, surviving
 from hflow_rt.models.ihdm.blur import Blur
 from hflow_rt.models.ihdm.bound import bound_draws, bound_terms
 from hflow_rt.models.ihdm.config import IHDMConfig
@@ -32,6 +32,7 @@ class IHDM(LatentModel):
 
     config: IHDMConfig
     starts: Tensor | None
+    moments: Tensor | None
 
     def __init__(self, config: IHDMConfig) -> None:
         super().__init__()
@@ -40,6 +41,7 @@ class IHDM(LatentModel):
         self.blur = Blur(config)
         self.start_shape = (config.channels, len(surviving(config)))
         self.register_buffer("starts", torch.zeros(config.bank, *self.start_shape) if config.bank else None)
+        self.register_buffer("moments", torch.zeros(2, *config.image_shape) if config.moments else None)
 
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         """The expected image one level sharper, given `u` at each image's `level`."""
@@ -51,10 +53,12 @@ class IHDM(LatentModel):
         u = self.blur(images, level) + self.config.sigma * noise
         return (self.blur(images, level - 1) - self.mean(u, level)).square().flatten(1).sum(1)
 
-    def fill_bank(self, pixels: Tensor) -> None:
-        """Make the bank of uint8 images `[N, C, R, R]`, as evenly of them as it has rows."""
+    def know(self, pixels: Tensor) -> None:
+        """Make the bank and the moments of uint8 images `[N, C, R, R]`, the bank as evenly of them as it has rows."""
         if self.starts is not None:
             self.starts.copy_(starts(self.config, pixels, len(self.starts)))
+        if self.moments is not None:
+            self.moments.copy_(moments(pixels))
 
     # -- the family contract
 

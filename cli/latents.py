@@ -125,12 +125,17 @@ class Asked:
         pixels: "NDArray[np.float32]",
         conditions: "Mapping[str, NDArray[np.float32]] | None" = None,
         controls: "Mapping[str, float] | None" = None,
+        only: str | None = None,
     ) -> Start:
-        """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
+        """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names.
+
+        only: as of `Session.inverse`.
+        """
         from hflow_rt.runtime.latents.round_trips import encoded
 
         known = self.conditions(session, names) if conditions is None else conditions
-        found = encoded(session, pixels, known, controls, lambda parts: tracked(parts, len(pixels), len, "encoding"))
+        count = len(pixels)
+        found = encoded(session, pixels, known, controls, lambda parts: tracked(parts, count, len, "encoding"), only)
         return Start(names, pixels, found.latents, found.scores)
 
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":

@@ -31,6 +31,7 @@ __all__ = [
     "Space",
     "Tensor",
     "Tuning",
+    "Way",
     "graphs_of",
     "read_manifest",
     "routes_of",
@@ -59,6 +60,9 @@ Routes = Literal["forward", "inverse", "both"]  # one by name, or all that a mod
 # where a latent of a sample comes from: standard normal numbers times its std, the same without a temperature, or a row
 # of a table of latents of real images
 Prior = Literal["normal", "unscaled", "bank"]
+# how a latent goes from one image to another, whatever mode is asked for: in a line, or by cosine and sine, which keeps
+# the variance of noise
+Way = Literal["line", "arc"]
 
 
 class _Entry(BaseModel):
@@ -99,6 +103,7 @@ class Latent(_Entry):
     shape: tuple[int, ...]
     prior_std: float
     prior: Prior = "normal"
+    way: Way | None = Field(default=None, description="of interpolations; None: by their mode")
 
 
 class Loop(_Entry):

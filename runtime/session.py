@@ -14,7 +14,7 @@ from hflow_rt.conditions import Options, check_conditions, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import LOG_PROB, Loop, Precision, Route, Space
+from hflow_rt.manifest import LOG_PROB, Loop, Precision, Route, Space, Way
 from hflow_rt.memory import need
 from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, filled, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, check_backend
@@ -211,6 +211,17 @@ class Session(Runner):
         others = {name: shape for name, shape in shapes.items() if name not in replaced}
         return {tensor.name: tensor.shape for tensor in into.outputs} | others
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """What decides an image, coarse to fine: the latents, and what is random beside them in the calls of a loop."""
+        return (*self.latent_shapes, *self.drawing.beside())
+
+    def ways(self, way: Way) -> list[str]:
+        """What interpolations take from one image to another in this way, whatever their mode."""
+        told = [latent.name for latent in self.manifest.latents if latent.way == way]
+        drawn = [name for name, draw in self.drawing.beside().items() if draw.kind == "noise"]
+        return told + (drawn if way == "arc" else [])
+
     def joined(self, space: str = LATENT_SPACE) -> tuple[tuple[str, ...], ...]:
         """Groups of the tensors of `space` that are one vector in it or in another, which slerp turns together."""
         if space != LATENT_SPACE:
@@ -268,12 +279,14 @@ class Session(Runner):
         *,
         seed: int = 0,
         first: int = 0,
+        only: str | None = None,
     ) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
         conditions: one-hot `[B, options]` for every condition of the model. controls: as of `forward`, which must have
         the same. seed, first: of what is random in the latents of an image, which most models have not; the first
-        image is number `first` of `seed`. Raises `DataError`, and `NoInverse` where there is none.
+        image is number `first` of `seed`. only: the one latent that is wanted, if a loop need not be run for it.
+        Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
         >>> session = hflow_rt.load()
@@ -299,7 +312,7 @@ class Session(Runner):
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
         grids = self.drawing.inputs("grid", route="inverse")
         beside |= {tensor.name: filled(pixels, (len(pixels), *tensor.shape), GRID) for tensor in grids}
-        outputs = self.run("inverse", {"image": pixels, **arrays, **beside}) | arrays
+        outputs = self.run("inverse", {"image": pixels, **arrays, **beside}, only) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
         return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
 

@@ -48,9 +48,11 @@ def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str,
 
 def latents_of(model: LatentModel) -> tuple[manifest.Latent, ...]:
     """The latents and their priors."""
-    stds, prior = model.prior_std(), model.prior()
+    stds, prior, ways = model.prior_std(), model.prior(), model.ways()
     return tuple(
-        manifest.Latent(name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"))
+        manifest.Latent(
+            name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"), way=ways.get(name)
+        )
         for name, shape in model.latent_shapes().items()
     )
 

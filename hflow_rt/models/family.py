@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.conditions import Options, by_folder
-from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Route, Way
 from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ __all__ = [
     "Route",
     "Space",
     "TensorSpec",
+    "Unknown",
+    "Way",
     "conditions_by_folder",
 ]
 
@@ -88,6 +90,14 @@ class NoiseScale(NamedTuple):
     def std(self) -> float:
         """The noise itself."""
         return self.relative * self.spread
+
+
+class Unknown(NamedTuple):
+    """What published files lack, in words; how many images tell it well; what is so for want of it."""
+
+    what: str
+    images: int
+    without: str
 
 
 @dataclass(frozen=True)
@@ -247,10 +257,14 @@ class LatentModel(nn.Module, ABC):
         """Running scale of every posterior by latent name; empty for a family that has none."""
         return {}
 
-    def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        """Set the running noise scales, which published files lack, from uint8 images `[B, C, R, R]`.
+    def unknown(self) -> Unknown | None:
+        """What a published file of this model lacks, and images tell; None where nothing."""
+        return None
 
-        Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
+    def learn(self, batches: Iterable[Tensor]) -> int:
+        """Set what is `unknown` from uint8 images `[B, C, R, R]`; returns how many it saw.
+
+        Raises `DataError` for too few. Families with anything `unknown` have it.
         """
         raise NotImplementedError
 
@@ -268,6 +282,10 @@ class LatentModel(nn.Module, ABC):
 
     def prior(self) -> Mapping[str, Prior]:
         """Where each latent of a sample comes from, by name; normal where nothing is said."""
+        return {}
+
+    def ways(self) -> Mapping[str, Way]:
+        """How interpolations take latents from one image to another, by name; by their mode where nothing is said."""
         return {}
 
     def bank(self) -> Mapping[str, Tensor]:

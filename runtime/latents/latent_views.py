@@ -80,7 +80,7 @@ def between(
     """
     there = session.into_space(space, ends)
     first, last = (select(there, index) for index in (0, 1))
-    path = interpolate(first, last, frames, mode, session.joined(space), session.conditions)
+    path = interpolate(first, last, frames, mode, session.joined(space), *_ways(session))
     return _decoded(session, space, path, 1)
 
 
@@ -113,8 +113,13 @@ def walk(
     for key in range(keyframes):
         drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
         keys.append(session.into_space(space, drawn))
-    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.conditions)
+    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, *_ways(session))
     return _decoded(session, space, frames, paths)
+
+
+def _ways(session: Session) -> tuple[list[str], list[str]]:
+    """What goes in a line in any mode, and what by cosine and sine."""
+    return [*session.conditions, *session.ways("line")], session.ways("arc")
 
 
 def _decoded(session: Session, space: str, frames: Iterator[dict[str, Array]], paths: int) -> Iterator[Array]:
@@ -154,7 +159,7 @@ def heat_map(
     name: str,
     draws: int = 32,
     *,
-    std: Stds = 1.0,
+    std: Stds | None = None,
     seed: int = 0,
     first: int = 1,
     batch: int = BATCH,
@@ -162,13 +167,15 @@ def heat_map(
     """How much each pixel depends on latent `name`: `[R, R]`, the std of its colour over `draws` redraws of that
     latent alone, averaged over the channels, all others being as in `base` (a batch of 1).
 
-    The redraws are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the same seed must be an
-    image before them, because one that is its own redraw makes the std too small. Raises `DataError`.
+    The redraws, at std 1 by default, are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the
+    same seed must be an image before them, because one that is its own redraw makes the std too small. Raises
+    `DataError`.
     """
     if draws < 2:
         raise DataError(f"a heat map needs at least 2 redraws, not {draws}")
     check_count("the number of redraws", draws)
     seen = RunningStd()
+    std = 1.0 if std is None and session.drawing.scaled else std
     for drawn in session.draw(range(first, first + draws), std, seed, batch):
         seen.add(session.forward(mix(repeat(base, len(drawn[name])), drawn, [name])))
     mean: NDArray[np.float64] = seen.std.mean(0)
@@ -176,14 +183,15 @@ def heat_map(
 
 
 def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...], Array]]:
-    """The images of `latents`, then again and again with one latent more set to zero, fine to coarse.
+    """The images of `latents`, then again and again with one level more set to zero, fine to coarse.
 
-    Yields the names that are zero, finest first, with the images `[B, C, R, R]`: first none, last all.
+    What is drawn from a bank of images becomes their mean. Yields the names that are zero, finest first, with the
+    images `[B, C, R, R]`: first none, last all.
     """
     current, zero = dict(latents), tuple[str, ...]()
     yield zero, _images(session, current)
-    for name in reversed(list(session.latent_shapes)):
-        current[name] = np.zeros_like(current[name])
+    for name in reversed(session.levels):
+        current[name] = _scaled(session, name, latents[name], 0)
         zero = (*zero, name)
         yield zero, _images(session, current)
 
@@ -191,8 +199,15 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
 def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
     """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
     for factor in factors:
-        scaled = {name: np.float32(factor) * latents[name] for name in session.latent_shapes}
+        scaled = {name: _scaled(session, name, latents[name], factor) for name in session.levels}
         yield _images(session, dict(latents) | scaled)
+
+
+def _scaled(session: Session, name: str, values: Array, factor: float) -> Array:
+    """Their distance to the mean of the prior times `factor`; that of a bank is the mean of its rows."""
+    bank = {} if session.manifest.bank is None else session.drawing.table(session.manifest.bank)
+    mean = bank[name].mean(0) if name in bank else np.float32(0)
+    return np.asarray(mean + np.float32(factor) * (values - mean), np.float32)
 
 
 def latents_of_seeds(
@@ -224,23 +239,44 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
 
 
 def coarse_down_to(session: Session, cut: str | None) -> list[str]:
-    """Names of the latents from the coarsest down to `cut`; without it the coarser half. Raises `DataError`."""
-    names = list(session.latent_shapes)
+    """Names of the levels from the coarsest down to `cut`; without it the coarser half of the latents.
+
+    cut: a name, or `NAME:COUNT` for the first COUNT of what each call of a loop is given. Raises `DataError`.
+    """
+    names, latents = list(session.levels), len(session.latent_shapes)
     if cut is None:
-        return names[: max(1, len(names) // 2)]
-    if cut not in names:
-        raise DataError(f"unknown latent '{cut}'; choose among {', '.join(names)}")
-    return names[: names.index(cut) + 1]
+        return names[: max(1, latents // 2)]
+    name = _calls(session, cut)[0]
+    return [*names[: names.index(name)], cut]
+
+
+def _calls(session: Session, level: str) -> tuple[str, int | None]:
+    """The name in `NAME:COUNT`, and the count; None for the whole. Raises `DataError`."""
+    name, colon, count = level.partition(":")
+    if name not in session.levels:
+        raise DataError(f"unknown latent '{name}'; choose among {', '.join(session.levels)}")
+    steps = getattr(session.drawing.beside().get(name), "steps", None)
+    if colon and steps is None:
+        raise DataError(f"'{level}' names some calls of a loop, and '{name}' is not of every call; give its name alone")
+    if colon and not (count.isdigit() and 1 <= int(count) <= steps):
+        raise DataError(f"'{level}' must name 1 .. {steps} calls of '{name}'")
+    return name, int(count) if colon else None
 
 
 def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
     """Images `[B, C, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
 
-    Conditions, such as a class, go with the coarsest latent. Raises `DataError` for an unknown name.
+    Conditions, such as a class, go with the coarsest latent. names: as of `coarse_down_to`. Raises `DataError` for an
+    unknown one.
     """
-    taken = list(names)
-    conditions = session.conditions if next(iter(session.latent_shapes)) in taken else ()
-    return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
+    taken = [_calls(session, name) for name in names]
+    whole, given = [name for name, calls in taken if calls is None], repeat(row, count(columns))
+    conditions = session.conditions if next(iter(session.latent_shapes)) in whole else ()
+    mixed = mix(columns, given, [*whole, *conditions])
+    for name, calls in taken:
+        if calls is not None:
+            mixed[name] = np.concatenate([given[name][:, :calls], mixed[name][:, calls:]], 1)
+    return _images(session, mixed)
 
 
 def _images(session: Session, latents: Latents) -> Array:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.checkpoint import parse_config
-from hflow_rt.models.ihdm.bank import coefficients, rebuilt, starts, surviving, waves
+from hflow_rt.models.ihdm.bank import coefficients, evenly, known, rebuilt, surviving, waves
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
 from hflow_rt.models.ihdm.bound import (
     bits_per_dim,
@@ -195,8 +195,14 @@ def test_as_few_waves_as_rebuild_any_start() -> None:
 def test_the_bank_is_of_images_evenly() -> None:
     config = IHDMConfig(**TINY["model"])
     pixels = (images(6) * 255).round().to(torch.uint8)
-    few, many = starts(config, pixels, 3), starts(config, pixels, 8)
-    assert few.dtype == torch.float32
+    each, found = known(config, torch.split(pixels, 4))
+    few, many = evenly(each, 3), evenly(each, 8)
+    assert few.dtype == found.dtype == torch.float32
+    # in any batches, the moments of all
+    basis = cosine_basis(8)
+    coefficients_of = basis @ (pixels / 255).double() @ basis.T
+    assert torch.allclose(found[0].double(), coefficients_of.mean(0), atol=1e-6)
+    assert torch.allclose(found[1].double(), coefficients_of.var(0, correction=0), atol=1e-6)
     assert torch.equal(many[:6], many[torch.tensor([6, 7, 2, 3, 4, 5])])
     assert torch.equal(few, many[[0, 2, 4]])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route
-from hflow_rt.models.ihdm.bank import moments, starts, surviving
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route, Unknown, Way
+from hflow_rt.models.ihdm.bank import evenly, known, surviving
 from hflow_rt.models.ihdm.blur import Blur
 from hflow_rt.models.ihdm.bound import bound_draws, bound_terms
 from hflow_rt.models.ihdm.config import IHDMConfig
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from hflow_rt.training.config import TrainingConfig
 
 __all__ = ["IHDM"]
+
+_BATCH = 64
+_BANK_IMAGES = 4096  # that a bank is made of, for a model that came without
 
 
 class IHDM(LatentModel):
@@ -55,10 +58,11 @@ class IHDM(LatentModel):
 
     def know(self, pixels: Tensor) -> None:
         """Make the bank and the moments of uint8 images `[N, C, R, R]`, the bank as evenly of them as it has rows."""
+        found, of_waves = known(self.config, torch.split(pixels, _BATCH))
         if self.starts is not None:
-            self.starts.copy_(starts(self.config, pixels, len(self.starts)))
+            self.starts.copy_(evenly(found, len(self.starts)))
         if self.moments is not None:
-            self.moments.copy_(moments(pixels))
+            self.moments.copy_(of_waves)
 
     # -- the family contract
 
@@ -76,6 +80,22 @@ class IHDM(LatentModel):
 
     def prior(self) -> dict[str, Prior]:
         return {"start": "bank", "start_noise": "unscaled", "residual": "unscaled"}
+
+    def ways(self) -> dict[str, Way]:
+        """As the original's (spec 5): colours go in a line, noise keeps its variance."""
+        return {"start": "line", "start_noise": "arc", "residual": "line"}
+
+    def unknown(self) -> Unknown | None:
+        if self.starts is not None:
+            return None
+        without = "are needed to draw samples and for fewer steps; encoding and decoding go without"
+        return Unknown("a bank of starts and moments of waves", _BANK_IMAGES, without)
+
+    def learn(self, batches: Iterable[Tensor]) -> int:
+        """Make a bank with a row for every image, and the moments."""
+        self.starts, self.moments = known(self.config, batches)
+        self.config = self.config.model_copy(update={"bank": len(self.starts), "moments": True})
+        return len(self.starts)
 
     def bank(self) -> dict[str, Tensor]:
         """Starts of training images; none of a published model, which holds no images."""

@@ -370,13 +370,13 @@ def test_tensors_are_read_and_written_where_they_are(
     tiny_run: Path, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, by binding their memory; any stride, any batch."""
-    monkeypatch.setattr(OnnxEngine, "tensors", "cpu")
     runs = []
     binding = onnxruntime.InferenceSession.run_with_iobinding
     monkeypatch.setattr(
         onnxruntime.InferenceSession, "run_with_iobinding", lambda *a, **k: runs.append(1) or binding(*a, **k)
     )
     session, images = load(tiny_run, "onnx", "cpu"), torch.rand(70, 3, R, R)
+    monkeypatch.setattr(session._engine, "tensors", "cpu")
     expected = sessions["onnx"].inverse(images.numpy())
     for given in (images, images.contiguous(memory_format=torch.channels_last)):
         found = session.inverse(given)

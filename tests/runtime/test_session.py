@@ -128,15 +128,14 @@ def test_any_batch_size(session: Session, batch: int) -> None:
 
 
 def test_no_call_exceeds_the_graph(sessions: dict[str, Session], tiny_run: Path) -> None:
-    class Recorder:
-        backend = "recorder"
+    class Recorder(OnnxEngine):
         calls: list[int] = []  # noqa: RUF012
 
         def run(self, graph: str, inputs: Any) -> list[NDArray[np.float32]]:
             self.calls.append(len(inputs[0]))
             return [np.zeros((len(inputs[0]), 3, R, R), np.float32)]
 
-    session = Session(find_bundle(tiny_run), Recorder())
+    session = Session(find_bundle(tiny_run), Recorder(find_bundle(tiny_run), "cpu", onnxruntime))
     assert session.forward(latents(sessions["onnx"], 130)).shape == (130, 3, R, R)
     assert Recorder.calls == [64, 64, 2]
 

@@ -264,23 +264,24 @@ def _until_stable(run: Callable[[int], list[float]]) -> int:
         before = median
 
 
-def _exact(bundle: Bundle, case: dict[str, Any], folder: Path) -> list[Any]:
+def _exact(bundle: Bundle, case: str, folder: Path) -> list[Any]:
     """Outputs in float64, of batch 1. Raises `Gone`."""
     reference = Worker(REFERENCE, bundle.path)
     try:
-        return _read(reference, case | {"batch": 1}, folder / "exact.npz")
+        return _read(reference, case, folder / "exact.npz")
     finally:
         reference.close()
 
 
-def _error(worker: Worker, case: dict[str, Any], exact: list[Any], folder: Path) -> float:
+def _error(worker: Worker, case: str, exact: list[Any], folder: Path) -> float:
     """The largest difference of any output from the exact one, over that one's largest value or 1. Raises `Gone`."""
-    found = _read(worker, case | {"batch": 1}, folder / "found.npz")
+    found = _read(worker, case, folder / "found.npz")
     return float(max(np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(found, exact, strict=True)))
 
 
-def _read(worker: Worker, case: dict[str, Any], path: Path) -> list[Any]:
-    worker.ask("outputs", **case, path=str(path))
+def _read(worker: Worker, case: str, path: Path) -> list[Any]:
+    """Outputs of batch 1."""
+    worker.ask("outputs", graph=case, batch=1, path=str(path))
     with np.load(path) as outputs:
         return [outputs[f"arr_{index}"] for index in range(len(outputs))]
 

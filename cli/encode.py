@@ -78,7 +78,7 @@ def decode(
     from hflow_rt.runtime.images.pictures import check_pictures, to_uint8, write_pictures
     from hflow_rt.runtime.latents.files import how_made, load_latents
     from hflow_rt.runtime.latents.operations import check_latents
-    from hflow_rt.runtime.latents.round_trips import BATCH, decoded
+    from hflow_rt.runtime.latents.round_trips import decoded, together
 
     session = asked.open()
     values, about = load_latents(latents)
@@ -91,7 +91,7 @@ def decode(
     if trip is not None and trip.backend != session.backend:
         note(f"note: what {latents} says of exactness holds on {trip.backend}, and this is {session.backend}")
     check_pictures(asked.output, range(count), session.resolution)
-    batch = BATCH if trip is None else trip.batch
+    batch = together(session, count) if trip is None else trip.batch
     parts = decoded(session, values, made.controls, batch, lambda parts: tracked(parts, count, len, "decoding"))
     where = write_pictures(asked.output, np.concatenate([to_uint8(part) for part in parts]))
     report = {"images": count, "output": where}

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,22 +152,7 @@ class Session(Runner):
         Traceback (most recent call last):
         hflow_rt.errors.DataError: the number of steps is for models of many, and this hflow model takes one; omit it
         """
-        loops = {name: way for name, way in self.manifest.routes.items() if isinstance(way, Loop)}
-        what = f"this {self.manifest.family} model"
-        if not loops:
-            raise DataError(f"the number of steps is for models of many, and {what} takes one; omit it")
-        most = min(len(next(iter(self.drawing.table(loop.schedule).values()))) for loop in loops.values())
-        check_count("the number of steps", steps)
-        if steps > most:
-            raise DataError(f"the number of steps must be at most {most}, of {what}; found {steps}")
-        if steps < most and not all(loop.leads_to for loop in loops.values()):
-            raise DataError(
-                f"fewer than {most} steps need the mean and variance of training images, and {what} lacks them;"
-                " omit the number, or import it again with --images"
-            )
-        fewer = {name: loop.model_copy(update={"steps": steps}) for name, loop in loops.items()}
-        manifest = self.manifest.model_copy(update={"routes": self.manifest.routes | fewer})
-        return Session(replace(self.bundle, manifest=manifest), self._engine)
+        return Session(self.drawing.in_steps(steps), self._engine)
 
     @property
     def std(self) -> list[str]:

@@ -116,22 +116,6 @@ def test_a_bank_that_is_missing_or_changed(hflow: Command, model: Path) -> None:
     refused(hflow("sample"), "has no bank.safetensors; export again with")
 
 
-def test_between_samples_colours_go_in_a_line_and_noise_turns(hflow: Command, model: Path) -> None:
-    ok(hflow("interpolate", "--frames", 3, "--seed", 6, "-o", "i.png"))
-    session = load(model, device="cpu")
-    (ends,) = session.draw([0, 1], seed=6)
-    half = np.sqrt(np.float32(0.5))
-    middle = {name: np.float32(0.5) * (np.asarray(v)[:1] + np.asarray(v)[1:]) for name, v in ends.items()}
-    for name in ("start_noise", "noise"):
-        middle[name] = half * (np.asarray(ends[name])[:1] + np.asarray(ends[name])[1:])
-    expected = np.concatenate([to_uint8(session.forward(part)) for part in (ends, middle)])[[0, 2, 1]]
-    shown = pixels("i.png")
-    size = shown.shape[0] // 8 if shown.shape[0] % 8 == 0 else 1
-    assert size == 1
-    found = np.stack([shown[-8:, 2 + column * 10 : 10 + column * 10] for column in range(3)])
-    assert np.abs(found.astype(int) - expected).max() <= 1
-
-
 def test_latent_tools(hflow: Command, model: Path) -> None:
     """Each on real images, where it takes any, with levels of the loop among what is mixed and zeroed."""
     session = load(model, device="cpu")

@@ -95,6 +95,9 @@ def test_blur_is_the_damping_of_cosine_waves() -> None:
     each = torch.tensor([3, 0, 4, 1])
     assert torch.equal(blur(x, each)[2], blur(x[2:3], 4)[0])
     assert torch.allclose(blur(x, 0), x, atol=1e-14)
+    for beyond in (5, -1, torch.tensor([0, 1, 5, 2])):
+        with pytest.raises(ConfigError, match=r"a level of blur must be in 0 \.\. 4; found (5|-1)"):
+            blur(x, beyond)
     assert torch.allclose(blur(torch.full_like(x, 0.3), 4), torch.full_like(x, 0.3), atol=1e-14)
 
 

@@ -8,6 +8,7 @@ import pytest
 from hflow_rt.errors import DataError
 from hflow_rt.models.checkpoint import load_model
 from hflow_rt.runtime import load
+from hflow_rt.runtime.latents.latent_views import between, samples
 from hflow_rt.runtime.loops import shortened
 from hflow_rt.runtime.session import Session
 
@@ -97,3 +98,21 @@ def test_a_latent_of_the_start_needs_no_call(session: Session, monkeypatch: pyte
     expected = session.inverse(images).latents["start"]
     monkeypatch.setattr(session._engine, "loop", lambda *_: pytest.fail("a loop for its start"))
     np.testing.assert_array_equal(session.inverse(images, only="start").latents["start"], expected)
+
+
+@pytest.mark.parametrize("mode", ["lerp", "slerp"])
+def test_between_samples_colours_go_in_a_line_and_noise_turns(session: Session, mode: str) -> None:
+    """As the original does, whatever the mode: noise keeps its variance."""
+    ends = samples(session, 2, seed=6)
+    half = np.sqrt(np.float32(0.5))
+    weights = {"start": np.float32(0.5), "start_noise": half, "noise": half, "residual": np.float32(0.5)}
+    middle = {name: weights[name] * (values[:1] + values[1:]) for name, values in ends.items()}
+    assert middle["noise"].std() == pytest.approx(1, abs=0.05)
+    found = np.concatenate(list(between(session, ends, 3, mode)))
+    np.testing.assert_allclose(found[[0, 2]], session.forward(ends), atol=1e-5)
+    np.testing.assert_allclose(found[1:2], session.forward(middle), atol=1e-5)
+    # noise that both share stays what it is
+    shared = ends | {"noise": ends["noise"][[0, 0]]}
+    middle["noise"] = ends["noise"][:1]
+    again = np.concatenate(list(between(session, shared, 3, mode)))
+    np.testing.assert_allclose(again[1:2], session.forward(middle), atol=1e-5)

@@ -55,8 +55,10 @@ def test_calls_are_filled_up(session: Session, calls: list[int], monkeypatch: py
     for rows in ([4], [3, 0, 4], [1, 4, 2, 4]):
         some = np.concatenate(list(decoded(session, {name: v[rows] for name, v in found.items()}, batch=2)))
         np.testing.assert_array_equal(some, back[rows])
-    assert together(session, 1) == 1
-    assert together(session, 9) == 2
+    monkeypatch.setattr(round_trips, "BATCH", 16)
+    assert [together(session, count) for count in (1, 16, 17, 40)] == [1, 16, 9, 14]
+    monkeypatch.setattr(round_trips, "_BYTES", 4 * 3 * sum(np.prod(shape) for shape in session.input_shapes.values()))
+    assert together(session, 7) == 3
 
 
 def test_models_of_one_call_are_not_filled_up(tiny_run: Path) -> None:

@@ -150,7 +150,7 @@ class Session(Runner):
         >>> import hflow_rt
         >>> hflow_rt.load().in_steps(1).steps
         Traceback (most recent call last):
-        hflow_rt.errors.DataError: the number of steps is for models of many, and this hflow model takes one; omit it
+        hflow_rt.errors.DataError: the number of steps is for models of many, and this ... model takes one; omit it
         """
         return Session(self.drawing.in_steps(steps), self._engine)
 

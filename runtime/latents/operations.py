@@ -206,11 +206,12 @@ def _path(mode: str, joined: Iterable[Sequence[str]], straight: Collection[str],
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)
-    plain = lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
+    plain: _Path = lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
 
     def path(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
         _check_pair(a, b)
-        others = plain(*({name: end[name] for name in end if name not in turned} for end in (a, b)), t)
+        first, last = ({name: end[name] for name in end if name not in turned} for end in (a, b))
+        others = plain(first, last, t)
         return {name: others[name] if name in others else _turn(a[name], b[name], t) for name in a}
 
     return path

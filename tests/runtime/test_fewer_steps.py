@@ -1,5 +1,6 @@
 """Loops of fewer calls: which rows they take, what the calls do, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +87,8 @@ def test_fewer_calls_that_are_refused(session: Session, tiny_run: Path) -> None:
         load(tiny_run, device="cpu").in_steps(1)
     manifest = session.manifest
     routes = {name: way.model_copy(update={"leads_to": ()}) for name, way in manifest.routes.items()}  # type: ignore[union-attr]
-    bare = Session(session.bundle, session._engine)
-    bare.manifest = manifest.model_copy(update={"routes": routes})
+    manifest = manifest.model_copy(update={"routes": routes})
+    bare = Session(dataclasses.replace(session.bundle, manifest=manifest), session._engine)
     assert bare.in_steps(4).steps == 4
     with pytest.raises(DataError, match="fewer than 4 steps need the mean and variance of training images, and this"):
         bare.in_steps(3)

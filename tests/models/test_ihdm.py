@@ -288,7 +288,7 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     x = (255 * image[:1] + draws["uniform"][:1]) / 256
     states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
     costs = torch.stack([level_cost(model, x, level, states[:, level - 1]) for level in range(1, 5)], 1)
-    start = start_cost(model, x, model.bank()["start"], 0.0125) / (3 * 16 * 16 * math.log(2))
+    start = start_cost(model, x, model.bank()["start"], 0.0125) / (3 * 8 * 8 * math.log(2))
     total = start + costs.sum(1)
     assert torch.allclose(torch.stack(list(parts.values())).sum(0).mean(), total, rtol=1e-12)
     assert costs.shape == (1, 4)

@@ -258,7 +258,7 @@ def _calls(session: Session, level: str) -> tuple[str, int | None]:
     steps = getattr(session.drawing.beside().get(name), "steps", None)
     if colon and steps is None:
         raise DataError(f"'{level}' names some calls of a loop, and '{name}' is not of every call; give its name alone")
-    if colon and not (count.isdigit() and 1 <= int(count) <= steps):
+    if colon and not (count.isdigit() and 1 <= int(count) <= (steps or 0)):
         raise DataError(f"'{level}' must name 1 .. {steps} calls of '{name}'")
     return name, int(count) if colon else None
 

@@ -92,7 +92,8 @@ class Extrapolation(nn.Module):
         amplified = variance * left * (further - left) / (variance * left.square() + self.drowned)
         waves = basis @ mean @ basis.T
         added = amplified * (waves - average * left) + average * (further - left)
-        return mean + basis.T @ added @ basis
+        found: Tensor = mean + basis.T @ added @ basis
+        return found
 
 
 class Step(nn.Module):

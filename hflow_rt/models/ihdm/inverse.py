@@ -101,6 +101,8 @@ class _Parts:
         grid: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """As the graph."""
-        return self._read(
-            u, images, target_noise, level, goes_on, reached, self.delta, torch.full_like(self.delta, grid)
+        grids = torch.full_like(self.delta, grid)
+        found: tuple[Tensor, Tensor, Tensor] = self._read(
+            u, images, target_noise, level, goes_on, reached, self.delta, grids
         )
+        return found

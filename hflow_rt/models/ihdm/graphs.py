@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hflow_rt.kernels.sampler_update import sampler_update
 from hflow_rt.models.family import GraphSpec, Loop, Route, TensorSpec
 from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
@@ -85,15 +86,28 @@ class Extrapolation(nn.Module):
         self.register_buffer("moments", moments, persistent=False)
 
     def forward(self, mean: Tensor, damping: Tensor, reached: Tensor) -> Tensor:
-        """`[B, C, R, R]`, and the damping of both levels along an axis, `[1, R]`, to `[B, C, R, R]`."""
+        """`[B, C, R, R]`, and the damping of both levels along an axis, `[1, R]`, to what is added, `[B, C, R, R]`."""
         basis, (average, variance) = self.basis.to(mean), self.moments.to(mean)
         left, further = (axis[:, :, None] * axis[:, None] for axis in (damping, reached))
         # g - 1 without a quotient of two numbers that may both be almost zero
         amplified = variance * left * (further - left) / (variance * left.square() + self.drowned)
         waves = basis @ mean @ basis.T
         added = amplified * (waves - average * left) + average * (further - left)
-        found: Tensor = mean + basis.T @ added @ basis
+        found: Tensor = basis.T @ added @ basis
         return found
+
+
+def _change(
+    network: UNet,
+    beyond: Extrapolation | None,
+    u: Tensor,
+    level: Tensor,
+    damping: Tensor | None,
+    reached: Tensor | None,
+) -> Tensor:
+    """What a call adds to its state, before noise."""
+    change = network.walk(u, level)
+    return change if beyond is None else change + beyond(u + change, damping, reached)
 
 
 class Step(nn.Module):
@@ -118,11 +132,8 @@ class Step(nn.Module):
 
         damping, reached: of `Extrapolation`, where the model has it.
         """
-        mean = u + self.network.walk(u, level)
-        if self.beyond is not None:
-            mean = self.beyond(mean, damping, reached)
-        u_next = mean + _wide(goes_on * delta) * noise + _wide(1 - goes_on) * residual
-        return u_next, u_next.clamp(0, 1)
+        change = _change(self.network, self.beyond, u, level, damping, reached)
+        return sampler_update(u, change, noise, residual, goes_on * delta, 1 - goes_on)
 
 
 class BlurStart(nn.Module):
@@ -176,9 +187,7 @@ class Read(nn.Module):
         reached: damping of the level that the call leads to. grid: `[B]`, noise is rounded to its multiples; 0 for not
         at all. damping: of `Extrapolation`, where the model has it.
         """
-        mean = u + self.network.walk(u, level)
-        if self.beyond is not None:
-            mean = self.beyond(mean, damping, reached)
+        mean = u + _change(self.network, self.beyond, u, level, damping, reached)
         noisy, last = _wide(goes_on), _wide(1 - goes_on)
         target = damped(image, self.basis.to(image), reached) + self.sigma * target_noise
         gap = noisy * target + last * image - mean  # at the last, the image to the bit

@@ -244,7 +244,7 @@ def _bits_lines(found: "BitsReport") -> list[str]:
             lines.append(f"{claim.title}: none, because {found.reasons[name]}")
             continue
         bound = found.bounds[name]
-        lines += [f"{claim.title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
+        lines += [f"{claim.title}: {_estimate(bound.quoted.estimate)} {bound.quoted.unit}", *_table(bound)]
     if found.noise:
         scales = (
             f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()

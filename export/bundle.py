@@ -84,6 +84,7 @@ def export_bundle(
         specs = model.graphs()
         ways = _routes(model, routes)
         needed = {name for way in ways.values() for name in graphs_of(way)} | ({"bound"} if bound else set())
+        needed |= specs.keys() & {"features"} if bound else set()
         if missing := sorted(needed - specs.keys()):
             raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
         if "forward" in ways:  # the graphs of other spaces serve interpolation

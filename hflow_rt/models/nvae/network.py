@@ -152,6 +152,10 @@ class Network(nn.Module):
         logits = self.top_down(choose, features[0].shape[0])
         return Inferred(tuple(groups), logits)
 
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Parameters of the distribution of pixels for latents of each group, top first. No prior is asked."""
+        return self.top_down(lambda group, state, prior: latents[group], latents[0].shape[0])
+
     def generate(self, noise: Sequence[Tensor]) -> Generated:
         """Latents that noise for each group, top first, stands for under the prior. A temperature scales the noise."""
         latents: list[Tensor] = []

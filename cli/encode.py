@@ -1,7 +1,7 @@
 """`hflow-rt encode` and `hflow-rt decode`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +14,14 @@ from hflow_rt.names import quoted
 _SHOWN = 8  # images
 
 
-@latent_command("latents.safetensors", "label", about="Where the latents go (.safetensors).", panel=None)
+@latent_command("latents.safetensors", "seed", "label", about="Where the latents go (.safetensors).", panel=None)
 def encode(
     asked: Asked,
     images: Annotated[list[Path], typer.Argument(help="Image files, folders or archives.")],
     picture: Annotated[Path | None, typer.Option(help="Also write originals over their reconstructions.")] = None,
+    posterior: Annotated[
+        bool, typer.Option("--posterior", help="Draw latents of a model that tells a distribution, not its mean.")
+    ] = False,
 ) -> None:
     """Map images to latents, exactly, with their log-probability.
 
@@ -35,8 +38,9 @@ def encode(
         check_picture_name(picture)
     session = asked.open()
     unused: dict[str, str] = {}
-    found = asked.encode(session, *asked.read(session, images, unused=unused))
-    about = {"images": found.names, "skipped": unused}
+    found = asked.encode(session, *asked.read(session, images, unused=unused), posterior=posterior)
+    about: dict[str, Any] = {"images": found.names, "skipped": unused}
+    about |= {"posterior": True, "seed": asked.seed} if posterior else {}
     scores = {name: values.tolist() for name, values in found.scores.items()}
     save_latents(output, found.latents, about_model(session) | about | scores)
     if picture is not None:

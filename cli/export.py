@@ -100,6 +100,14 @@ def export(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="std=S,steps=N",
+            help="Move statistics of norms to those of samples at this std, of a model that has any; none for no more.",
+            show_default=False,
+        ),
+    ] = None,
     flavor: Annotated[
         _Flavor | None,
         typer.Option(
@@ -154,7 +162,7 @@ def export(
     """Write the engines of a trained model and prove that they are that model.
 
     Options that are omitted stay as in the bundle that is replaced: --direction, --bound, --std, --half, --precision,
-    --tune.
+    --tune, --calibrate.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
@@ -168,6 +176,7 @@ def export(
         half,
         None if precision is None else precision.value,
         None if tune is None else tune.value,
+        calibrate,
     )
     options = EngineOptions(
         None if flavor is None else flavor.value, capabilities, batch, workspace, refit, update_weights

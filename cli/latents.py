@@ -119,12 +119,15 @@ class Asked:
         names: list[str],
         pixels: "NDArray[np.float32]",
         conditions: "Mapping[str, NDArray[np.float32]] | None" = None,
+        posterior: bool = False,
     ) -> Start:
         """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
         from hflow_rt.runtime.latents.latent_views import encoded
 
         known = self.conditions(session, names) if conditions is None else conditions
-        found = encoded(session, pixels, known, lambda parts: tracked(parts, len(pixels), len, "encoding"))
+        found = encoded(
+            session, pixels, known, lambda parts: tracked(parts, len(pixels), len, "encoding"), self.seed, posterior
+        )
         return Start(names, pixels, found.latents, found.scores)
 
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":

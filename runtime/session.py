@@ -238,12 +238,14 @@ class Session(Runner):
         *,
         seed: int = 0,
         first: int = 0,
+        posterior: bool = False,
     ) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
         conditions: one-hot `[B, options]` for every condition of the model. controls: as of `forward`, which must have
         the same. seed, first: of what is random in the latents of an image, which most models have not; the first
-        image is number `first` of `seed`. Raises `DataError`, and `NoInverse` where there is none.
+        image is number `first` of `seed`. posterior: draw latents that could be the image's, where the model tells a
+        distribution of them, instead of its mean. Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
         >>> session = hflow_rt.load()
@@ -265,7 +267,9 @@ class Session(Runner):
             raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
         check_conditions(self.conditions, arrays)
         beside = self._set(controls or {}, pixels, "inverse")
-        drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse")
+        if posterior and self.drawing.beside("inverse") == self.drawing.beside("inverse", every=True):
+            raise DataError(f"this {self.manifest.family} model has no posterior to draw latents from; omit it")
+        drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse", posterior)
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
         outputs = self.run("inverse", {"image": pixels, **arrays, **beside}) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
@@ -279,10 +283,12 @@ class Session(Runner):
         *,
         option: str | None = None,
         controls: Mapping[str, float] | None = None,
+        pixels: bool = False,
     ) -> Array:
         """`n` images float32 `[n, C, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
 
-        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`.
+        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`. pixels:
+        as of `drawn_pixels`.
 
         >>> import hflow_rt
         >>> hflow_rt.load().sample(2, std=0.7, seed=1).shape
@@ -291,8 +297,30 @@ class Session(Runner):
         check_count("the number of images", n)
         size = 4 * n * self.channels * self.resolution**2
         need(size, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
-        parts = [self.forward(latents, controls) for latents in self.draw(range(n), std, seed, option=option)]
+        parts: list[Array] = []
+        for latents in self.draw(range(n), std, seed, option=option):
+            if pixels:
+                parts.append(self.drawn_pixels(latents, controls, seed=seed, first=sum(map(len, parts))))
+            else:
+                parts.append(self.forward(latents, controls))
         return np.concatenate(parts)
+
+    def drawn_pixels(
+        self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None, *, seed: int = 0, first: int = 0
+    ) -> Any:
+        """The images `first`, ... of `seed` for their latents, every pixel drawn from its distribution, not the mean.
+
+        controls: as of `forward`. Raises `DataError` as it does, and where the model tells no distributions of pixels.
+        """
+        ways = [(space.into, space.draw) for space in self.manifest.spaces.values() if space.into and space.draw]
+        if not ways:
+            raise DataError(f"this {self.manifest.family} model tells no distributions to draw pixels from; omit it")
+        ((into, draw),) = ways
+        arrays, restore = self._checked(latents, controls)
+        count = len(next(iter(arrays.values())))
+        drawn = self.drawing.of(self._graph(draw).inputs, seed, range(first, first + count))
+        kept = {name: as_kind(next(iter(arrays.values())), values) for name, values in drawn.items()}
+        return restore(self.run_graph(draw, self.run_graph(into, arrays) | kept)["image"])
 
     def read(self, *paths: Path | str) -> Array:
         """Image files, and all images of folders, archives and arrays, as `inverse` takes them: `[B, C, R, R]`.

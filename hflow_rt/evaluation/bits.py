@@ -137,17 +137,20 @@ def measure(
         raise DataError("a model of classes is measured on images in folders named after them; found none")
 
     def features(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        moved = ready(inputs)
         if session is None:
-            return dict(model.bound_features(inputs["image"].to(device)))
-        known = "features" in session.manifest.graphs
-        return session.run_graph("features", {"image": inputs["image"].numpy()}) if known else {}
+            return dict(model.bound_features(moved))
+        return session.run_graph("features", moved) if "features" in session.manifest.graphs else {}
 
     def terms(inputs: dict[str, torch.Tensor], once: dict[str, Any]) -> Parts:
         if session is None:
-            found = model.bound_terms({name: value.to(device) for name, value in inputs.items()} | once)
+            found = model.bound_terms(ready(inputs) | once)
             return {name: values.cpu().double().numpy() for name, values in found.items()}  # some GPUs lack float64
-        arrays = {name: value.numpy() for name, value in inputs.items()} | once
-        return {name: values.astype(np.float64) for name, values in session.run_graph("bound", arrays).items()}
+        bound = session.run_graph("bound", ready(inputs) | once)
+        return {name: values.astype(np.float64) for name, values in bound.items()}
+
+    def ready(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {name: value.to(device) if session is None else value.numpy() for name, value in inputs.items()}
 
     def drawn(bound: str, draw: int, part: range) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part)))

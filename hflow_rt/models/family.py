@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.conditions import Options, by_folder
+from hflow_rt.errors import ConfigError
 from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
 from hflow_rt.models.registry import ModelConfig
 
@@ -236,8 +237,8 @@ class LatentModel(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    def bound_features(self, image: Tensor) -> dict[str, Tensor]:
-        """What the graph `features` computes of images `[B, C, R, R]` in [0, 1]: inputs of `bound_terms` by name.
+    def bound_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the graph `features` computes of the images in `bound_inputs`: more inputs of `bound_terms` by name.
 
         It is computed once for all draws of an image; most families have nothing of the kind, and no such graph.
         """
@@ -261,6 +262,13 @@ class LatentModel(nn.Module, ABC):
         Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
         """
         raise NotImplementedError
+
+    def calibrate(self, latents: Iterable[Mapping[str, Tensor]]) -> None:
+        """Move to those of samples, once before export, what statistics training left; latents `[B, *shape]` a step.
+
+        Raises `ConfigError` in a family that has none.
+        """
+        raise ConfigError("models of this family have nothing to calibrate; omit --calibrate")
 
     def routes(self) -> Mapping[Route, str | Loop]:
         """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""

@@ -77,6 +77,8 @@ def encoded(
     pixels: Array,
     conditions: Mapping[str, Array],
     track: Callable[[Sequence[range]], Iterable[range]] = lambda parts: parts,
+    seed: int = 0,
+    posterior: bool = False,
 ) -> Encoded:
     """Images `[N, C, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
     starts = range(0, len(pixels), _BATCH)
@@ -84,7 +86,7 @@ def encoded(
     for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
         part = slice(rows.start, rows.stop)
         given = {name: values[part] for name, values in conditions.items()}
-        parts.append(session.inverse(pixels[part], given, first=rows.start))
+        parts.append(session.inverse(pixels[part], given, seed=seed, first=rows.start, posterior=posterior))
     return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
 
 

@@ -178,12 +178,12 @@ def spectra(case: Case) -> Quantities:
 
 @torch.no_grad()
 def readjusted(case: Case) -> Quantities:
-    network, temperature = case.network().train(), 0.6
-    for index in range(len(case.groups("readjust.eps_p")[0])):
-        network.generate([temperature * tensor for tensor in case.groups("readjust.eps_p", index)])
+    network, temperature = case.network(), 0.6
+    steps = [case.groups("readjust.eps_p", index) for index in range(len(case.groups("readjust.eps_p")[0]))]
+    network.calibrate(packed(network.config, "z", [temperature * noise for noise in step]) for step in steps)
     yield "readjust.running_mean", case.statistics(network, "running_mean")
     yield "readjust.running_var", case.statistics(network, "running_var")
-    logits = network.eval().generate([temperature * tensor for tensor in case.groups("eps_p")]).logits
+    logits = network.generate([temperature * tensor for tensor in case.groups("eps_p")]).logits
     yield "readjust.mean", pixels(network.config, logits).mean()
     yield "readjust.logits_rms", logits.square().mean((2, 3)).sqrt()
 

@@ -217,6 +217,38 @@ def test_spaces_lead_to_the_same_image(session: Session) -> None:
         np.testing.assert_allclose(session.decode(space, values), image, atol=1e-4)
 
 
+def test_pixels_are_drawn_or_refused(session: Session) -> None:
+    (latents,) = session.draw([0, 1, 2])
+    if not any(space.draw for space in session.manifest.spaces.values()):
+        with pytest.raises(DataError, match="no distributions to draw pixels from"):
+            session.drawn_pixels(latents)
+        return
+    drawn = session.drawn_pixels(latents, seed=1)
+    np.testing.assert_array_equal(session.sample(3, seed=0, pixels=True), session.drawn_pixels(latents, seed=0))
+    np.testing.assert_array_equal(
+        session.drawn_pixels({n: z[2:] for n, z in latents.items()}, seed=1, first=2), drawn[2:]
+    )
+    many = np.mean([session.drawn_pixels(latents, seed=seed) for seed in range(200)], axis=0)
+    mean = session.forward(latents)
+    assert np.abs(many - mean).mean() < 0.1 < np.abs(drawn - mean).mean()  # clipped draws have another mean
+
+
+def test_latents_of_a_posterior_are_drawn_or_refused(made: Made, session: Session) -> None:
+    if "inverse" not in made.model.routes():
+        return
+    told = in_turn(session.conditions, range(3))
+    if all(tensor.default is None for tensor in session.drawing.inputs("noise", route="inverse")):
+        with pytest.raises(DataError, match="no posterior to draw latents from"):
+            session.inverse(made.images, told, posterior=True)
+        return
+    drawn = [session.inverse(made.images, told, seed=seed, posterior=True).latents for seed in (1, 2)]
+    rest = {name: values[1:] for name, values in told.items()}
+    part = session.inverse(made.images[1:], rest, seed=1, first=1, posterior=True).latents
+    for name, mean in session.inverse(made.images, told).latents.items():
+        np.testing.assert_allclose(part[name], drawn[0][name][1:], atol=1e-4)
+        assert min(np.abs(a - b).mean() for a, b in ((mean, drawn[0][name]), (drawn[0][name], drawn[1][name]))) > 0.1
+
+
 def test_controls(session: Session) -> None:
     (latents,) = session.draw([0, 1])
     plain = session.forward(latents)

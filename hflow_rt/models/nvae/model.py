@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Space
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.graphs import SPACES, feature_specs, graphs, noise_specs
-from hflow_rt.models.nvae.network import Network
+from hflow_rt.models.nvae.network import Network, unpacked
 from hflow_rt.models.nvae.objective import bound_parts
 from hflow_rt.models.plan import draw
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from hflow_rt.models.plan import TrainingPlan
@@ -64,12 +65,20 @@ class NVAE(Network, LatentModel):
         image = public_levels(pixels, self.config.bits)
         return {"image": image, **draw(noise_specs(self.config), len(pixels), generator)}
 
-    def bound_features(self, image: Tensor) -> dict[str, Tensor]:
-        found = self.bottom_up(self.pad(image.to(self.top)))
+    def bound_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self.bottom_up(self.pad(inputs["image"].to(self.top)))
         return {spec.name: value for spec, value in zip(feature_specs(self.config), found, strict=True)}
 
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return bound_parts(self, {name: value.to(self.top) for name, value in inputs.items()})
+
+    @torch.no_grad()
+    def calibrate(self, latents: Iterable[Mapping[str, Tensor]]) -> None:
+        """Statistics of the decoder's batch norms; the encoder keeps those of images."""
+        self.train()
+        for drawn in latents:
+            self.generate([noise.to(self.top) for noise in unpacked(self.config, "z", drawn)])
+        self.eval()
 
     def graphs(self) -> dict[str, GraphSpec]:
         return graphs(self)

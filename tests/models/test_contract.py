@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError, DataError, NoInverse
 from hflow_rt.evaluation.bits import BitsReport, measure
 from hflow_rt.export.bundle import export_bundle
+from hflow_rt.export.mixed_precision import to_mixed_precision
 from hflow_rt.manifest import Manifest, graphs_of, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
 from hflow_rt.models.family import LatentModel, Loop
@@ -173,6 +176,19 @@ def test_every_graph_is_proved(made: Made) -> None:
     for name, graph in manifest.graphs.items():
         spec = specs[name]
         assert [tensor.role for tensor in graph.inputs] == [tensor.role for tensor in spec.inputs]
+
+
+def test_nets_may_be_in_half_precision(made: Made, session: Session) -> None:
+    spec, graph = made.model.graphs().get("forward"), made.manifest.graphs.get("forward")
+    if spec is None or graph is None or not spec.nets:
+        return
+    proto = onnx.load(str(made.folder / "bundle" / graph.file))
+    assert to_mixed_precision(proto, spec.nets, spec.heads) > 4
+    (latents,) = session.draw([0, 1], std=1.0)
+    engine = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (image,) = engine.run(None, {tensor.name: latents[tensor.name] for tensor in graph.inputs})
+    difference = image - session.forward(latents)
+    assert 0 < np.square(difference).mean() < 1e-5  # 50 dB
 
 
 def test_an_image_of_a_seed_is_the_same_in_any_batch(made: Made, session: Session) -> None:

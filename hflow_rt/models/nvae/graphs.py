@@ -20,6 +20,9 @@ __all__ = ["SPACES", "feature_specs", "graphs", "noise_specs"]
 # pixels: parameters of the distribution of every pixel
 SPACES = {"values": Space(into="values", decode="decode"), "pixels": Space(into="parameters", draw="pixel")}
 
+# What cells add to the state is a tenth of what these compute; the state itself, samplers and head stay in float32.
+_NETS = ("*.body.*",)
+
 
 class _Graph(nn.Module):
     def __init__(self, network: Network, inputs: Sequence[TensorSpec]) -> None:
@@ -118,8 +121,8 @@ def graphs(network: Network) -> dict[str, GraphSpec]:
         made["features"] = (_Features, (image,), features)
         made["bound"] = (_Bound, (image, *features, *noise_specs(config)), parts)
     found = {
-        name: GraphSpec(name, graph(plain, inputs), graph(network, inputs), inputs, outputs)
+        name: GraphSpec(name, graph(plain, inputs), graph(network, inputs), inputs, outputs, _NETS)
         for name, (graph, inputs, outputs) in made.items()
     }
     drawing = _Pixel(config)
-    return found | {"pixel": GraphSpec("pixel", drawing, drawing, (parameters, *draw_specs(config)), (image,))}
+    return found | {"pixel": GraphSpec("pixel", drawing, drawing, (parameters, *draw_specs(config)), (image,), _NETS)}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
 from hflow_rt.models.nvae.batch_norm import BatchNorm, standing_still
+from hflow_rt.models.nvae.cells import DownSkip
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.plan import NVAEPlan
@@ -47,6 +48,21 @@ def test_recomputed_activations_change_nothing_but_memory() -> None:
     pixels = batch(kept).pixels
     whole, less = (saved_bytes(one, pixels, [""] * 4) for one in (kept, again))
     assert less < 0.6 * whole
+
+
+def test_a_down_skip_stays_within_its_memory() -> None:
+    """Channels last, as runs on a CPU lie: once its gradient ended the process."""
+    torch.manual_seed(0)
+    skip = DownSkip(12)
+    x = torch.randn(16, 12, 64, 64)
+    found = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        mine = x.clone(memory_format=memory).requires_grad_()
+        out = skip(mine)
+        (gradient,) = torch.autograd.grad(out.square().sum(), mine)
+        found.append((out.detach(), gradient))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_stand_still_where_they_are_told_to() -> None:

@@ -46,11 +46,13 @@ class DownSkip(nn.Module):
         super().__init__()
         quarter = channels // 2
         widths = (quarter, quarter, quarter, 2 * channels - 3 * quarter)
-        self.convs = nn.ModuleList(NormedConv2d(channels, width, 1, stride=2) for width in widths)
+        self.convs = nn.ModuleList(NormedConv2d(channels, width, 1) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(x)
-        shifted = (conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(self.convs, SHIFTS, strict=True))
+        # Copies of every second pixel: convolutions of stride 2 on such a view, channels last, write beyond the end of
+        # their memory on a CPU (torch 2.13).
+        shifted = (conv(x[:, :, dy::2, dx::2].clone()) for conv, (dy, dx) in zip(self.convs, SHIFTS, strict=True))
         return torch.cat(list(shifted), 1)
 
 

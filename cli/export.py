@@ -1,8 +1,7 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,27 +14,6 @@ from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
 
 _TRT = "TensorRT"  # heading in the help
-
-
-class _Direction(StrEnum):
-    forward = "forward"
-    inverse = "inverse"
-    both = "both"
-
-
-class _Flavor(StrEnum):
-    tensorrt = "tensorrt"
-    rtx = "rtx"
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-    mixed = "mixed"
-
-
-class _Tuning(StrEnum):
-    any = "any"
-    cpu = "cpu"
 
 
 _ImagesOption = Annotated[
@@ -57,9 +35,14 @@ def export(
         ),
     ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
-    direction: Annotated[
-        _Direction | None,
-        typer.Option(help="forward is latents to image, inverse image to latents; both.", show_default=False),
+    route: Annotated[
+        Literal["forward", "inverse", "both"] | None,
+        typer.Option(
+            "--route",
+            "--direction",
+            help="forward is latents to image, inverse image to latents; both.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -87,14 +70,14 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        _Precision | None,
+        Literal["fp32", "mixed"] | None,
         typer.Option(
             help="Of the arithmetic: mixed computes the nets in float16, the flow in float32; fp32.",
             show_default=False,
         ),
     ] = None,
     tune: Annotated[
-        _Tuning | None,
+        Literal["any", "cpu"] | None,
         typer.Option(
             help="cpu takes whatever form of each layer this machine runs fastest, by measurement; any is the default.",
             show_default=False,
@@ -109,7 +92,7 @@ def export(
         ),
     ] = None,
     flavor: Annotated[
-        _Flavor | None,
+        Literal["tensorrt", "rtx"] | None,
         typer.Option(
             help="TensorRT, or TensorRT for RTX, which needs no GPU to build; else what is installed.",
             show_default=False,
@@ -161,26 +144,15 @@ def export(
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
 
-    Options that are omitted stay as in the bundle that is replaced: --direction, --bound, --std, --half, --precision,
+    Options that are omitted stay as in the bundle that is replaced: --route, --bound, --std, --half, --precision,
     --tune, --calibrate.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
     from hflow_rt.export.making import EngineOptions, GraphOptions, check_engine, fail_on, model_and_bundle
 
-    graphs = GraphOptions(
-        images,
-        None if direction is None else direction.value,
-        bound,
-        std,
-        half,
-        None if precision is None else precision.value,
-        None if tune is None else tune.value,
-        calibrate,
-    )
-    options = EngineOptions(
-        None if flavor is None else flavor.value, capabilities, batch, workspace, refit, update_weights
-    )
+    graphs = GraphOptions(images, route, bound, std, half, precision, tune, calibrate)
+    options = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, options)
     if engine == "trt":
         from hflow_rt.cli.engines import make_engines

@@ -55,7 +55,7 @@ class GraphOptions:
     """What `export` was asked for of the graphs; None where nothing was asked."""
 
     images: Sequence[Path] | None = None
-    direction: Routes | None = None
+    route: Routes | None = None
     bound: bool | None = None
     std: Sequence[str] | None = None
     half: bool | None = None
@@ -69,7 +69,7 @@ class GraphOptions:
         if there is not None:
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
-                direction="both" if whole else next(iter(there.routes)),
+                route="both" if whole else next(iter(there.routes)),
                 bound="bound" in there.graphs,
                 std=list(there.std),
                 half=there.checkpoint.get("weights") == HALF,
@@ -77,10 +77,10 @@ class GraphOptions:
                 tune=there.tuning,
                 calibrate=there.checkpoint.get(KEY, "none"),
             )
-        told = {name: value for name, value in vars(self).items() if value is not None}
+        asked = {name: value for name, value in vars(self).items() if value is not None}
         if self.calibrate not in (None, "none") and self.std is None:
-            told["std"] = list(parse_calibration(self.calibrate).std)  # what it is for
-        return replace(known, **told)
+            asked["std"] = list(parse_calibration(self.calibrate).std)  # what it is for
+        return replace(known, **asked)
 
     def words(self) -> str:
         """What differs from the defaults, as it would be typed."""
@@ -167,7 +167,7 @@ def export_graphs(
         source,
         folder,
         proof_pictures(options.images, config.resolution, note, config.channels),
-        wanted.direction or "both",
+        wanted.route or "both",
         progress,
         bound=bool(wanted.bound),
         half=bool(wanted.half),

@@ -42,7 +42,7 @@ def export(
     out: Path | str | None = None,
     *,
     images: Sequence[Path | str] | None = None,
-    direction: Routes | None = None,
+    route: Routes | None = None,
     bound: bool | None = None,
     std: Sequence[str] | None = None,
     half: bool | None = None,
@@ -68,13 +68,13 @@ def export(
     were built from.
 
     >>> import hflow_rt
-    >>> hflow_rt.export("runs/my-run", direction="forward").as_posix()
+    >>> hflow_rt.export("runs/my-run", route="forward").as_posix()
     'runs/my-run/bundle'
     """
     engines = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, engines)
     paths = None if images is None else [Path(path) for path in images]
-    options = GraphOptions(paths, direction, bound, std, half, precision, tune, calibrate)
+    options = GraphOptions(paths, route, bound, std, half, precision, tune, calibrate)
     run, out = (None if path is None else Path(path) for path in (run, out))
 
     with _heard() as warn:

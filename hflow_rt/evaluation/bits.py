@@ -1,6 +1,6 @@
 """Bits per dimension of a model on images, by every bound that it has.
 
-`measure` tells which latent costs how many bits; `evaluate` is what training asks of it now and then.
+`bits_per_dim` tells which latent costs how many bits; `bits_figures` is what training asks of it now and then.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ __all__ = [
     "BitsReport",
     "BoundBits",
     "LatentBits",
-    "evaluate",
-    "measure",
+    "bits_figures",
+    "bits_per_dim",
     "open_reference",
+    "pixels_of",
 ]
 
 Pixels = NDArray[np.uint8]
@@ -98,7 +99,7 @@ class BitsReport:
 
 
 @torch.no_grad()
-def measure(
+def bits_per_dim(
     model: LatentModel,
     images: Pixels | Selection,
     seed: int = 0,
@@ -153,12 +154,12 @@ def measure(
         return {name: value.to(device) if session is None else value.numpy() for name, value in inputs.items()}
 
     def drawn(bound: str, draw: int, part: range) -> dict[str, torch.Tensor]:
-        pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part)))
-        told = conditions_by_folder(model, [names[index] for index in part]) if names else {}
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels_of(images, part)))
+        conditions = conditions_by_folder(model, [names[index] for index in part]) if names else {}
         rows = []
         for i, index in enumerate(part):
             stream = generator(seed, streams.index(bound), draw, index)
-            one = {name: value[i : i + 1] for name, value in told.items()}
+            one = {name: value[i : i + 1] for name, value in conditions.items()}
             rows.append(model.bound_inputs(bound, pixels[i : i + 1], stream, one))
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
@@ -193,7 +194,7 @@ def measure(
     return BitsReport(claims, bounds, reasons, model.noise_scales())
 
 
-def evaluate(
+def bits_figures(
     model: LatentModel,
     pixels: Pixels,
     images: int,
@@ -202,12 +203,12 @@ def evaluate(
     batch: int = 32,
     names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """The totals of `measure` by name; what cannot be computed has a reason. Raises `DataError` as it does."""
+    """The totals of `bits_per_dim` by name; what cannot be computed has a reason. Raises `DataError` as it does."""
     if not model.bounds():
         return Evaluation(images, reason=NO_LIKELIHOOD)
     if len(pixels) == 0:
         return Evaluation(images, reason="there are no held-out images")
-    found = measure(model, pixels, seed, draws, batch, names=names)
+    found = bits_per_dim(model, pixels, seed, draws, batch, names=names)
     figures = {name: bound.quoted for name, bound in found.bounds.items()}
     return Evaluation(images, figures, found.reasons)
 
@@ -250,13 +251,17 @@ def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int, cla
     return BoundBits(Estimate.of(total), tuple(latents), Figure(claim.title, Estimate.of(quoted), claim.unit))
 
 
-def _part(images: Pixels | Selection, part: range) -> Pixels:
+def pixels_of(images: Pixels | Selection, part: range) -> Pixels:
+    """The images `part`, `[n, C, R, R]`."""
     return images.pixels(part) if isinstance(images, Selection) else images[part.start : part.stop]
 
 
 def _check(model: LatentModel, images: Pixels | Selection) -> None:
     """Of the first image, which all others are like."""
-    expected, first = (model.channels, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
+    expected, first = (
+        (model.channels, model.resolution, model.resolution),
+        pixels_of(images, range(min(len(images), 1))),
+    )
     if len(images) == 0 or first.shape[1:] != expected or first.dtype != np.uint8:
         found = f"{first.dtype} {[len(images), *first.shape[1:]]}"
         raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")

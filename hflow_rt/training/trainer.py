@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.evaluation.bits import evaluate
+from hflow_rt.evaluation.bits import bits_figures
 from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.memory import guarded
 from hflow_rt.models.family import LatentModel
@@ -160,11 +160,11 @@ class _Trainer:
 
     # -- what is done between steps, by the main process
 
-    def evaluate(self) -> Evaluation:
+    def bits_figures(self) -> Evaluation:
         """Bounds and the plan's figures on the held-out images, kept as the run's last ones."""
         run, settings = self.run, self.training
         if self.processes.is_main:
-            found = evaluate(
+            found = bits_figures(
                 run.average,
                 self.held_out,
                 run.place.images,

@@ -7,7 +7,7 @@ writes fixed addresses, so each batch size has buffers of its own (a `Lane`), an
 import contextlib
 import os
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -18,10 +18,20 @@ from hflow_rt.errors import BackendUnavailable, BundleError
 from hflow_rt.extras import needed
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.engines.cpu import Settings, TunedGraph, cores, default, shared_out, threads, tuned_graph
+from hflow_rt.runtime.engines.cpu import (
+    Settings,
+    TunedGraph,
+    cores,
+    default,
+    piece_of,
+    pieces_of,
+    shared_out,
+    threads,
+    tuned_graph,
+)
 from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
-from hflow_rt.runtime.loops import called, looped
+from hflow_rt.runtime.engines.engine import Calls, Engine
 
 __all__ = ["OnnxEngine", "open_engine"]
 
@@ -44,7 +54,7 @@ _RECORDED = 8  # batch sizes per graph: ONNX Runtime keeps what it recorded, and
 _GRAPH_ID, _NO_GRAPH = "gpu_graph_id", "-1"
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """Runs graphs of a bundle on one execution provider. Safe to share between threads.
 
     device: a key of `_PROVIDERS`. cuda: where given, its work is replayed as CUDA graphs. settings: how every graph
@@ -54,7 +64,10 @@ class OnnxEngine:
     def __init__(
         self, bundle: Bundle, device: str, runtime: Any, cuda: Cuda | None = None, settings: Settings | None = None
     ) -> None:
-        self._bundle, self._device, self._runtime, self._given = bundle, device, runtime, settings
+        super().__init__(bundle)
+        self._device, self._runtime, self._given = device, runtime, settings
+        self.tensors = None if device == "cpu" else f"cuda:{_device_id()}"
+        self.side_by_side = device == "cpu" and cores() > 1
         self._provider = _PROVIDERS[device]
         self._sessions: dict[tuple[str, bool], Any] = {}
         self._settings: dict[str, Settings] = {}
@@ -69,22 +82,6 @@ class OnnxEngine:
     @property
     def backend(self) -> str:
         return f"onnxruntime {self._provider}{' with a CUDA graph' if self._cuda is not None else ''}"
-
-    @property
-    def graphs(self) -> tuple[str, ...]:
-        return tuple(self._bundle.manifest.graphs)
-
-    @property
-    def verified(self) -> bool:
-        return self._bundle.manifest.verified
-
-    @property
-    def tensors(self) -> str | None:
-        return None if self._device == "cpu" else f"cuda:{_device_id()}"
-
-    @property
-    def side_by_side(self) -> bool:
-        return self._device == "cpu" and cores() > 1
 
     def close(self) -> None:
         with self._running, self._lock:
@@ -103,51 +100,50 @@ class OnnxEngine:
                 return self._replay(self._cuda, session, graph, inputs)
         return self._run(session, described, inputs)
 
-    def loop(
-        self,
-        graph: str,
-        first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[Mapping[str, Any]]:
-        described = self._bundle.manifest.graphs[graph]
-        arrays = all(isinstance(array, np.ndarray) for array in first.values())
-        if self._cuda is None and arrays:
-            device = ("cpu", 0) if self._device == "cpu" else ("cuda", int(_device_id()))
-            return _Bindings(self._runtime, self.session(graph), described, device).loop(first, rows, carry, every)
-        if self._cuda is not None and arrays:
-            return self._loop_lane(self._cuda, graph, first, rows, carry, every)
-        return looped(called(self.run, graph, described), first, rows, carry, every)
+    def loop(self, calls: Calls) -> Iterator[Mapping[str, Any]]:
+        if not calls.on_host:
+            return super().loop(calls)
+        return self._by_bindings(calls) if self._cuda is None else self._replayed(self._cuda, calls)
 
-    def _loop_lane(
-        self,
-        cuda: Cuda,
-        graph: str,
-        first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[Mapping[str, Any]]:
+    def _by_bindings(self, calls: Calls, options: Any = None) -> Iterator[Mapping[str, Any]]:
+        device = ("cpu", 0) if self._device == "cpu" else ("cuda", int(_device_id()))
+        graph = self._bundle.manifest.graphs[calls.graph]
+        parts = self.settings(calls.graph).parts(calls.batch) if self._device == "cpu" else 1
+        session = self.session(calls.graph, alone=parts > 1)
+        pieces = pieces_of(calls.batch, parts)
+
+        def shares(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+            return [{name: piece_of(array, piece) for name, array in values.items()} for piece in pieces]
+
+        bound = [
+            _Bindings(self._runtime, session, graph, device, first, calls.carry, options)
+            for first in shares(calls.first)
+        ]
+        run: Any = map if parts == 1 else self._workers().map
+        under_way = False
+        for row in calls.rows:
+            if under_way:
+                yield _joined(bound, calls.every)
+            list(run(_Bindings.call, bound, shares(row)))
+            under_way = True
+        if under_way:
+            yield _joined(bound, [tensor.name for tensor in graph.outputs])
+
+    def _replayed(self, cuda: Cuda, calls: Calls) -> Iterator[Mapping[str, Any]]:
         """By the CUDA graph of this batch size where it has one."""
-        batch = max(len(array) for array in first.values())
         with self._running, cuda.current():
-            lane = self._lane(cuda, graph, batch)
+            lane = self._lane(cuda, calls.graph, calls.batch)
             if lane is None:
-                described = self._bundle.manifest.graphs[graph]
-                bindings = _Bindings(self._runtime, self.session(graph), described, ("cuda", int(_device_id())))
-                yield from bindings.loop(first, rows, carry, every, self._options(_NO_GRAPH))
+                yield from self._by_bindings(calls, self._options(_NO_GRAPH))
             else:
-                with self._dropped_on_failure(graph, batch):
-                    yield from lane.loop(first, rows, carry, every)
+                with self._dropped_on_failure(calls.graph, calls.batch):
+                    yield from lane.loop(calls)
 
     def _run_on_cpu(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         if graph not in self.graphs:
             self._bundle.graph(graph)  # says which there are
         described = self._bundle.manifest.graphs[graph]
-        # rows that all images share cannot be shared out
-        alike = any(tensor.role == "schedule" for tensor in described.inputs)
-        parts = 1 if alike else self.settings(graph).parts(len(inputs[0]))
+        parts = self.settings(graph).parts(max(len(array) for array in inputs))
         if parts == 1:
             # what is left of a batch is not worth another session
             alone = (graph, True) in self._sessions and (graph, False) not in self._sessions
@@ -266,49 +262,59 @@ class OnnxEngine:
 
 
 class _Bindings:
-    """A session whose outputs become its inputs without leaving the device: two buffers of each take turns."""
+    """A session whose outputs become its inputs without leaving the device: two buffers of each take turns.
 
-    def __init__(self, runtime: Any, session: Any, graph: Graph, device: tuple[str, int]) -> None:
-        self._runtime, self._session, self._graph, self._device = runtime, session, graph, device
-        self._binding = session.io_binding()
+    first, carry: as in `Calls`. options: of every run.
+    """
 
-    def loop(
+    def __init__(
         self,
+        runtime: Any,
+        session: Any,
+        graph: Graph,
+        device: tuple[str, int],
         first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
         carry: Mapping[str, str],
-        every: Collection[str],
-        options: Any = None,
-    ) -> Iterator[Mapping[str, Any]]:
-        """As `looped`."""
+        options: Any,
+    ) -> None:
+        self._value, self._session, self._device = runtime.OrtValue, session, device
+        self._carry, self._options = carry, options
+        self._binding = session.io_binding()
         batch = max(len(array) for array in first.values())
-        value = self._runtime.OrtValue
-        shapes = {tensor.name: list(tensor.batched(batch)) for tensor in self._graph.outputs}
-        outputs = {
-            name: value.ortvalue_from_shape_and_type(shape, np.float32, *self._device) for name, shape in shapes.items()
+        self._outputs = {
+            tensor.name: self._value.ortvalue_from_shape_and_type(list(tensor.batched(batch)), np.float32, *device)
+            for tensor in graph.outputs
         }
         # a copy, because it is written to when its turn comes
-        carried = {entered: self._placed(first[entered].copy()) for entered in carry.values()}
+        self._carried = {entered: self._placed(first[entered].copy()) for entered in carry.values()}
         for name, array in first.items():
-            if name not in carried:
+            if name not in self._carried:
                 self._binding.bind_ortvalue_input(name, self._placed(array))
-        under_way = False
-        for row in rows:
-            if under_way:
-                yield {name: np.array(outputs[name].numpy()) for name in every}
-                for left, entered in carry.items():
-                    carried[entered], outputs[left] = outputs[left], carried[entered]
-            for name, given in (carried | {name: self._placed(array) for name, array in row.items()}).items():
-                self._binding.bind_ortvalue_input(name, given)
-            for name, room in outputs.items():
-                self._binding.bind_ortvalue_output(name, room)
-            self._session.run_with_iobinding(self._binding, options)
-            under_way = True
-        if under_way:
-            yield {name: np.array(room.numpy()) for name, room in outputs.items()}
+        self._called = False
+
+    def call(self, row: Mapping[str, Any]) -> None:
+        """Run on `row` and on what the call before left."""
+        if self._called:
+            for left, entered in self._carry.items():
+                self._carried[entered], self._outputs[left] = self._outputs[left], self._carried[entered]
+        for name, given in (self._carried | {name: self._placed(array) for name, array in row.items()}).items():
+            self._binding.bind_ortvalue_input(name, given)
+        for name, room in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, room)
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._called = True
+
+    def read(self, name: str) -> Any:
+        """An output of the last call, until the next."""
+        return self._outputs[name].numpy()
 
     def _placed(self, array: Any) -> Any:
-        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self._device)
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), *self._device)
+
+
+def _joined(bound: Sequence[_Bindings], names: Iterable[str]) -> dict[str, Any]:
+    """A copy of what the last call left, of all pieces of the batch."""
+    return {name: np.concatenate([piece.read(name) for piece in bound]) for name in names}
 
 
 class _Bound:

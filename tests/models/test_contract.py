@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError, DataError, NoInverse
-from hflow_rt.evaluation.bits import BitsReport, measure
+from hflow_rt.evaluation.bits import BitsReport, bits_per_dim
+from hflow_rt.evaluation.steps import bits_by_step
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.export.mixed_precision import to_mixed_precision
 from hflow_rt.manifest import Manifest, graphs_of, read_manifest
@@ -333,7 +334,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(made: Made, tmp_path: P
 
 def test_it_is_measured_or_says_why_not(made: Made) -> None:
     def found(batch: int) -> BitsReport:
-        return measure(made.model, made.pictures.array[:4], batch=batch, names=made.pictures.names[:4])
+        return bits_per_dim(made.model, made.pictures.array[:4], batch=batch, names=made.pictures.names[:4])
 
     if not made.model.bounds():
         with pytest.raises(ConfigError, match="no likelihood"):
@@ -345,3 +346,17 @@ def test_it_is_measured_or_says_why_not(made: Made) -> None:
     for one, other in zip(whole.bounds.values(), parts.bounds.values(), strict=True):
         assert 0 < one.total.mean < 64
         assert other.total.mean == pytest.approx(one.total.mean, rel=1e-5)
+
+
+def test_each_step_is_measured_where_there_are_steps(made: Made) -> None:
+    loop = made.model.routes()["forward"]
+    if type(made.model).bits_by_step is LatentModel.bits_by_step:
+        with pytest.raises(ConfigError, match="no steps to tell apart"):
+            bits_by_step(made.model, made.pictures.array[:1])
+        return
+    assert isinstance(loop, Loop)
+    whole, parts = (bits_by_step(made.model, made.pictures.array[:3], batch=batch) for batch in (3, 2))
+    assert len(whole.calls) == loop.steps
+    assert 0 < whole.total < 64
+    for one, other in zip(whole.calls, parts.calls, strict=True):
+        assert (one.n, other.mean) == (3, pytest.approx(one.mean, rel=1e-5, abs=1e-6))

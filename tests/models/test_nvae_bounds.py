@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hflow_rt.evaluation.bits import evaluate, measure
+from hflow_rt.evaluation.bits import bits_figures, bits_per_dim
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.output import Mixture, draw_specs, pixels
@@ -37,7 +37,7 @@ def test_features_are_computed_once_for_all_draws(monkeypatch: pytest.MonkeyPatc
         return bottom_up(image)
 
     monkeypatch.setattr(model, "bottom_up", counted)
-    found = measure(model, photographs(model, 3), draws=4, batch=2)
+    found = bits_per_dim(model, photographs(model, 3), draws=4, batch=2)
     assert seen == [2, 1, 2, 1]  # of two bounds
     elbo, importance = (found.bounds[name].total.mean for name in ("elbo", "importance"))
     assert importance < elbo + 0.05  # of other draws
@@ -46,12 +46,12 @@ def test_features_are_computed_once_for_all_draws(monkeypatch: pytest.MonkeyPatc
 def test_binary_images_are_quoted_in_nats() -> None:
     model = make(**BINARY)
     images = photographs(model, 4)
-    bound = measure(model, images).bounds["elbo"]
+    bound = bits_per_dim(model, images).bounds["elbo"]
     assert bound.quoted.unit == "nats"
     assert bound.quoted.estimate.mean == pytest.approx(bound.total.mean * 64 * math.log(2))
     assert bound.dump()["nats"]["mean"] == bound.quoted.estimate.mean
-    assert evaluate(model, images, 0).figures["elbo"] == bound.quoted
-    assert measure(make(), images.repeat(3, 1)).bounds["elbo"].quoted.unit == "bits/dim"
+    assert bits_figures(model, images, 0).figures["elbo"] == bound.quoted
+    assert bits_per_dim(make(), images.repeat(3, 1)).bounds["elbo"].quoted.unit == "bits/dim"
 
 
 def test_evaluations_tell_how_many_channels_are_in_use() -> None:

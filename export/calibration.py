@@ -43,7 +43,7 @@ def parse_calibration(text: str) -> Calibration:
         if name in ("steps", "seed"):
             if not value.isdigit() or (name == "steps" and not 1 <= int(value) <= 1_000_000):
                 raise ConfigError(f"--calibrate {name} must be a whole number, of steps at least 1; found '{value}'")
-            found = found._replace(**{name: int(value)})
+            found = found._replace(steps=int(value)) if name == "steps" else found._replace(seed=int(value))
         else:
             stds.append(value if name == "std" else f"{name}={value}")
     return found._replace(std=tuple(stds)) if stds else found

@@ -21,7 +21,7 @@ class _Mean(torch.autograd.Function):
         return _mean(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _mean(gradient)  # of the mean of all losses, once trainers average what processes find
 
 
@@ -52,9 +52,9 @@ class BatchNorm(nn.BatchNorm2d):
     def _together(self, x: Tensor) -> Tensor:
         """torch has this for GPUs alone, and without a way to keep the statistics."""
         values, over = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, (0, 2, 3)
-        mean: Tensor = _Mean.apply(values.mean(over))
+        mean: Tensor = _Mean.apply(values.mean(over))  # type: ignore[no-untyped-call]
         centred = values - mean[:, None, None]
-        variance: Tensor = _Mean.apply(centred.square().mean(over))
+        variance: Tensor = _Mean.apply(centred.square().mean(over))  # type: ignore[no-untyped-call]
         if self.moves:
             assert self.running_mean is not None
             assert self.running_var is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from hflow_rt.evaluation.figures import Estimate, Figure
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import LatentModel, LossTerms, TensorSpec
 from hflow_rt.models.nvae.graphs import noise_specs
-from hflow_rt.models.nvae.network import Network, unpacked
+from hflow_rt.models.nvae.network import unpacked
 from hflow_rt.models.nvae.objective import (
     active_units,
     bits_per_dim,
@@ -106,15 +106,15 @@ class NVAEPlan(TrainingPlan):
 
     def figures(self, average: LatentModel, held_out: NDArray[np.uint8]) -> dict[str, Figure]:
         """How many channels of every scale's groups tell of images more than a tenth of a nat, of those there are."""
-        assert isinstance(average, Network)
         if not len(held_out):
             return {}
-        config, costs = average.config, list[Tensor]()
+        model = cast("NVAE", average)
+        config, costs = model.config, list[Tensor]()
         for part in torch.from_numpy(held_out).split(_FEW):
             noise = draw(noise_specs(config), len(part), torch.Generator().manual_seed(len(costs)))
-            canvas = average.pad(public_levels(part, config.bits).to(average.top))
-            moved = unpacked(config, "noise", {name: value.to(average.top) for name, value in noise.items()})
-            costs.append(len(part) * channel_divergence(average.infer(average.bottom_up(canvas), moved)))
+            canvas = model.pad(public_levels(part, config.bits).to(model.top))
+            moved = unpacked(config, "noise", {name: value.to(model.top) for name, value in noise.items()})
+            costs.append(len(part) * channel_divergence(model.infer(model.bottom_up(canvas), moved)))
         active = active_units(sum(costs, torch.zeros_like(costs[0])) / len(held_out))
         found = {}
         for scale in sorted(set(config.group_scales), reverse=True):

@@ -1,7 +1,7 @@
 """`hflow-rt encode` and `hflow-rt decode`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,13 +14,16 @@ from hflow_rt.names import quoted
 _SHOWN = 8  # images
 
 
-@latent_command("latents.safetensors", "label", about="Where the latents go (.safetensors).", panel=None)
+@latent_command("latents.safetensors", "seed", "label", about="Where the latents go (.safetensors).", panel=None)
 def encode(
     asked: Asked,
     images: Annotated[list[Path], typer.Argument(help="Image files, folders or archives.")],
     picture: Annotated[Path | None, typer.Option(help="Also write originals over their reconstructions.")] = None,
     control: ControlOption = None,
     steps: StepsOption = None,
+    posterior: Annotated[
+        bool, typer.Option("--posterior", help="Draw latents of a model that tells a distribution, not its mean.")
+    ] = False,
 ) -> None:
     """Map images to latents, exactly, with their log-probability.
 
@@ -41,9 +44,11 @@ def encode(
     session, controls = asked.open(), parse_controls(control or [])
     session = session if steps is None else session.in_steps(steps)
     unused: dict[str, str] = {}
-    found = asked.encode(session, *asked.read(session, images, unused=unused), controls=controls)
+    names, pixels = asked.read(session, images, unused=unused)
+    found = asked.encode(session, names, pixels, controls=controls, posterior=posterior)
     count = len(found.names)
-    about = {"images": found.names, "skipped": unused} | set_by(controls, steps)
+    about: dict[str, Any] = {"images": found.names, "skipped": unused} | set_by(controls, steps)
+    about |= {"posterior": True, "seed": asked.seed} if posterior else {}
     trip = None
     if session.steps > 1:
         trip = round_trip(

@@ -126,16 +126,18 @@ class Asked:
         conditions: "Mapping[str, NDArray[np.float32]] | None" = None,
         controls: "Mapping[str, float] | None" = None,
         only: str | None = None,
+        posterior: bool = False,
     ) -> Start:
         """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names.
 
-        only: as of `Session.inverse`.
+        only, posterior: as of `Session.inverse`.
         """
         from hflow_rt.runtime.latents.round_trips import encoded
 
         known = self.conditions(session, names) if conditions is None else conditions
+        how: dict[str, Any] = {"seed": self.seed, "posterior": posterior, "only": only}
         count = len(pixels)
-        found = encoded(session, pixels, known, controls, lambda parts: tracked(parts, count, len, "encoding"), only)
+        found = encoded(session, pixels, known, controls, lambda parts: tracked(parts, count, len, "encoding"), **how)
         return Start(names, pixels, found.latents, found.scores)
 
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":

@@ -37,6 +37,9 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    draw_pixels: Annotated[
+        bool, typer.Option("--pixels", help="Draw each pixel of a model of distributions, instead of its mean.")
+    ] = False,
     cuda_graph: CudaGraphOption = None,
 ) -> None:
     """Draw images from the model.
@@ -76,7 +79,10 @@ def sample(
     def decode(item: "tuple[int, dict[str, Any]]") -> "tuple[dict[str, Any], NDArray[np.uint8]]":
         start, part = item
         with turn:
-            found = session.forward(part, controls)
+            if draw_pixels:
+                found = session.drawn_pixels(part, controls, seed=asked.seed, first=start)
+            else:
+                found = session.forward(part, controls)
         pixels = to_uint8(found)
         if not output.suffix:
             write_pictures(output, pixels, start)

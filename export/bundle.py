@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from hflow_rt import __version__
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
+from hflow_rt.export.calibration import calibrate
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
@@ -53,6 +55,7 @@ def export_bundle(
     *,
     bound: bool = False,
     half: bool = False,
+    calibration: str | None = None,
     std: Sequence[str] = STD,
     precision: Precision = "fp32",
     tuning: Tuning = "any",
@@ -61,7 +64,8 @@ def export_bundle(
 
     images: `[N, C, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
     failure leaves the bundle in place, marked unverified in its manifest. routes: those to write. bound: also write the
-    graph that measures bits per dimension. half: first round the weights to half precision, in which
+    graph that measures bits per dimension. calibration: first calibrate the model, in the form of `parse_calibration`;
+    `model.safetensors` keeps what that changes, as with half: first round the weights to half precision, in which
     `model.safetensors` then keeps them; it is this rounded model, computed in float32 as ever, that the bundle holds
     and that its engines are held against. std: what samples are drawn at by default, in the form of `parse_std`.
     precision: of the arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come
@@ -74,9 +78,13 @@ def export_bundle(
     std = std if scaled else ()
     parse_std(std, scaled)
     with atomic_directory(output) as folder:
+        changed = None if calibration is None else calibrate(model, metadata, calibration)
         if half and metadata.get("weights") != HALF:
-            model, metadata = _write_half(model, metadata, folder / MODEL)
+            model, metadata = _write_half(model, metadata | (changed or {}), folder / MODEL)
             metadata["exported_from"] = sha256(checkpoint)
+        elif changed:
+            _write(folder / MODEL, metadata | changed, model, model.state_dict())
+            metadata |= changed | {"exported_from": sha256(checkpoint)}
         else:
             shutil.copyfile(checkpoint, folder / MODEL)
             metadata |= _origin(checkpoint)
@@ -84,6 +92,7 @@ def export_bundle(
         specs = model.graphs()
         ways = _routes(model, routes)
         needed = {name for way in ways.values() for name in graphs_of(way)} | ({"bound"} if bound else set())
+        needed |= specs.keys() & {"features"} if bound else set()
         if missing := sorted(needed - specs.keys()):
             raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
         if "forward" in ways:  # the graphs of other spaces serve interpolation
@@ -233,9 +242,14 @@ def _write_half(model: LatentModel, metadata: dict[str, Any], path: Path) -> tup
     for name, value in state.items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
-    extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
-    save_model(path, metadata["family"], model, state, extra | {"weights": HALF})
+    _write(path, metadata | {"weights": HALF}, model, state)
     return load_model(path), read_metadata(path)
+
+
+def _write(path: Path, metadata: dict[str, Any], model: LatentModel, state: dict[str, Tensor]) -> None:
+    """A model file that says all that `metadata` does."""
+    extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
+    save_model(path, metadata["family"], model, state, extra)
 
 
 def _versions(*packages: str) -> dict[str, str]:

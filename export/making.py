@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.assets import demo_images, pretrained
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
+from hflow_rt.export.calibration import KEY, parse_calibration
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
 from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, Routes, read_manifest, routes_of
@@ -60,10 +61,11 @@ class GraphOptions:
     half: bool | None = None
     precision: Literal["fp32", "mixed"] | None = None
     tune: Literal["any", "cpu"] | None = None
+    calibrate: str | None = None  # as `export.calibration` reads it; "none" for what training left
 
     def filled(self, there: Manifest | None) -> "GraphOptions":
         """With all that was not asked for as it is in the bundle that is there, else by default."""
-        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
+        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any", "none")
         if there is not None:
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
@@ -73,8 +75,11 @@ class GraphOptions:
                 half=there.checkpoint.get("weights") == HALF,
                 precision=there.precision,
                 tune=there.tuning,
+                calibrate=there.checkpoint.get(KEY, "none"),
             )
         asked = {name: value for name, value in vars(self).items() if value is not None}
+        if self.calibrate not in (None, "none") and self.std is None:
+            asked["std"] = list(parse_calibration(self.calibrate).std)  # what it is for
         return replace(known, **asked)
 
     def words(self) -> str:
@@ -169,6 +174,7 @@ def export_graphs(
         std=wanted.std or (),
         precision=wanted.precision or "fp32",
         tuning=wanted.tune or "any",
+        calibration=None if wanted.calibrate == "none" else wanted.calibrate,
     )
     gone = [] if there is None else [key for key in there.engines if key not in manifest.engines]
     return manifest, gone
@@ -201,6 +207,8 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
             alike = parse_config(kind, there.config) == config  # versions before wrote fewer
     if options.half is False and metadata.get("weights") == HALF:
         raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
+    if options.calibrate == "none" and KEY in metadata:
+        raise ConfigError(f"{source} was calibrated at {metadata[KEY]}; export the run that it was made from")
     return options.filled(there if alike else None), there, config
 
 

@@ -108,10 +108,10 @@ def run_parity(
             found = _loop_cases(route, fewer, pairs, session.in_steps(FEW_STEPS), images, seed)
             found[f"{route} in {FEW_STEPS} steps"] = found.pop(f"{route} loop")
             cases |= {name: cases.get(name, []) + more for name, more in found.items()}
-    for name, pair in pairs.items():
-        if pair.takes("image") and name not in cases:
-            progress(f"comparing {name}")
-            cases[name] = list(_image_cases(pair, session, images, seed))
+    of_images = [pair for name, pair in pairs.items() if pair.takes("image") and name not in cases]
+    if of_images:
+        progress(f"comparing {', '.join(pair.spec.name for pair in of_images)}")
+        cases |= _image_cases(of_images, session, images, seed)
     others = [pair for name, pair in pairs.items() if not cases.get(name)]
     if others:
         progress(f"comparing {', '.join(pair.spec.name for pair in others)}")
@@ -157,24 +157,27 @@ def _pooled(cases: Sequence[_Case]) -> dict[str, Any]:
     return entries
 
 
-def _image_cases(pair: _Pair, session: Session, images: Array, seed: int) -> Iterator[_Case]:
-    """A graph that takes images; whatever is random beside them differs in all values, which tells them apart."""
-    rng = np.random.default_rng(seed)
+def _image_cases(pairs: Sequence[_Pair], session: Session, images: Array, seed: int) -> dict[str, list[_Case]]:
+    """Graphs that take images, and what graphs before them yield; whatever is random differs in all values."""
+    cases: dict[str, list[_Case]] = {pair.spec.name: [] for pair in pairs}
+    rngs = [np.random.default_rng(seed) for _ in pairs]
     for chosen in _batches(images, seed):
         batch = len(chosen)
         values = {"image": chosen, **in_turn(session.conditions, range(batch))}
-        values |= _drawn(pair.spec.inputs, batch, rng)
-        case = pair.compared({"batch": batch}, session, values)
-        if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
-            raise DataError(
-                "the model itself overflows on these images, in torch as in any engine: they are too far from what"
-                " it was trained on; name images like those with --images"
-            )
-        if LOG_PROB in case.outputs:
-            found, exact, _ = case.outputs[LOG_PROB]
-            dimensions = chosen[0].size * math.log(2)
-            case.about["bits_per_dim_difference"] = float(finite(np.abs(found - exact)).max()) / dimensions
-        yield case
+        for pair, rng in zip(pairs, rngs, strict=True):
+            case = pair.compared({"batch": batch}, session, values | _drawn(pair.spec.inputs, batch, rng))
+            if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
+                raise DataError(
+                    "the model itself overflows on these images, in torch as in any engine: they are too far from what"
+                    " it was trained on; name images like those with --images"
+                )
+            if LOG_PROB in case.outputs:
+                found, exact, _ = case.outputs[LOG_PROB]
+                dimensions = chosen[0].size * math.log(2)
+                case.about["bits_per_dim_difference"] = float(finite(np.abs(found - exact)).max()) / dimensions
+            cases[pair.spec.name].append(case)
+            values = {name: exact.astype(np.float32) for name, (_, exact, _) in case.outputs.items()} | values
+    return cases
 
 
 def _latent_cases(pairs: Sequence[_Pair], session: Session, seed: int) -> dict[str, list[_Case]]:

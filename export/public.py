@@ -48,6 +48,7 @@ def export(
     half: bool | None = None,
     precision: Literal["fp32", "mixed"] | None = None,
     tune: Literal["any", "cpu"] | None = None,
+    calibrate: str | None = None,
     flavor: Literal["tensorrt", "rtx"] | None = None,
     capabilities: str | None = None,
     batch: str | None = None,
@@ -73,7 +74,7 @@ def export(
     engines = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, engines)
     paths = None if images is None else [Path(path) for path in images]
-    options = GraphOptions(paths, route, bound, std, half, precision, tune)
+    options = GraphOptions(paths, route, bound, std, half, precision, tune, calibrate)
     run, out = (None if path is None else Path(path) for path in (run, out))
 
     with _heard() as warn:

@@ -130,6 +130,7 @@ class Space(_Entry):
     into: str | None = None
     back: str | None = None
     decode: str | None = None
+    draw: str | None = Field(default=None, description="of a space of distributions: draws an image at random")
 
     @model_validator(mode="before")
     @classmethod
@@ -140,7 +141,7 @@ class Space(_Entry):
     @property
     def graphs(self) -> tuple[str, ...]:
         """Those that it has."""
-        return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
+        return tuple(name for name in (self.into, self.back, self.decode, self.draw) if name is not None)
 
 
 class BundledFile(_Entry):

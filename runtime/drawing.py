@@ -49,8 +49,8 @@ class Drawing:
         found = {tensor.name: tensor for graph in self._graphs(route) for tensor in graph.inputs}
         return [tensor for tensor in found.values() if tensor.role in roles]
 
-    def beside(self, route: Route = "forward") -> dict[str, Draw]:
-        """What is random beside latents or images, by name."""
+    def beside(self, route: Route = "forward", every: bool = False) -> dict[str, Draw]:
+        """What is random beside latents or images, by name; `every`: also what has a default instead."""
         way = self._manifest.routes.get(route)
         steps = way.steps if isinstance(way, Loop) else None
         by_call = () if steps is None else drawn_by_call(self._graphs(route)[-1].inputs)
@@ -61,7 +61,7 @@ class Drawing:
                 steps if tensor.name in by_call else None,
             )
             for tensor in self.inputs("noise", "uniform", route=route)
-            if tensor.default is None  # else it is there to be given, and has its default
+            if every or tensor.default is None
         }
 
     def latents(self, seed: int, indices: Sequence[int], stds: Mapping[str, float]) -> dict[str, Array]:
@@ -83,14 +83,23 @@ class Drawing:
             )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
 
-    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward") -> dict[str, Any]:
+    def noise(self, seed: int, indices: Sequence[int], route: Route = "forward", every: bool = False) -> dict[str, Any]:
         """What is random beside latents or images; what every call draws is a stream, made as it is asked for."""
         return {
             name: draw_noise(draw.kind, name, draw.shape, seed, indices)
             if draw.steps is None
             else Stream(draw.kind, name, draw.shape, seed, indices, draw.steps)
-            for name, draw in self.beside(route).items()
+            for name, draw in self.beside(route, every).items()
         }
+
+    def of(self, tensors: Sequence[Tensor], seed: int, indices: Sequence[int]) -> dict[str, Array]:
+        """What is random among the inputs of a graph."""
+        found: dict[str, Array] = {}
+        for tensor in tensors:
+            if tensor.role in ("noise", "uniform"):
+                kind: Literal["noise", "uniform"] = "noise" if tensor.role == "noise" else "uniform"
+                found[tensor.name] = draw_noise(kind, tensor.name, tensor.shape, seed, indices)
+        return found
 
     def table(self, file: str) -> dict[str, Array]:
         """The arrays of a file of the bundle by name. Raises `BundleError` for one that is missing or changed."""

@@ -263,13 +263,15 @@ class Session(Runner):
         seed: int = 0,
         first: int = 0,
         only: str | None = None,
+        posterior: bool = False,
     ) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
         conditions: one-hot `[B, options]` for every condition of the model. controls: as of `forward`, which must have
         the same. seed, first: of what is random in the latents of an image, which most models have not; the first
         image is number `first` of `seed`. only: the one latent that is wanted, if a loop need not be run for it.
-        Raises `DataError`, and `NoInverse` where there is none.
+        posterior: draw latents that could be the image's, where the model tells a distribution of them, instead of its
+        mean. Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
         >>> session = hflow_rt.load()
@@ -291,7 +293,11 @@ class Session(Runner):
             raise DataError(f"beside images this model needs {needed}, float32 one-hot; received {found}")
         check_conditions(self.conditions, arrays)
         beside = self._set(controls or {}, pixels, "inverse")
-        drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse")
+        if posterior and self.drawing.beside("inverse") == self.drawing.beside("inverse", every=True):
+            raise DataError(
+                f"this {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'"
+            )
+        drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse", posterior)
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
         grids = self.drawing.inputs("grid", route="inverse")
         beside |= {tensor.name: filled(pixels, (len(pixels), *tensor.shape), GRID) for tensor in grids}
@@ -308,11 +314,12 @@ class Session(Runner):
         option: str | None = None,
         controls: Mapping[str, float] | None = None,
         steps: int | None = None,
+        pixels: bool = False,
     ) -> Array:
         """`n` images float32 `[n, C, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
 
         std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`. steps: as
-        of `in_steps`.
+        of `in_steps`. pixels: as of `drawn_pixels`.
 
         >>> import hflow_rt
         >>> hflow_rt.load().sample(2, std=0.7, seed=1).shape
@@ -322,8 +329,32 @@ class Session(Runner):
         session = self if steps is None else self.in_steps(steps)
         size = 4 * n * self.channels * self.resolution**2
         need(size, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
-        parts = [session.forward(latents, controls) for latents in session.draw(range(n), std, seed, option=option)]
+        parts: list[Array] = []
+        for latents in session.draw(range(n), std, seed, option=option):
+            if pixels:
+                parts.append(session.drawn_pixels(latents, controls, seed=seed, first=sum(map(len, parts))))
+            else:
+                parts.append(session.forward(latents, controls))
         return np.concatenate(parts)
+
+    def drawn_pixels(
+        self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None, *, seed: int = 0, first: int = 0
+    ) -> Any:
+        """The images `first`, ... of `seed` for their latents, every pixel drawn from its distribution, not the mean.
+
+        controls: as of `forward`. Raises `DataError` as it does, and where the model tells no distributions of pixels.
+        """
+        ways = [(space.into, space.draw) for space in self.manifest.spaces.values() if space.into and space.draw]
+        if not ways:
+            raise DataError(
+                f"this {self.manifest.family} model tells no distributions to draw pixels from; omit 'pixels'"
+            )
+        ((into, draw),) = ways
+        arrays, restore = self._checked(latents, controls)
+        count = len(next(iter(arrays.values())))
+        drawn = self.drawing.of(self._graph(draw).inputs, seed, range(first, first + count))
+        kept = {name: as_kind(next(iter(arrays.values())), values) for name, values in drawn.items()}
+        return restore(self.run_graph(draw, self.run_graph(into, arrays) | kept)["image"])
 
     def read(self, *paths: Path | str) -> Array:
         """Image files, and all images of folders, archives and arrays, as `inverse` takes them: `[B, C, R, R]`.

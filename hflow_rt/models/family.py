@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.conditions import Options, by_folder
+from hflow_rt.errors import ConfigError
 from hflow_rt.manifest import LOG_PROB, Prior, Role, Route, Way
 from hflow_rt.models.registry import ModelConfig
 
@@ -58,12 +59,13 @@ class Bound:
 
     claim: the exact figure, a true upper bound, or what the family's authors published, which need not bound anything
     and takes one draw. combine: how draws of an image become one: their mean, or the logarithm of the mean of their
-    likelihoods, which is the importance-weighted bound where each draw is of one weight.
+    likelihoods, which is the importance-weighted bound where each draw is of one weight. unit: what it is quoted in.
     """
 
     title: str
     claim: Literal["exact", "upper", "published"]
     combine: Literal["mean", "logmeanexp"] = "mean"
+    unit: Literal["bits/dim", "nats"] = "bits/dim"
 
 
 @dataclass(frozen=True)
@@ -178,17 +180,20 @@ class Loop:
 class Space:
     """Another space than the latents' own, by the graphs into it, back, and from it straight to the image.
 
-    One without `back` is left through `decode` only; one without `into` is reached by projection only.
+    One without `back` is left through `decode` only; one without `into` is reached by projection only. draw: of a space
+    of distributions, the graph that draws an image by its inputs of roles noise and uniform, where the latents' own
+    image is the mean.
     """
 
     into: str | None = None
     back: str | None = None
     decode: str | None = None
+    draw: str | None = None
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """Those that it has."""
-        return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
+        return tuple(name for name in (self.into, self.back, self.decode, self.draw) if name is not None)
 
 
 class LatentModel(nn.Module, ABC):
@@ -245,11 +250,18 @@ class LatentModel(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    def bound_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the graph `features` computes of the images in `bound_inputs`: more inputs of `bound_terms` by name.
+
+        It is computed once for all draws of an image; most families have nothing of the kind, and no such graph.
+        """
+        return {}
+
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the graph `bound` computes of `bound_inputs`, whichever bound they are of: parts `[B]` that sum to it.
 
-        All are in bits per dimension of the image. A part is called `LATENT.WHAT`, such as `z0.prior`;
-        `image.bits` where a family tells no parts apart.
+        inputs: `bound_features` too. All are in bits per dimension of the image. A part is called `LATENT.WHAT`, such
+        as `z0.prior`; `image.bits` where a family tells no parts apart.
         """
         raise NotImplementedError
 
@@ -274,6 +286,13 @@ class LatentModel(nn.Module, ABC):
         Raises `DataError` for too few. Families with anything `unknown` have it.
         """
         raise NotImplementedError
+
+    def calibrate(self, latents: Iterable[Mapping[str, Tensor]]) -> None:
+        """Move to those of samples, once before export, what statistics training left; latents `[B, *shape]` a step.
+
+        Raises `ConfigError` in a family that has none.
+        """
+        raise ConfigError("models of this family have nothing to calibrate; omit --calibrate")
 
     def routes(self) -> Mapping[Route, str | Loop]:
         """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""
@@ -303,7 +322,8 @@ class LatentModel(nn.Module, ABC):
     def graphs(self) -> dict[str, GraphSpec]:
         """What export can write, by name: those of `routes`, of `spaces`, and on request `bound`, see `bound_inputs`.
 
-        Everything that does not depend on the input is folded in float64; a graph contains nothing random.
+        Everything that does not depend on the input is folded in float64; a graph contains nothing random. One that
+        takes values which another yields comes after it.
         """
 
     def spaces(self) -> Mapping[str, Space]:

@@ -91,6 +91,10 @@ class TrainingPlan(nn.Module, ABC):
         terms: by phase that took part, the `LossTerms.terms`, averaged over micro-batches and processes.
         """
 
+    def remedies(self) -> tuple[str, ...]:
+        """What else to try where a loss stops being finite, beside what training settings can do."""
+        return ()
+
     def figures(self, average: LatentModel, held_out: NDArray[np.uint8]) -> dict[str, Figure]:
         """What an evaluation tells beside the bounds; held_out: uint8 images `[n, C, R, R]`."""
         return {}

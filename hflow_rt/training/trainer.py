@@ -160,7 +160,7 @@ class _Trainer:
 
     # -- what is done between steps, by the main process
 
-    def bits_figures(self) -> Evaluation:
+    def evaluate(self) -> Evaluation:
         """Bounds and the plan's figures on the held-out images, kept as the run's last ones."""
         run, settings = self.run, self.training
         if self.processes.is_main:

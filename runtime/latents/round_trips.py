@@ -63,16 +63,19 @@ def encoded(
     conditions: Mapping[str, Array],
     controls: Mapping[str, float] | None = None,
     track: Track = lambda parts: parts,
-    only: str | None = None,
+    **how: Any,
 ) -> Encoded:
-    """Images `[N, C, R, R]` in [0, 1], `inverse` of `together` at a time; `track` sees the parts go by."""
+    """Images `[N, C, R, R]` in [0, 1], `inverse` of `together` at a time; `track` sees the parts go by.
+
+    how: further arguments of `Session.inverse`.
+    """
     size = 8 * len(pixels) * sum(math.prod(shape) for shape in session.input_shapes.values())
     need(size, f"the latents of {len(pixels):,} images", "encode fewer together")
     batch, parts = together(session, len(pixels)), []
     for rows in track(_parts(len(pixels), batch)):
         taken = _taken(session, rows, batch)
         given = {name: values[taken] for name, values in conditions.items()}
-        found = session.inverse(pixels[taken], given, controls, first=rows.start, only=only)
+        found = session.inverse(pixels[taken], given, controls, first=rows.start, **how)
         parts.append([_cut(values, len(rows)) for values in (found.latents, found.scores)])
     latents, scores = zip(*parts, strict=True)
     return Encoded(concatenate(latents), concatenate(scores))

@@ -9,7 +9,15 @@ import typer
 from hflow_rt.cli.app import app
 from hflow_rt.cli.graphs import export_graphs, print_report
 from hflow_rt.cli.opening import locate_bundle, named
-from hflow_rt.cli.options import BackendOption, CudaGraphOption, DeviceOption, JsonOption, ModelArgument
+from hflow_rt.cli.options import (
+    BackendOption,
+    CudaGraphOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RegionOption,
+    ResolutionOption,
+)
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
@@ -100,6 +108,8 @@ def export(
             show_default=False,
         ),
     ] = None,
+    resolution: ResolutionOption = None,
+    region: RegionOption = None,
     flavor: Annotated[
         _Flavor | None,
         typer.Option(
@@ -154,7 +164,7 @@ def export(
     """Write the engines of a trained model and prove that they are that model.
 
     Options that are omitted stay as in the bundle that is replaced: --direction, --bound, --std, --half, --precision,
-    --tune.
+    --tune, --resolution, --region. With either of the last two the bundle has a folder of its own, beside RUN/bundle.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
@@ -168,6 +178,8 @@ def export(
         half,
         None if precision is None else precision.value,
         None if tune is None else tune.value,
+        resolution,
+        region,
     )
     options = EngineOptions(
         None if flavor is None else flavor.value, capabilities, batch, workspace, refit, update_weights
@@ -178,7 +190,7 @@ def export(
 
         make_engines(run, output, graphs, options, json)
         return
-    source, folder = model_and_bundle(run, output)
+    source, folder = model_and_bundle(run, output, graphs)
     manifest = export_graphs(source, folder, graphs, json)
     report = manifest.parity
     assert report is not None
@@ -192,7 +204,8 @@ def export(
             }
         )
     else:
-        say_next("hflow-rt sample" if run is None else f"hflow-rt sample {quoted(folder)}")
+        plain = run is None and output is None and resolution is None and region is None
+        say_next("hflow-rt sample" if plain else f"hflow-rt sample {quoted(folder)}")
     fail_on(report)
 
 

@@ -67,9 +67,9 @@ class Asked:
         """What a next command needs to find the model again."""
         return named(self.model, "--model ")
 
-    def open(self, cuda_graph: bool | None = None) -> "Session":
+    def open(self, cuda_graph: bool | None = None, view: tuple[int | None, str | None] = (None, None)) -> "Session":
         """The session, named on stderr."""
-        return open_session(self.model, self.backend, self.device, self.json, cuda_graph)
+        return open_session(self.model, self.backend, self.device, self.json, cuda_graph, view)
 
     def open_for_picture(self) -> "Session":
         """The session, once `output` names a picture."""

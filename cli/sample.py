@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.latents import Asked, latent_command
-from hflow_rt.cli.options import GRID, ControlOption, CudaGraphOption, ModelArgument
+from hflow_rt.cli.options import (
+    GRID,
+    ControlOption,
+    CudaGraphOption,
+    ModelArgument,
+    RegionOption,
+    ResolutionOption,
+)
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
@@ -36,6 +43,8 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    resolution: ResolutionOption = None,
+    region: RegionOption = None,
     cuda_graph: CudaGraphOption = None,
 ) -> None:
     """Draw images from the model.
@@ -58,7 +67,7 @@ def sample(
         check_picture_name(output)
     if latents is not None:
         check_latents_name(latents)
-    session = asked.open(cuda_graph)
+    session = asked.open(cuda_graph, (resolution, region))
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)
     if latents is not None:

@@ -32,9 +32,10 @@ from hflow_rt.manifest import (
     read_manifest,
     routes_of,
 )
-from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
+from hflow_rt.models.checkpoint import build_model, load_model, read_metadata, save_model, seen_at
 from hflow_rt.models.describe import TABLES, described, latents_of, tables_of
 from hflow_rt.models.family import LatentModel, Loop
+from hflow_rt.models.registry import View
 from hflow_rt.runtime.bundle import REPORT, Bundle
 from hflow_rt.runtime.engines.cpu import threads
 from hflow_rt.runtime.engines.plans import PLANS, graph_sha256
@@ -56,6 +57,7 @@ def export_bundle(
     std: Sequence[str] = STD,
     precision: Precision = "fp32",
     tuning: Tuning = "any",
+    view: View | None = None,
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
@@ -66,6 +68,7 @@ def export_bundle(
     and that its engines are held against. std: what samples are drawn at by default, in the form of `parse_std`.
     precision: of the arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come
     out the same. tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU.
+    view: what images are to be, by default as the model file says; `model.safetensors` then says so.
     Raises `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `NoInverse`.
     """
     _check_replaceable(output)
@@ -74,8 +77,9 @@ def export_bundle(
     std = std if scaled else ()
     parse_std(std, scaled)
     with atomic_directory(output) as folder:
-        if half and metadata.get("weights") != HALF:
-            model, metadata = _write_half(model, metadata, folder / MODEL)
+        half = half and metadata.get("weights") != HALF
+        if half or view is not None:
+            model, metadata = _write_other(model, metadata, folder / MODEL, half, view)
             metadata["exported_from"] = sha256(checkpoint)
         else:
             shutil.copyfile(checkpoint, folder / MODEL)
@@ -227,14 +231,21 @@ def _reported(manifest: Manifest, report: dict[str, Any], key: str | None = None
     return manifest.model_copy(update={"engines": engines})
 
 
-def _write_half(model: LatentModel, metadata: dict[str, Any], path: Path) -> tuple[LatentModel, dict[str, Any]]:
-    """Write the model with its weights rounded to half precision; that model, and what its file says."""
-    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+def _write_other(
+    model: LatentModel, metadata: dict[str, Any], path: Path, half: bool, view: View | None
+) -> tuple[LatentModel, dict[str, Any]]:
+    """Write the model with half-precision weights or another view of its images; that model, and what its file says."""
+    state = model.state_dict()
+    extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        extra["weights"] = HALF
     for name, value in state.items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
-    extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
-    save_model(path, metadata["family"], model, state, extra | {"weights": HALF})
+    if view is not None:
+        model = build_model(metadata["family"], seen_at(model.config, view))
+    save_model(path, metadata["family"], model, state, extra)
     return load_model(path), read_metadata(path)
 
 

@@ -53,7 +53,7 @@ def encode(
 @latent_command("decoded.png", about=GRID, panel=None)
 def decode(
     asked: Asked,
-    latents: Annotated[Path, typer.Argument(help="A latents file of encode or sample.")],
+    latents: Annotated[Path, typer.Argument(help="A latents file of encode, project or sample.")],
 ) -> None:
     """Map latents back to images.
 
@@ -65,16 +65,20 @@ def decode(
     from hflow_rt.runtime.latents import latent_views as views
     from hflow_rt.runtime.latents.files import load_latents
     from hflow_rt.runtime.latents.operations import check_latents
+    from hflow_rt.runtime.session import LATENT_SPACE
 
     session = asked.open()
     values, about = load_latents(latents)
-    check_latents(values, session.input_shapes, str(latents))
+    space = about.get("space", LATENT_SPACE)
+    check_latents(values, session.space_shapes(space), str(latents))
     if about.get("model") not in (None, session.manifest.checkpoint["sha256"]):
         note(f"warning: {latents} was made by another training state of this kind of model")
     controls = about.get("controls", {})  # which the latents may depend on
     count = views.count(values)
     check_pictures(asked.output, range(count), session.resolution)
     parts = tracked(views.batches(values), count, views.count, "decoding")
-    where = write_pictures(asked.output, np.concatenate([to_uint8(session.forward(part, controls)) for part in parts]))
+    where = write_pictures(
+        asked.output, np.concatenate([to_uint8(session.decode(space, part, controls)) for part in parts])
+    )
     report = {"images": count, "output": where}
     asked.finish(report, [f"{count} images: {where}"], f"hflow-rt sample{named(asked.model)}")

@@ -87,7 +87,7 @@ ResolutionOption = Annotated[
 RegionOption = Annotated[
     str | None,
     typer.Option(
-        metavar="X0,Y0,X1,Y1",
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
         help="A square part of the images of such a model, in shares of the whole from the top left.",
         show_default=False,
     ),

@@ -123,6 +123,7 @@ class Space(_Entry):
     into: str | None = None
     back: str | None = None
     decode: str | None = None
+    slots: bool = Field(default=False, description="its tensor is `[S, D]`, a row for each of S layers, coarse to fine")
 
     @model_validator(mode="before")
     @classmethod

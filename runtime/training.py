@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ __all__ = ["Training", "is_main", "prepare", "train"]
 # The std of each row of the sample grid: the whole prior, then the range where samples look best.
 _STDS = (1.0, 0.8, 0.64, 0.4, 0.24)
 _SAMPLES_A_ROW = 8
+_BATCH = 32
 
 Start = Path | str | None
 Settings = Path | str | Mapping[str, Any] | None
@@ -111,6 +112,7 @@ class Training:
             device=device,
             about_data=self.about,
             on_samples=lambda model, seen: _draw(model, self.folder, seen),
+            draw=_samples,
             on_progress=on_progress,
         )
 
@@ -191,6 +193,16 @@ def _other_split(before: str | None, images: ImageSet) -> str | None:
         f"the run began with images split by {before}, so it has seen some that are now held out; "
         "their bits/dim mean less than those of a new run"
     )
+
+
+def _samples(model: LatentModel, count: int) -> Iterator[NDArray[np.uint8]]:
+    """The images 0 .. count - 1 of seed 0, in batches `[n, C, R, R]`, as the model is exported."""
+    from hflow_rt.evaluation.session import sample_pixels
+    from hflow_rt.runtime.in_memory import session_of
+
+    session = session_of(model)
+    for start in range(0, count, _BATCH):
+        yield sample_pixels(session, range(start, min(start + _BATCH, count)), None, 0)
 
 
 def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:

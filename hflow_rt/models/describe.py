@@ -27,7 +27,7 @@ def described(model: LatentModel, ways: Mapping[Route, str | Loop], graphs: Coll
         "absent": dict(model.absent()),
         "bank": _BANK if model.bank() else None,
         "spaces": {
-            name: manifest.Space(into=space.into, back=space.back, decode=space.decode)
+            name: manifest.Space(into=space.into, back=space.back, decode=space.decode, slots=space.slots)
             for name, space in model.spaces().items()
             if {*space.graphs} <= {*graphs}
         },

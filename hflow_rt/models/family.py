@@ -165,12 +165,14 @@ class Loop:
 class Space:
     """Another space than the latents' own, by the graphs into it, back, and from it straight to the image.
 
-    One without `back` is left through `decode` only; one without `into` is reached by projection only.
+    One without `back` is left through `decode` only; one without `into` is reached by projection only. slots: its
+    tensor is `[S, D]` for S layers, coarse to fine, whose rows are equal where `into` leads and need not be.
     """
 
     into: str | None = None
     back: str | None = None
     decode: str | None = None
+    slots: bool = False
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -281,6 +283,10 @@ class LatentModel(nn.Module, ABC):
     def spaces(self) -> Mapping[str, Space]:
         """Other spaces than that of the latents, by name."""
         return {}
+
+    def unclamped(self, graph: str) -> nn.Module:
+        """A graph that yields an image, before that is held to [0, 1] if possible: beyond it nothing has a gradient."""
+        return self.graphs()[graph].module
 
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class View(Settings):
         try:
             left, top, right, bottom = map(float, parts)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"a region is four numbers x0,y0,x1,y1; found {value}") from error
+            raise ValueError(f"a region is four numbers LEFT,TOP,RIGHT,BOTTOM; found {value}") from error
         return left, top, right, bottom
 
     @property
@@ -62,7 +62,7 @@ class View(Settings):
         left, top, right, bottom = self.region
         shown = ",".join(f"{share:g}" for share in self.region)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):  # NaN is neither
-            raise ValueError(f"a region x0,y0,x1,y1 must lie in 0 .. 1 with x0 < x1 and y0 < y1; found {shown}")
+            raise ValueError(f"a region LEFT,TOP,RIGHT,BOTTOM must rise within 0 .. 1; found {shown}")
         if abs((right - left) - (bottom - top)) > 1e-6:
             raise ValueError(f"a region must be as wide as high; found {shown}")
         return self

@@ -59,10 +59,10 @@ def test_what_is_no_view() -> None:
     with pytest.raises(ConfigError, match=r"^resolution must be a multiple of the model's 16; found 40; choose 32$"):
         seen_at(config, View(resolution=40))
     for region, message in (
-        ("0,0,1", "four numbers x0,y0,x1,y1; found 0,0,1"),
-        ("0.5,0,0.25,1", r"must lie in 0 \.\. 1 with x0 < x1 and y0 < y1; found 0.5,0,0.25,1"),
-        ("0,0,nan,1", r"must lie in 0 \.\. 1 with x0 < x1 and y0 < y1; found 0,0,nan,1"),
-        ("0,0,1,1.5", r"must lie in 0 \.\. 1"),
+        ("0,0,1", "four numbers LEFT,TOP,RIGHT,BOTTOM; found 0,0,1"),
+        ("0.5,0,0.25,1", r"must rise within 0 \.\. 1; found 0.5,0,0.25,1"),
+        ("0,0,nan,1", r"must rise within 0 \.\. 1; found 0,0,nan,1"),
+        ("0,0,1,1.5", r"must rise within 0 \.\. 1"),
         ("0,0,0.5,1", "as wide as high; found 0,0,0.5,1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -144,7 +144,7 @@ class _Painter(nn.Module):
 
     def __init__(self, model: INRGAN) -> None:
         super().__init__()
-        self.side = model.resolution
+        self.side, self.clamps = model.resolution, True
         stages = model.synthesis.own_stages()
         self.bilinear = model.config.upsampling == "bilinear"
         self.stages = nn.ModuleList(_Stage(stage) for stage in stages)
@@ -171,7 +171,8 @@ class _Painter(nn.Module):
             image = shown.summed(image, x, styles[end])
             at = end + 1
         assert image is not None
-        image = (image * 0.5 + 0.5).clamp(0, 1)
+        image = image * 0.5 + 0.5
+        image = image.clamp(0, 1) if self.clamps else image
         return image.reshape(*image.shape[:2], self.side, self.side)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping as Named
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.family import GraphSpec, LatentModel, Prior, Route, Space
 from hflow_rt.models.inrgan.config import INRGANConfig
 from hflow_rt.models.inrgan.discriminator import check_groups
+from hflow_rt.models.inrgan.folded import FoldedForward, FoldedSynthesis
 from hflow_rt.models.inrgan.graphs import graphs
 from hflow_rt.models.inrgan.network import Mapping, Synthesis, shortening
 from hflow_rt.models.inrgan.plan import INRGANPlan
@@ -100,4 +101,10 @@ class INRGAN(LatentModel):
 
     def spaces(self) -> dict[str, Space]:
         """`w`, one a slot, before truncation."""
-        return {"w": Space(into="mapping", decode="synthesis")}
+        return {"w": Space(into="mapping", decode="synthesis", slots=True)}
+
+    def unclamped(self, graph: str) -> nn.Module:
+        module = super().unclamped(graph)
+        assert isinstance(module, FoldedForward | FoldedSynthesis)
+        module.painter.clamps = False
+        return module

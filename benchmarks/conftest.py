@@ -63,13 +63,13 @@ def publish(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], N
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, Path]]:
-    """`exported(preset, direction)` gives the model and its verified bundle, made once a session."""
+    """`exported(preset, route)` gives the model and its verified bundle, made once a session."""
     made: dict[tuple[str, str], tuple[Any, Path]] = {}
 
-    def make(preset: str, direction: str = "both") -> tuple[Any, Path]:
-        if (preset, direction) not in made:
-            made[preset, direction] = exported_like(preset, tmp_path_factory.mktemp(preset), direction)
-        return made[preset, direction]
+    def make(preset: str, route: str = "both") -> tuple[Any, Path]:
+        if (preset, route) not in made:
+            made[preset, route] = exported_like(preset, tmp_path_factory.mktemp(preset), route)
+        return made[preset, route]
 
     return make
 

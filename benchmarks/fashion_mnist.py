@@ -78,12 +78,11 @@ def dataset(work: Path) -> Path:
     return output
 
 
-def measure(preset: str, data: Path, work: Path, minutes: float, limit: int | None, device: str) -> dict[str, Any]:
+def bits_per_dim(preset: str, data: Path, work: Path, minutes: float, limit: int | None, device: str) -> dict[str, Any]:
     """Train a preset and evaluate its average on test images."""
     from hflow_rt.data.dataset import open_dataset
     from hflow_rt.data.selection import select
-    from hflow_rt.evaluation.bits import measure as bits_of
-    from hflow_rt.evaluation.bits import open_reference
+    from hflow_rt.evaluation.bits import bits_per_dim, open_reference
     from hflow_rt.training.config import load_config
     from hflow_rt.training.trainer import train
 
@@ -95,7 +94,7 @@ def measure(preset: str, data: Path, work: Path, minutes: float, limit: int | No
     run = work / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     result = train(config, open_dataset(data, 32), run, minutes=minutes, device=device)
     model = open_reference(run / "model.safetensors", "cuda" if device == "cuda" else "cpu")
-    found = bits_of(model, select(data, 32, "test", limit), batch=100)
+    found = bits_per_dim(model, select(data, 32, "test", limit), batch=100)
     assert "strict" in found.bounds, found.reasons
     total = found.bounds["strict"].total
     return {
@@ -128,7 +127,7 @@ def main() -> None:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for preset in given.presets:
-        row = measure(preset, data, given.work, given.minutes, given.limit, given.device)
+        row = bits_per_dim(preset, data, given.work, given.minutes, given.limit, given.device)
         lines.append(
             f"| `{row['preset']}`, {given.device} | {row['parameters']:,} | {row['seconds']:.0f} "
             f"| {row['images']:,} | {row['bits']} | {row['test']:,} |"

@@ -53,12 +53,12 @@ class Op:
     kept: int
     again: tuple[int, int] = (0, 0)
 
-    def moved(self, f: Call, inputs: list[Tensor], direction: str) -> int:
+    def moved(self, f: Call, inputs: list[Tensor], target: str) -> int:
         """Bytes that the kernels read and write."""
         with torch.no_grad():
             result = f(*inputs).nbytes
         taken = sum(x.nbytes for x in inputs)
-        if direction == "result":
+        if target == "result":
             return taken + result + self.again[0] * inputs[0].nbytes
         kept = sum(x.nbytes for x in inputs[: self.kept])
         return kept + result + taken + self.again[1] * inputs[0].nbytes

@@ -194,21 +194,21 @@ def kernels(plan: Plan, report: Report) -> None:
     functorch_config.donated_buffer = False  # else a compiled gradient can be taken only once
     for dtype, size in plan.sizes.items():
         for op in plan.ops:
-            for direction in TARGETS:
-                with failing(report, f"{op.name}, {direction}", "all"):
-                    measure_op(plan, report, op, direction, size.of(dtype))
+            for target in TARGETS:
+                with failing(report, f"{op.name}, {target}", "all"):
+                    measure_op(plan, report, op, target, size.of(dtype))
 
 
-def measure_op(plan: Plan, report: Report, op: Op, direction: str, size: Size) -> None:
+def measure_op(plan: Plan, report: Report, op: Op, target: str, size: Size) -> None:
     """Plain torch, torch.compile of it, the kernels, and a copy that moves as many bytes."""
     torch._dynamo.reset()
     f, inputs = op.make(size)
-    moved = op.moved(f, inputs, direction)
+    moved = op.moved(f, inputs, target)
     halves = torch.zeros(2, moved // 2, dtype=torch.uint8, device=plan.device)
     notes: dict[str, str] = {}
 
     def run(f: Callable[..., Tensor]) -> Run:
-        if direction == "result":
+        if target == "result":
             return torch.no_grad()(lambda: f(*inputs))
         leaves = [x.detach().requires_grad_() for x in inputs]
         y = f(*leaves)
@@ -235,7 +235,7 @@ def measure_op(plan: Plan, report: Report, op: Op, direction: str, size: Size) -
         if "copy" in seconds and name != "copy":
             found["share"] = f"{seconds['copy'] / seconds[name]:.0%}"
         if name == "kernels":
-            found["target"] = f"{TARGETS[direction]:.0%}"
+            found["target"] = f"{TARGETS[target]:.0%}"
         return found | ({"note": notes[name]} if name in notes else {})
 
     makers = {
@@ -244,7 +244,7 @@ def measure_op(plan: Plan, report: Report, op: Op, direction: str, size: Size) -
         "kernels": lambda: variant("kernels", "triton"),
         "copy": copied,
     }
-    what = f"{op.name}, {direction}, {str(size.dtype)[6:]}, {moved / 2**20:.3g} MiB moved"
+    what = f"{op.name}, {target}, {str(size.dtype)[6:]}, {moved / 2**20:.3g} MiB moved"
     compare(plan, report, what, makers, TOLERANCE[size.dtype], more, CALLS)
 
 

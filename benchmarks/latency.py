@@ -13,14 +13,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from measuring import RESULTS, exported_like
 
 from hflow_rt.bench.measure import measure_latency
 from hflow_rt.bench.report import write_report
-from hflow_rt.bench.variants import DIRECTIONS, VARIANTS
-from hflow_rt.manifest import MANIFEST
+from hflow_rt.bench.variants import VARIANTS, cases_of
+from hflow_rt.manifest import MANIFEST, Routes
 from hflow_rt.runtime.bundle import find_bundle
 
 PRESETS = {"cpu": ("hflow-demo", "hflow-128", "glow-64", "hflow-256"), "cuda": ("hflow-128", "hflow-256")}
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--presets", nargs="+")
     parser.add_argument("--batches", nargs="+", type=int)
-    parser.add_argument("--directions", nargs="+", default=DIRECTIONS, choices=DIRECTIONS)
+    parser.add_argument("--route", default="both", choices=get_args(Routes))
     parser.add_argument("--variants", nargs="+", help="only those with one of these in their name")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "mixed"))
     parser.add_argument("--tune", default="any", choices=("any", "cpu"))
@@ -55,13 +55,15 @@ def main() -> None:
         def keep(report: dict[str, Any], target: Path = target) -> None:
             write_report(report, target)
             last = report["rows"][-1]
-            print(f"{target}.md: {last['direction']}, batch {last['batch']}", file=sys.stderr)
+            print(f"{target}.md: {last['case']}, batch {last['batch']}", file=sys.stderr)
             if time.monotonic() > ends:
                 raise TimeoutError
 
         try:
             batches = given.batches or BATCHES[given.device]
-            measure_latency(find_bundle(folder), wanted, given.directions, batches, given.rounds, keep=keep)
+            bundle = find_bundle(folder)
+            cases = cases_of(bundle.manifest, given.route)
+            measure_latency(bundle, wanted, cases, batches, given.rounds, keep=keep)
         except TimeoutError:
             print(f"no time left for the rest of {preset} and what follows", file=sys.stderr)
             return

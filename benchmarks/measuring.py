@@ -52,7 +52,7 @@ def trained_like(preset: str) -> Any:
     return model.eval()
 
 
-def exported_like(preset: str, folder: Path, direction: Any = "both", **options: Any) -> tuple[Any, Path]:
+def exported_like(preset: str, folder: Path, route: Any = "both", **options: Any) -> tuple[Any, Path]:
     """`trained_like(preset)` and its verified bundle, `folder`/bundle; options: of `export_bundle`."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
@@ -64,7 +64,7 @@ def exported_like(preset: str, folder: Path, direction: Any = "both", **options:
     images = np.broadcast_to(ramp, (2, model.channels, model.resolution, model.resolution)).copy()
     images[1] = images[1].transpose(0, 2, 1)
     images = np.rint(images * 255) / np.float32(255)  # 8-bit values, as real images have
-    manifest = export_bundle(weights, folder / "bundle", images, direction, **options)
+    manifest = export_bundle(weights, folder / "bundle", images, route, **options)
     assert manifest.verified, manifest.parity
     return model, folder / "bundle"
 

@@ -1,4 +1,4 @@
-"""Latency of both directions on every backend, and of the command from start to file."""
+"""Latency of both routes on every backend, and of the command from start to file."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hflow_rt.bench.measure import measure_latency
-from hflow_rt.bench.variants import DIRECTIONS, VARIANTS
+from hflow_rt.bench.variants import VARIANTS, cases_of
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import find_bundle
 
@@ -30,8 +30,7 @@ def test_latency(benchmark: Any, preset: str, exported: Any, publish: Any) -> No
     _, folder = exported(preset, "forward" if preset in FORWARD_ONLY else "both")
     bundle = find_bundle(folder)
     batches, rounds = CASES[preset]
-    directions = [name for name in DIRECTIONS if name in bundle.manifest.graphs]
-    report = measure_latency(bundle, ON_CPU, directions, batches, rounds)
+    report = measure_latency(bundle, ON_CPU, cases_of(bundle.manifest, "both"), batches, rounds)
     for row in report["rows"]:
         assert row.get("error", 0.0) < 1e-2, row  # the same model, or the figures compare nothing
     publish(preset, report)

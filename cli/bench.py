@@ -16,7 +16,9 @@ from hflow_rt.names import quoted
 def bench(
     model: ModelArgument = None,
     batches: Annotated[list[int] | None, typer.Option("--batch", help="Images of a call; repeatable.")] = None,
-    direction: Annotated[str, typer.Option(help="forward, inverse or both, which is every graph.")] = "both",
+    route: Annotated[
+        str, typer.Option("--route", "--direction", help="forward, inverse or both, which is every graph.")
+    ] = "both",
     variants: Annotated[
         list[str] | None,
         typer.Option("--variant", metavar="NAME", help="Only those with NAME in their name; repeatable."),
@@ -54,9 +56,7 @@ def bench(
         return
     bundle = locate_bundle(model, json)
     with status(json) as progress:
-        report, written = asked.bench(
-            bundle, direction, variants or (), batches or (1,), rounds, output, progress, note
-        )
+        report, written = asked.bench(bundle, route, variants or (), batches or (1,), rounds, output, progress, note)
     if json:
         print_json(report | {"output": written})
         return

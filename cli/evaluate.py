@@ -15,11 +15,7 @@ from hflow_rt.files import is_file
 from hflow_rt.names import image_size
 
 if TYPE_CHECKING:
-    from hflow_rt.data.selection import Selection
     from hflow_rt.evaluation.batches import Track
-    from hflow_rt.evaluation.bits import BitsReport, BoundBits
-    from hflow_rt.evaluation.distance import DistanceReport
-    from hflow_rt.evaluation.figures import Estimate
     from hflow_rt.training.processes import Processes
 
 evaluation = Commands(no_args_is_help=True, help="Measure a model: bits per dimension, and distances to data.")
@@ -62,7 +58,8 @@ def bpd(
     _check_report(output)
     need_extra("eval", "torch", "accelerate")
     from hflow_rt.data.selection import select
-    from hflow_rt.evaluation.bits import measure, open_reference
+    from hflow_rt.evaluation.bits import bits_per_dim, open_reference
+    from hflow_rt.evaluation.reports import about_data, bits_lines
     from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runtime.backends import check_backend
     from hflow_rt.training.processes import Processes
@@ -82,13 +79,10 @@ def bpd(
         source, where, weights = session.bundle.path, session.backend, session.bundle.model
         reference, metadata = open_reference(weights), read_metadata(weights)
     chosen = select(data, reference.resolution, split, limit, reference.channels)
-    found = measure(reference, chosen, seed, draws, batch, processes, _track(processes), session)
+    found = bits_per_dim(reference, chosen, seed, draws, batch, processes, _track(processes), session)
     report = {"model": str(source), "backend": where, **found.dump()}
-    report |= {"split": split, "seed": seed, "draws": draws, "batch": batch}
-    report |= {"data": chosen.source, "images": len(chosen), "data_hash": chosen.images.hash}
-    report |= {"data_split": chosen.images.split_by, "skipped": chosen.images.unused}
-    lines = [f"bits/dim of {chosen}, seed {seed}, {draws} draw{'s' if draws > 1 else ''} each:"]
-    lines += _bits_lines(found) + _about_data(chosen) + _notes(found, chosen, metadata)
+    report |= {"seed": seed, "draws": draws, "batch": batch, **about_data(chosen)}
+    lines = bits_lines(found, chosen, metadata, seed, draws)
     following = f"hflow-rt eval distance{_again(model, data)} --features efficientnet-lite0"
     _finish(processes, report, lines, output, json, following)
 
@@ -144,8 +138,9 @@ def distance(
     need_extra("eval", "torch", "accelerate", "torchmetrics")
     from hflow_rt.data.selection import select
     from hflow_rt.evaluation.cache import FeatureCache, cache_folder
-    from hflow_rt.evaluation.distance import measure
+    from hflow_rt.evaluation.distance import distances
     from hflow_rt.evaluation.features import open_features
+    from hflow_rt.evaluation.reports import about_data, distance_lines
     from hflow_rt.runtime.backends import check_backend
     from hflow_rt.training.processes import Processes
 
@@ -156,20 +151,16 @@ def distance(
     chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
     stds = std or session.std
-    found = measure(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))
+    found = distances(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))
     report: dict[str, Any] = {
         "model": str(session.bundle.path),
         "backend": session.backend,
         **({} if found is None else found.dump()),
         "std": stds,
         "seed": seed,
-        "split": split,
-        "data": chosen.source,
-        "data_hash": chosen.images.hash,
-        "data_split": chosen.images.split_by,
-        "skipped": chosen.images.unused,
+        **about_data(chosen),
     }
-    lines = [] if found is None else _distance_lines(found, chosen, stds, seed)
+    lines = [] if found is None else distance_lines(found, chosen, stds, seed)
     _finish(processes, report, lines, output, json, f"hflow-rt eval bpd{_again(model, data)}")
 
 
@@ -230,80 +221,3 @@ def _finish(
     if output is not None:
         say(f"report: {output}")
     say_next(following)
-
-
-def _estimate(value: "Estimate", digits: int = 3) -> str:
-    error = "" if value.n < 2 else f" ± {value.standard_error:.{digits}f}"
-    return f"{value.mean:.{digits}f}{error}"
-
-
-def _bits_lines(found: "BitsReport") -> list[str]:
-    lines = []
-    for name, claim in found.claims.items():
-        if name not in found.bounds:
-            lines.append(f"{claim.title}: none, because {found.reasons[name]}")
-            continue
-        bound = found.bounds[name]
-        lines += [f"{claim.title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
-    if found.noise:
-        scales = (
-            f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()
-        )
-        lines.append(f"noise of the targets, relative x running spread: {', '.join(scales)}")
-    return lines
-
-
-def _table(bound: "BoundBits") -> list[str]:
-    """A row a latent; the parts and their sum are in bits per dimension of the image, so that all add up."""
-    parts = list(dict.fromkeys(part for latent in bound.latents for part in latent.parts))
-    head = ["latent", "size", *(part.replace("_", "-") for part in parts), "sum", "per own dimension"]
-    rows = [
-        [
-            latent.name,
-            f"{latent.dimensions:,}",
-            *(f"{latent.parts[part].mean:.3f}" if part in latent.parts else "" for part in parts),
-            _estimate(latent.total),
-            _estimate(latent.own),
-        ]
-        for latent in bound.latents
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
-    ]
-
-
-def _notes(found: "BitsReport", chosen: "Selection", metadata: dict[str, Any]) -> list[str]:
-    notes = []
-    if found.noise_unknown:
-        notes.append(
-            "note: the noise scales of this model were never estimated (all spreads are 1), so bounds may be loose; "
-            "'hflow-rt import --images' estimates them"
-        )
-    if chosen.split == "test" and metadata.get("data") not in (None, chosen.images.hash):
-        notes.append("note: the model was trained on another set of images, which may or may not hold these")
-    return notes
-
-
-def _about_data(chosen: "Selection") -> list[str]:
-    """Lines that say what split the images, and how many were not used."""
-    lines = [] if chosen.split == "all" else [f"of {chosen.source}: {chosen.images.split_by}"]
-    return lines + ([f"not used of {chosen.source}: {chosen.images.left_out}"] if chosen.images.unused else [])
-
-
-def _distance_lines(found: "DistanceReport", chosen: "Selection", std: list[str], seed: int) -> list[str]:
-    kernel = found.kernel
-    lines = [
-        f"{found.frechet_name}: {found.frechet:.3f}",
-        f"{found.kernel_name}: {kernel.mean:.5f} "
-        f"(std {kernel.std:.5f} over {kernel.subsets} subsets of {kernel.subset_size} images)",
-        f"{found.samples} samples at std {' '.join(std)}, seed {seed}, against {chosen}; "
-        f"{found.dimensions} features of {found.network}",
-    ]
-    lines += _about_data(chosen)
-    if found.rank_deficient:
-        lines.append(
-            f"note: {min(found.samples, found.data)} images cannot fill a covariance of {found.dimensions} dimensions; "
-            "compare the first distance only at the same numbers of images"
-        )
-    return lines

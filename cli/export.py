@@ -25,7 +25,7 @@ from hflow_rt.names import quoted
 _TRT = "TensorRT"  # heading in the help
 
 
-class _Direction(StrEnum):
+class _Routes(StrEnum):
     forward = "forward"
     inverse = "inverse"
     both = "both"
@@ -65,9 +65,14 @@ def export(
         ),
     ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
-    direction: Annotated[
-        _Direction | None,
-        typer.Option(help="forward is latents to image, inverse image to latents; both.", show_default=False),
+    route: Annotated[
+        _Routes | None,
+        typer.Option(
+            "--route",
+            "--direction",
+            help="forward is latents to image, inverse image to latents; both.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -163,7 +168,7 @@ def export(
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
 
-    Options that are omitted stay as in the bundle that is replaced: --direction, --bound, --std, --half, --precision,
+    Options that are omitted stay as in the bundle that is replaced: --route, --bound, --std, --half, --precision,
     --tune, --resolution, --region. With either of the last two the bundle has a folder of its own, beside RUN/bundle.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
@@ -172,7 +177,7 @@ def export(
 
     graphs = GraphOptions(
         images,
-        None if direction is None else direction.value,
+        None if route is None else route.value,
         bound,
         std,
         half,

@@ -112,9 +112,9 @@ def _lines(name: str, value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [] if value in (None, [], "") else [f"{name}: {_words(value)}"]
     plain = {key: one for key, one in value.items() if not isinstance(one, dict) and one is not None}
-    told = [f"{name}: {', '.join(f'{key} {_words(one)}' for key, one in plain.items())}"] if plain else []
+    own = [f"{name}: {', '.join(f'{key} {_words(one)}' for key, one in plain.items())}"] if plain else []
     inner = [line for key, one in value.items() if isinstance(one, dict) for line in _lines(f"{name} {key}", one)]
-    return told + inner
+    return own + inner
 
 
 def _words(value: Any) -> str:

@@ -80,7 +80,8 @@ def train(
     """
     need_extra("train", "torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
-    from hflow_rt.runtime.training import is_main, prepare
+    from hflow_rt.runtime.training import samples, samples_into
+    from hflow_rt.training.prepare import is_main, prepare
 
     for value, name in ((minutes, "--minutes"), (images, "--images")):
         if value is not None and not 0 < value < math.inf:
@@ -96,14 +97,22 @@ def train(
         if training.other_split is not None:
             note(f"warning: {training.other_split}")
     with removed_if_empty(training.folder), _live(training.config, training.folder) as on_progress:
-        result = training.train(minutes=minutes, images=images, device=device, on_progress=on_progress)
+        on_samples = samples_into(training.folder)
+        result = training.train(
+            minutes=minutes,
+            images=images,
+            device=device,
+            on_samples=on_samples,
+            draw=samples,
+            on_progress=on_progress,
+        )
     _finish(result, json)
 
 
 @contextmanager
 def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None]]:
     """A line that keeps up with the training on a terminal; when piped, a line at each evaluation."""
-    from hflow_rt.runtime.training import is_main
+    from hflow_rt.training.prepare import is_main
 
     if not is_main():
         yield lambda progress: None
@@ -190,7 +199,7 @@ def _evaluated(result: TrainResult) -> list[str]:
 
 def _finish(result: TrainResult, json: bool) -> None:
     """Say what came out and what is useful now; exits 130 after Ctrl-C."""
-    from hflow_rt.runtime.training import is_main
+    from hflow_rt.training.prepare import is_main
 
     interrupted = result.stopped_by == "interrupt"
     if is_main() and json:

@@ -102,7 +102,7 @@ def export_bundle(
         for name, spec in specs.items():
             gains = spec.gains if metadata.get("weights") == HALF else ()
             progress(f"{'writing' if worth is None else 'measuring'} {name}.onnx")
-            notes = {"family": metadata["family"], "direction": name, "checkpoint_sha256": weights}
+            notes = {"family": metadata["family"], "graph": name, "checkpoint_sha256": weights}
             graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, gains, precision, worth)
         for file, table in tables_of(model, ways).items():
             save_file(table, folder / file)

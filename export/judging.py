@@ -119,7 +119,7 @@ def failures(report: Mapping[str, Any]) -> list[str]:
             elif not (trip and mixed):
                 lines += _beyond(where, entry)
     if not any(report["pooled"].values()):
-        lines.append("nothing was compared: the bundle has neither direction")
+        lines.append("nothing was compared: the bundle has neither route")
     return lines
 
 

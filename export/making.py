@@ -61,7 +61,7 @@ class GraphOptions:
     """
 
     images: Sequence[Path] | None = None
-    direction: Routes | None = None
+    route: Routes | None = None
     bound: bool | None = None
     std: Sequence[str] | None = None
     half: bool | None = None
@@ -85,7 +85,7 @@ class GraphOptions:
             view = there.config.get("view") and View.model_validate(there.config["view"])
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
-                direction="both" if whole else next(iter(there.routes)),
+                route="both" if whole else next(iter(there.routes)),
                 bound="bound" in there.graphs,
                 std=list(there.std),
                 half=there.checkpoint.get("weights") == HALF,
@@ -94,8 +94,8 @@ class GraphOptions:
                 resolution=view and view.resolution,
                 region=view and view.typed,
             )
-        told = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(known, **told)
+        asked = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(known, **asked)
 
     def words(self) -> str:
         """What differs from the defaults, as it would be typed."""
@@ -192,7 +192,7 @@ def export_graphs(
         source,
         folder,
         proof_pictures(options.images, config.resolution, note, config.channels),
-        wanted.direction or "both",
+        wanted.route or "both",
         progress,
         bound=bool(wanted.bound),
         half=bool(wanted.half),

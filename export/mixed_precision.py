@@ -1,6 +1,6 @@
 """Mixed precision, written into a graph: nets compute in float16, the flow's state and all that bounds it in float32.
 
-A flow whose state is rounded to half precision cannot be inverted, but its nets may be: both directions read the same
+A flow whose state is rounded to half precision cannot be inverted, but its nets may be: both routes read the same
 state and so compute the same scale and shift, whatever their precision. Sums over pixels, statistics of norms, log-
 determinants, mixing and the affine maps stay in float32. Every runtime then runs the same typed graph.
 """

@@ -47,7 +47,7 @@ _UNFOLDED = {
 class SharedWeights:
     """The constants of all graphs of a bundle in one file, each once.
 
-    The two directions of a flow run the same nets, so this halves a bundle; it also lifts ONNX's limit of 2 GB.
+    Both routes of a flow run the same nets, so this halves a bundle; it also lifts ONNX's limit of 2 GB.
     """
 
     def __init__(self, path: Path) -> None:

@@ -21,7 +21,8 @@ from hflow_rt.export.judging import ROUND_TRIP, compare, criteria, failures, fin
 from hflow_rt.manifest import graphs_of
 from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Loop, Role, Route, TensorSpec
 from hflow_rt.runtime.arrays import given
-from hflow_rt.runtime.loops import drawn_by_call, follow, looped, mean_draws, row_of
+from hflow_rt.runtime.engines.engine import Calls, looped
+from hflow_rt.runtime.loops import drawn_by_call, follow, mean_draws, row_of
 from hflow_rt.runtime.session import Session
 
 __all__ = ["STDS", "run_parity"]
@@ -241,7 +242,7 @@ def _followed(
 
     def calls(first: dict[str, Array]) -> Iterator[Mapping[str, Array]]:
         rows = (row_of(loop.schedule, drawn, values, index) for index in range(loop.steps))
-        return looped(call, first, rows, loop.carry, loop.every.keys())
+        return looped(call, Calls(loop.step, first, rows, loop.carry, loop.every.keys()))
 
     return follow(loop, values, start(values), calls, session.latent_shapes)
 
@@ -273,10 +274,10 @@ def _round_trips(
         (cases[inverse], _batches(images)) if isinstance(inverse, str) else (cases["inverse loop"], [_few(images)])
     )
     for chosen, case in zip(sets, known, strict=False):  # those with noise follow
-        told = in_turn(session.conditions, range(len(chosen)))
+        conditions = in_turn(session.conditions, range(len(chosen)))
         latents = {name: case.outputs[name] for name in session.input_shapes if name in case.outputs}
-        back = session.run("forward", {name: found for name, (found, _, _) in latents.items()} | told)["image"]
-        plain = {name: values for name, (_, _, values) in latents.items()} | told
+        back = session.run("forward", {name: found for name, (found, _, _) in latents.items()} | conditions)["image"]
+        plain = {name: values for name, (_, _, values) in latents.items()} | conditions
         own = _by_torch(forward, pairs, plain, session)["image"]
         yield _Case({"batch": len(chosen)}, {"image": (back, chosen.astype(np.float64), own)})
 
@@ -302,8 +303,8 @@ def _by_torch(way: str | Loop, pairs: Mapping[str, _Pair], values: dict[str, Arr
 def _latent_trip(session: Session, seed: int) -> dict[str, Any]:
     """Informative only: a latent list may hold more numbers than an image, and then this is not the identity."""
     latents = _latents(session, seed, 1, 0.7)
-    told = {name: latents[name] for name in session.conditions}
-    again = session.run("inverse", {"image": session.run("forward", latents)["image"], **told})
+    conditions = {name: latents[name] for name in session.conditions}
+    again = session.run("inverse", {"image": session.run("forward", latents)["image"], **conditions})
     found = {name: float(finite(np.abs(again[name] - latents[name])).max()) for name in session.latent_shapes}
     return {"path": "latents", "batch": 1, "max": found}
 

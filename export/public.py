@@ -43,7 +43,7 @@ def export(
     out: Path | str | None = None,
     *,
     images: Sequence[Path | str] | None = None,
-    direction: Routes | None = None,
+    route: Routes | None = None,
     bound: bool | None = None,
     std: Sequence[str] | None = None,
     half: bool | None = None,
@@ -70,13 +70,13 @@ def export(
     images that cannot be used and of TensorRT engines that went with the graphs they were built from.
 
     >>> import hflow_rt
-    >>> hflow_rt.export("runs/my-run", direction="forward").as_posix()
+    >>> hflow_rt.export("runs/my-run", route="forward").as_posix()
     'runs/my-run/bundle'
     """
     engines = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, engines)
     paths = None if images is None else [Path(path) for path in images]
-    options = GraphOptions(paths, direction, bound, std, half, precision, tune, resolution, typed_region(region))
+    options = GraphOptions(paths, route, bound, std, half, precision, tune, resolution, typed_region(region))
     run, out = (None if path is None else Path(path) for path in (run, out))
 
     with _heard() as warn:

@@ -60,7 +60,7 @@ def add_plans(
         target(options.flavor, capabilities, options.refit)
         folder = bundle_with(run, output, graphs, make, note)
         bundle = find_bundle(folder)
-        settings = options.workspace, bundle.manifest.graphs_for(graphs.direction or "both"), options.refit
+        settings = options.workspace, bundle.manifest.graphs_for(graphs.route or "both"), options.refit
         _, key = add_engines(bundle, options.flavor, capabilities, batch, *settings, progress, detail)
     report = None
     if chosen_gpu() is not None:
@@ -153,14 +153,14 @@ def _satisfying(folder: Path, source: Path, graphs: GraphOptions, make: Make, no
 def _lacking(folder: Path, graphs: GraphOptions) -> tuple[str, GraphOptions]:
     """What the graphs of a bundle lack of what was asked for, in words, and what to export then.
 
-    Nothing if they will do. A direction names the engines to build, so that the other's graph stays.
+    Nothing if they will do. A route names the engines to build, so that the other's graph stays.
     """
     manifest = read_manifest(folder)
     known = GraphOptions().filled(manifest)
     wanted = graphs.filled(manifest)
-    lacking = [route for route in routes_of(wanted.direction or "both") if route not in manifest.routes]
+    lacking = [route for route in routes_of(wanted.route or "both") if route not in manifest.routes]
     lacking = [route for route in lacking if route not in manifest.absent]
-    wanted = replace(wanted, direction="both" if lacking else known.direction)
+    wanted = replace(wanted, route="both" if lacking else known.route)
     if lacking:
         return f"the route {lacking[0]}", wanted
     if wanted.bound and not known.bound:

@@ -10,8 +10,8 @@ import onnx
 from onnx import helper
 
 from hflow_rt.export.algebra import branches, concatenation, resampling, sizes, taps
+from hflow_rt.export.residual_factors import residual_factors
 from hflow_rt.export.rewriting import Pass, Rewrite, View, apply
-from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
 from hflow_rt.runtime.engines.cpu import Settings
 
@@ -22,7 +22,7 @@ Worth = Callable[[View, Rewrite], bool]
 PASSES: dict[str, Pass] = {
     "sizes": sizes,
     "resampling": resampling,
-    "scales": scales,
+    "residual_factors": residual_factors,
     "branches": branches,
     "concatenation": concatenation,
     "rows": partial(taps, axis=2),

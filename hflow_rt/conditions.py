@@ -36,10 +36,10 @@ def class_folder(conditions: Options, path: Path) -> str:
     return f"{name}/" if any(name in options for options in conditions.values()) else ""
 
 
-def check_conditions(conditions: Options, told: Mapping[str, Any]) -> None:
-    """Raise `DataError` unless `told` `[B, options]`, arrays or tensors, are one-hot or mixtures of options."""
+def check_conditions(conditions: Options, given: Mapping[str, Any]) -> None:
+    """Raise `DataError` unless `given` `[B, options]`, arrays or tensors, are one-hot or mixtures of options."""
     for name in conditions:
-        rows = told[name]
+        rows = given[name]
         fine = (rows >= 0) & (rows <= 1) & (abs(rows.sum(1) - 1) < _ROUNDING)[:, None]
         if not fine.all():  # NaN is neither
             raise DataError(

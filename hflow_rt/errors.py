@@ -10,7 +10,7 @@ HFlowError
 ├── ParityError         an engine does not compute what the reference computes
 ├── OutOfMemory         what was asked for does not fit into the machine or the GPU
 ├── TrainingError       training cannot go on (NaN, no images, ...)
-└── NoInverse           the family has no map in this direction
+└── NoInverse           the family has no such route
 
 A message is one line: what must hold, what was found, what to do. The command line prints it and exits 1;
 anything that is not an `HFlowError` is a bug and shows its traceback.
@@ -79,4 +79,4 @@ class TrainingError(HFlowError):
 
 
 class NoInverse(HFlowError):  # noqa: N818 - the design's name
-    """The family has no map in this direction; the message says what to use instead."""
+    """The family has no such route; the message says what to use instead."""

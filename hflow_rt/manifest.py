@@ -184,7 +184,7 @@ class Manifest(_Entry):
     latents: tuple[Latent, ...]
     std: tuple[str, ...] = Field(default=STD, description="what samples are drawn at by default, as --std is written")
     conditions: dict[str, tuple[str, ...]] = Field(
-        default={}, description="what graphs are told beside image or latents: options by name, as one-hot vectors"
+        default={}, description="what graphs take beside image or latents: options by name, as one-hot vectors"
     )
     routes: dict[Route, str | Loop] = Field(description="a graph each, or a loop of calls of two graphs")
     absent: dict[Route, str] = Field(default={}, description="route that the family lacks: why, in one sentence")

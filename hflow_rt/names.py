@@ -7,7 +7,7 @@ __all__ = ["image_size", "quoted", "shown"]
 
 # control characters, halves of characters, separators of lines: what moves the cursor or cannot be printed
 _HIDDEN = ("Cc", "Cs", "Zl", "Zp")
-# what turns the direction of the text after it around
+# what turns the text after it around
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 

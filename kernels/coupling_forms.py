@@ -25,7 +25,7 @@ __all__ = [
     "SHIFT_BOUND",
     "Form",
     "Region",
-    "bound",
+    "clipped",
     "coupling_forward",
     "coupling_inverse",
     "coupling_reference",
@@ -63,7 +63,7 @@ class Region(NamedTuple):
         return self.low if net.shape[1] == self.high - self.low else 0
 
 
-def bound(log_scale: Tensor, shift: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def clipped(log_scale: Tensor, shift: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mask (1 where transformed; None means everywhere) and clip the raw outputs of a coupling net."""
     if mask is not None:
         log_scale, shift = log_scale * mask, shift * mask
@@ -76,13 +76,13 @@ def coupling_forward(x: Tensor, log_scale: Tensor, shift: Tensor, mask: Tensor |
     Masked, then clipped, so that positions the net has seen pass unchanged and both directions apply bit-identical
     numbers.
     """
-    s, b = bound(log_scale, shift, mask)
+    s, b = clipped(log_scale, shift, mask)
     return x * torch.exp(s) + b, s.flatten(1).sum(1)
 
 
 def coupling_inverse(x: Tensor, log_scale: Tensor, shift: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Data to latent, `(x - b) * exp(-s)`: returns the result and its log-determinant `[B]`, minus the sum of `s`."""
-    s, b = bound(log_scale, shift, mask)
+    s, b = clipped(log_scale, shift, mask)
     return (x - b) * torch.exp(-s), -s.flatten(1).sum(1)
 
 
@@ -93,7 +93,7 @@ def _terms(
     if log_scale is None:
         return None, shift, None
     if form == "clipped":
-        s, b = bound(log_scale, shift, None)
+        s, b = clipped(log_scale, shift, None)
         return torch.exp(-s if inverse else s), -b, -s
     logits = log_scale + 2
     if form == "sigmoid":

@@ -1,7 +1,4 @@
-"""Routes of several calls: one graph once, then another once a row of a schedule, its outputs fed back.
-
-A backend has `loop`, which keeps what is carried where it computes; `looped` is that for arrays that stay there anyway.
-"""
+"""Routes of several calls: one graph once, then another once a row of a schedule, its outputs fed back."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -11,11 +8,11 @@ from numpy.typing import NDArray
 
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.arrays import as_kind, given, stacked
-from hflow_rt.runtime.backends import Engine
+from hflow_rt.runtime.engines.engine import Calls, Engine
 from hflow_rt.runtime.in_flight import in_flight
 from hflow_rt.runtime.noise import Stream
 
-__all__ = ["called", "calls_of", "drawn_by_call", "first_inputs", "follow", "looped", "mean_draws", "row_of"]
+__all__ = ["calls_of", "drawn_by_call", "first_inputs", "follow", "mean_draws", "row_of"]
 
 Values = Mapping[str, Any]
 
@@ -61,37 +58,6 @@ def row_of(
     return rows
 
 
-def called(run: Callable[[str, list[Any]], list[Any]], name: str, graph: Graph) -> Callable[[dict[str, Any]], Values]:
-    """`run` of a graph as `looped` takes it: values by name to outputs by name."""
-
-    def call(values: dict[str, Any]) -> Values:
-        outputs = run(name, [values[tensor.name] for tensor in graph.inputs])
-        return {tensor.name: output for tensor, output in zip(graph.outputs, outputs, strict=True)}
-
-    return call
-
-
-def looped(
-    call: Callable[[dict[str, Any]], Values],
-    first: Values,
-    rows: Iterable[Values],
-    carry: Mapping[str, str],
-    every: Collection[str],
-) -> Iterator[Values]:
-    """Of every call the outputs that are among `every`; of the last all of them.
-
-    first: inputs of the first call beside its row. carry: output to the input that it becomes.
-    """
-    state, outputs = dict(first), None
-    for row in rows:
-        if outputs is not None:
-            yield {name: outputs[name] for name in every}
-        outputs = call({**state, **row})
-        state |= {entered: outputs[left] for left, entered in carry.items()}
-    if outputs is not None:
-        yield outputs
-
-
 def calls_of(
     engine: Engine,
     loop: _Loop,
@@ -112,7 +78,7 @@ def calls_of(
     def calls(first: dict[str, Any]) -> Iterator[Values]:
         others = [tensor for tensor in step.inputs if tensor.name not in {*schedule, *drawn}]
         fixed = {tensor.name: given(tensor, first, len(like)) for tensor in others}
-        return engine.loop(loop.step, fixed, in_flight(row, range(loop.steps), 2), loop.carry, every)
+        return engine.loop(Calls(loop.step, fixed, in_flight(row, range(loop.steps), 2), loop.carry, every))
 
     return calls
 
@@ -141,8 +107,8 @@ def follow(
 ) -> dict[str, Any]:
     """The outputs of a route by name.
 
-    values: what it was given. begun: what its `start` made of that. calls: all calls of `step`, as `looped`, on the
-    inputs of the first. latents: names of what the route yields of `begun`.
+    values: what it was given. begun: what its `start` made of that. calls: all calls of `step` on the inputs of the
+    first. latents: names of what the route yields of `begun`.
     """
     each: dict[str, list[Any]] = {name: [] for name in loop.every}
     outputs: Values = {}

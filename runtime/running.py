@@ -7,9 +7,9 @@ from hflow_rt.errors import BundleError, NoInverse
 from hflow_rt.manifest import Graph, Loop, Manifest, Route
 from hflow_rt.memory import guarded
 from hflow_rt.runtime.arrays import concatenated, given
-from hflow_rt.runtime.backends import Engine
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.drawing import Drawing
+from hflow_rt.runtime.engines.engine import Engine
 from hflow_rt.runtime.loops import calls_of, follow, mean_draws
 
 __all__ = ["Runner"]
@@ -90,4 +90,4 @@ class Runner:
     def _largest(self, name: str) -> int:
         """The largest batch of one call of a graph."""
         of_graph = self._graph(name).batch[1]
-        return min(of_graph, getattr(self._engine, "largest", of_graph))
+        return min(of_graph, self._engine.largest or of_graph)

@@ -82,8 +82,7 @@ class Session(Runner):
     @property
     def precision(self) -> Precision:
         """Of the arithmetic: as the graphs were written, but torch computes everything in float32."""
-        precision: Precision = getattr(self._engine, "precision", self.manifest.precision)
-        return precision
+        return self._engine.precision or self.manifest.precision
 
     @property
     def tensors(self) -> str | None:
@@ -93,13 +92,12 @@ class Session(Runner):
     @property
     def side_by_side(self) -> bool:
         """Whether several calls together keep more processors busy than one after the other."""
-        return bool(getattr(self._engine, "side_by_side", False))
+        return self._engine.side_by_side
 
     @property
     def engines(self) -> str | None:
         """The key of the TensorRT engines that run, see the manifest; None for another backend."""
-        key: str | None = getattr(self._engine, "key", None)
-        return key
+        return self._engine.key
 
     def close(self) -> None:
         """Give back memory of a GPU, which otherwise the end of the process does."""
@@ -254,15 +252,15 @@ class Session(Runner):
         self._check_route("inverse")  # before what it would need is missed
         arrays, restore = self._received({"image": images, **(conditions or {})})
         pixels = as_pixels(arrays.pop("image"), self.resolution, self.channels)
-        told = {name: (len(pixels), len(options)) for name, options in self.conditions.items()}
+        wanted = {name: (len(pixels), len(options)) for name, options in self.conditions.items()}
         floats = ("float32", "torch.float32")
         given = {name: tuple(array.shape) for name, array in arrays.items() if str(array.dtype) in floats}
-        if given != told or len(given) != len(arrays):
-            wanted, found = (
+        if given != wanted or len(given) != len(arrays):
+            needed, found = (
                 ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
-                for shapes in (told, {name: array.shape for name, array in arrays.items()})
+                for shapes in (wanted, {name: array.shape for name, array in arrays.items()})
             )
-            raise DataError(f"beside images this model needs {wanted}, float32 one-hot; received {found}")
+            raise DataError(f"beside images this model needs {needed}, float32 one-hot; received {found}")
         check_conditions(self.conditions, arrays)
         beside = self._set(controls or {}, pixels, "inverse")
         drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse")
@@ -358,8 +356,10 @@ class Session(Runner):
             alike = [indices[0]] * len(part)
             drawn = self.drawing.latents(seed, alike if same_start else part, stds)
             drawn |= self.drawing.noise(seed, alike if share_noise else part)
-            told = in_turn(self.conditions, part) if option is None else of_option(self.conditions, option, len(part))
-            yield drawn | told
+            conditions = (
+                in_turn(self.conditions, part) if option is None else of_option(self.conditions, option, len(part))
+            )
+            yield drawn | conditions
 
     def into_space(self, space: str, latents: Mapping[str, Array]) -> dict[str, Array]:
         """Latents with those that have another form in `space` replaced by it; `z` is the latents themselves.

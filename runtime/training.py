@@ -1,44 +1,33 @@
-"""`hflow_rt.train`: settings and images found, a folder made, pictures of samples drawn on the way.
-
-Training itself is `hflow_rt.training.trainer`; what is here needs pictures and noise as well.
-"""
+"""`hflow_rt.train`, and the pictures of samples that are drawn on the way: training with a runtime."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.assets import demo_images
-from hflow_rt.errors import ConfigError
 from hflow_rt.extras import need_extra
-from hflow_rt.files import is_file, is_folder, removed_if_empty
-from hflow_rt.manifest import MODEL
-from hflow_rt.runs import CHECKPOINTS, ROOT, RUN, SAMPLES, latest_run, new_run, read_run
+from hflow_rt.files import removed_if_empty
+from hflow_rt.runs import SAMPLES
 from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
+from hflow_rt.runtime.in_memory import session_of
+from hflow_rt.training.prepare import Settings, Start, prepare
 
 if TYPE_CHECKING:
-    from hflow_rt.data.dataset import ImageSet
     from hflow_rt.models.family import LatentModel
-    from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
-    from hflow_rt.training.trainer import TrainResult
+    from hflow_rt.training.trainer import Samples, TrainResult
 
-__all__ = ["Training", "is_main", "prepare", "train"]
+__all__ = ["samples", "samples_into", "train"]
 
 # The std of each row of the sample grid: the whole prior, then the range where samples look best.
 _STDS = (1.0, 0.8, 0.64, 0.4, 0.24)
 _SAMPLES_A_ROW = 8
 _BATCH = 32
-
-Start = Path | str | None
-Settings = Path | str | Mapping[str, Any] | None
 
 
 def train(
@@ -74,146 +63,37 @@ def train(
     for line in filter(None, (prepared.unused, prepared.other_split)):
         warnings.warn(line, stacklevel=2)
     with removed_if_empty(prepared.folder):
-        return prepared.train(minutes=minutes, images=images, device=device, on_progress=on_progress)
-
-
-@dataclass(frozen=True)
-class Training:
-    """A training that can begin: all that was found and decided. Its folder is made, and empty or a run's."""
-
-    config: RunConfig
-    images: ImageSet
-    folder: Path
-    about: dict[str, Any]  # where the images come from and how they are split, for run.json
-    checkpoint: bool | Path = False  # to go on from
-    weights: Path | None = None
-    unused: str | None = None  # a line about images that cannot be used
-    other_split: str | None = None  # a line if a run that goes on began with other images held out
-
-    def train(
-        self,
-        *,
-        minutes: float | None = None,
-        images: int | None = None,
-        device: str = "auto",
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> TrainResult:
-        """As the function `train`; the folder may be left empty where that fails."""
-        from hflow_rt.training.trainer import train as run_training
-
-        return run_training(
-            self.config,
-            self.images,
-            self.folder,
-            resume=self.checkpoint,
-            weights=self.weights,
+        on_samples = samples_into(prepared.folder)
+        return prepared.train(
             minutes=minutes,
             images=images,
             device=device,
-            about_data=self.about,
-            on_samples=lambda model, seen: _draw(model, self.folder, seen),
-            draw=_samples,
+            on_samples=on_samples,
+            draw=samples,
             on_progress=on_progress,
         )
 
 
-def prepare(
-    preset: str | None = None,
-    data: Path | str | None = None,
-    out: Path | str | None = None,
-    *,
-    config: Settings = None,
-    settings: Sequence[str] = (),
-    start: Start = None,
-    resume: bool | Path | str = False,
-) -> Training:
-    """Everything of `train` before the first step."""
-    from hflow_rt.data.dataset import open_dataset
-    from hflow_rt.models.registry import DEFAULT_PRESET
-    from hflow_rt.training.config import load_config
+def samples_into(folder: Path) -> Samples:
+    """Draws `samples/IMAGES.png` in a run's folder: a row for each std that there is, the same noise every time."""
 
-    about: dict[str, Any] = {"source": None if data is None else os.path.abspath(data)}
-    before: dict[str, Any] | None = None  # the run's data
-    checkpoint: bool | Path = False
-    folder = None if out is None else Path(out)
-    begin = None if start is None else Path(start)
-    if resume is not False:
-        if preset is not None or config is not None or start is not None:
-            raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")
-        folder, checkpoint, values = _resumed(None if resume is True else Path(resume), folder)
-        chosen = load_config(file=values, overrides=settings)
-        before = values.get("run", {}).get("data", {})
-        if data is None:
-            about = {"source": before.get("source")}
-    elif begin is not None and preset is None and config is None:
-        if not is_file(begin / RUN):
-            raise ConfigError(f"{start} holds no settings of a training run; name some with --preset or --config")
-        chosen = load_config(file=read_run(begin), overrides=settings)
-    else:
-        chosen = load_config(preset or (DEFAULT_PRESET if config is None else None), config, settings)
-    weights = None if begin is None else begin / MODEL if is_folder(begin) else begin
-    source = about["source"]
-    where = demo_images() if source is None else Path(source)
-    opened = open_dataset(where, chosen.resolution, channels=chosen.channels)
-    about["split"] = opened.split_by
-    unused = None
-    if opened.skipped and source is not None:
-        counts = ", ".join(f"{count} {reason}" for reason, count in opened.skipped.items())
-        unused = f"{len(opened)} images; not used: {counts}"
-    other_split = None if before is None else _other_split(before.get("split"), opened)
-    if folder is None:
-        name = chosen.preset or chosen.family
-        folder = new_run(name) if is_main() else ROOT / name  # the main process writes
-    return Training(chosen, opened, folder, about, checkpoint, weights, unused, other_split)
+    def draw(model: LatentModel, images: int) -> NDArray[np.uint8]:
+        session = session_of(model)
+        rows = []
+        for std in _STDS if session.drawing.scaled else (None,):
+            (latents,) = session.draw(range(_SAMPLES_A_ROW), std)
+            rows.append(("samples" if std is None else f"{std:g}", to_uint8(np.nan_to_num(session.forward(latents)))))
+        picture = labelled_rows(rows)
+        save_image(folder / SAMPLES / f"{images:09d}.png", picture)
+        return np.asarray(picture.convert("RGB"))
+
+    return draw
 
 
-def is_main() -> bool:
-    """Whether this is the process that reports, among those `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _resumed(run: Path | None, out: Path | None) -> tuple[Path, bool | Path, dict[str, Any]]:
-    """Folder, checkpoint and settings of what `--resume [RUN] [--out RUN]` names."""
-    named = run or out or latest_run()
-    is_checkpoint = named.resolve().parent.name == CHECKPOINTS
-    folder = named.parent.parent if is_checkpoint else named
-    if out is not None and out.resolve() != folder.resolve():
-        raise ConfigError(f"a run goes on in its own folder {folder}, not in --out {out}; omit --out")
-    return folder, named if is_checkpoint else True, read_run(folder)
-
-
-def _other_split(before: str | None, images: ImageSet) -> str | None:
-    """A line if the images were split otherwise `before`. Versions that recorded nothing split otherwise."""
-    known = all(name.partition("/")[0] in ("train", "test", "val") for name in images.names)
-    if before is None and not known and "by the folders" in images.split_by:
-        before = "a hash of the names"
-    if before in (None, images.split_by):
-        return None
-    return (
-        f"the run began with images split by {before}, so it has seen some that are now held out; "
-        "their bits/dim mean less than those of a new run"
-    )
-
-
-def _samples(model: LatentModel, count: int) -> Iterator[NDArray[np.uint8]]:
+def samples(model: LatentModel, count: int) -> Iterator[NDArray[np.uint8]]:
     """The images 0 .. count - 1 of seed 0, in batches `[n, C, R, R]`, as the model is exported."""
     from hflow_rt.evaluation.session import sample_pixels
-    from hflow_rt.runtime.in_memory import session_of
 
     session = session_of(model)
     for start in range(0, count, _BATCH):
         yield sample_pixels(session, range(start, min(start + _BATCH, count)), None, 0)
-
-
-def _draw(model: LatentModel, folder: Path, images: int) -> NDArray[np.uint8]:
-    """Write `samples/IMAGES.png`, a row for each std that there is, the same noise in every picture of a run."""
-    from hflow_rt.runtime.in_memory import session_of
-
-    session = session_of(model)
-    rows = []
-    for std in _STDS if session.drawing.scaled else (None,):
-        (latents,) = session.draw(range(_SAMPLES_A_ROW), std)
-        rows.append(("samples" if std is None else f"{std:g}", to_uint8(np.nan_to_num(session.forward(latents)))))
-    picture = labelled_rows(rows)
-    save_image(folder / SAMPLES / f"{images:09d}.png", picture)
-    return np.asarray(picture.convert("RGB"))

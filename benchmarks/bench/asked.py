@@ -18,7 +18,7 @@ __all__ = ["bench", "side_by_side"]
 
 def bench(
     bundle: Bundle,
-    direction: Any = "both",
+    route: Any = "both",
     variants: Sequence[str] = (),
     batches: Sequence[int] = (1,),
     rounds: int = 10,
@@ -28,18 +28,18 @@ def bench(
 ) -> tuple[dict[str, Any], list[str]]:
     """The report of `measure_latency`, and the files it was written to.
 
-    direction: `forward`, `inverse`, or `both` for every graph. variants: those with one of these in their name; all
+    route: `forward`, `inverse`, or `both` for every graph. variants: those with one of these in their name; all
     without any. output: NAME of NAME.json, .md and .png; by default latency, in the bundle, or here for the bundled
     model. note: hears why there is no chart. Raises `ConfigError`, `DataError`.
     """
     for value in batches:
         check_count("--batch", value)
     check_count("--rounds", rounds)
-    if direction not in get_args(Routes):
-        raise ConfigError(f"unknown direction '{direction}'; known: {', '.join(get_args(Routes))}")
-    cases = cases_of(bundle.manifest, direction)
+    if route not in get_args(Routes):
+        raise ConfigError(f"unknown route '{route}'; known: {', '.join(get_args(Routes))}")
+    cases = cases_of(bundle.manifest, route)
     if not cases:
-        raise ConfigError(f"{bundle.path} has no {direction} graph; export it with 'hflow-rt export'")
+        raise ConfigError(f"{bundle.path} has no {route} graph; export it with 'hflow-rt export'")
     names = _chosen(variants)
     target = output or (Path() if bundle.path == pretrained() else bundle.path) / "latency"
     check_report(target)
@@ -58,7 +58,7 @@ def side_by_side(before: Path, after: Path) -> tuple[list[dict[str, Any]], list[
     reports = [read_report(path) for path in (before, after)]
     rows = compare(*reports)
     if not rows:
-        raise DataError(f"{before} and {after} have no variant, direction and batch size in common")
+        raise DataError(f"{before} and {after} have no variant, case and batch size in common")
     lines = []
     for key in sorted({key for report in reports for key in report["machine"]}):
         first, second = (report["machine"].get(key) for report in reports)
@@ -67,7 +67,7 @@ def side_by_side(before: Path, after: Path) -> tuple[list[dict[str, Any]], list[
     for row in rows:
         verdict = "" if row["changed"] else "  (within the spread)"
         lines.append(
-            f"{row['direction']}, batch {row['batch']:>3}  {row['variant']:<38} "
+            f"{row['case']}, batch {row['batch']:>3}  {row['variant']:<38} "
             f"{row['before_ms']:9.3f} -> {row['after_ms']:9.3f} ms  {row['times_as_fast']:.2f}x{verdict}"
         )
     return rows, lines

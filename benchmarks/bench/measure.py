@@ -164,14 +164,14 @@ def _roofs(bundle: Bundle, workers: dict[str, Worker]) -> Iterator[dict[str, Wor
 
 
 def _case(
-    bundle: Bundle, workers: dict[str, Worker], roofs: dict[str, Worker], direction: str, batch: int, rounds: int
+    bundle: Bundle, workers: dict[str, Worker], roofs: dict[str, Worker], case: str, batch: int, rounds: int
 ) -> tuple[list[Row], Row]:
-    """Rows of one direction and batch size, and the operations a second that the roof of each device reached.
+    """Rows of one case and batch size, and the operations a second that the roof of each device reached.
 
     A failing variant keeps its reason and is skipped from then on.
     """
-    case = {"graph": direction, "batch": batch}
-    rows: dict[str, Row] = {name: {"variant": name, "direction": direction, "batch": batch} for name in workers}
+    request = {"graph": case, "batch": batch}
+    rows: dict[str, Row] = {name: {"variant": name, "case": case, "batch": batch} for name in workers}
     calls: dict[str, int] = {}
     times: dict[str, list[list[float]]] = {name: [] for name in workers}
 
@@ -183,22 +183,22 @@ def _case(
             workers.pop(name).close()
 
     def warm(worker: Worker) -> None:
-        first = worker.ask("first", **case)["seconds"]
+        first = worker.ask("first", **request)["seconds"]
         rows[worker.name] |= {"first_call_ms": first * 1e3, "load_s": worker.about["load_s"]}
-        calls[worker.name] = _until_stable(lambda count: worker.ask("time", **case, seed=0, calls=count)["seconds"])
+        calls[worker.name] = _until_stable(lambda count: worker.ask("time", **request, seed=0, calls=count)["seconds"])
 
     def turn(worker: Worker, seed: int) -> None:
-        times[worker.name].append(worker.ask("time", **case, seed=seed, calls=calls[worker.name])["seconds"])
+        times[worker.name].append(worker.ask("time", **request, seed=seed, calls=calls[worker.name])["seconds"])
 
     def close(worker: Worker) -> None:
         device = VARIANTS[worker.name].device
         row = rows[worker.name]
         row |= {"backend": worker.about["backend"], "device": device}
         row |= statistics_of(times[worker.name], batch)
-        row["file_mib"] = files_of(VARIANTS[worker.name], bundle.path, bundle.manifest, direction) / 2**20
+        row["file_mib"] = files_of(VARIANTS[worker.name], bundle.path, bundle.manifest, case) / 2**20
         row |= worker.ask("peak")
         if device == "cuda":
-            row |= worker.ask("overheads", **case)
+            row |= worker.ask("overheads", **request)
         row["warnings"] = warnings_of(row)
 
     reached: dict[str, list[float]] = {device: [] for device in roofs}
@@ -206,7 +206,7 @@ def _case(
         attempt(name, warm)
     for index in range(rounds):
         for device, roof in roofs.items():
-            reached[device] += roof.ask("time", **case, seed=0, calls=5)["seconds"][1:]
+            reached[device] += roof.ask("time", **request, seed=0, calls=5)["seconds"][1:]
         names = list(workers)
         first = index % max(1, len(names))
         for name in names[first:] + names[:first]:
@@ -223,10 +223,10 @@ def _case(
     return list(rows.values()), best
 
 
-def _floors(bundle: Bundle, rows: list[Row], reached: Row, direction: str, batch: int) -> list[Row]:
+def _floors(bundle: Bundle, rows: list[Row], reached: Row, case: str, batch: int) -> list[Row]:
     """What the case takes at least on each device; adds to each row what it reached."""
     try:
-        work = work_of(bundle, direction)
+        work = work_of(bundle, case)
     except BackendUnavailable:
         return []  # without onnx nothing is counted, and the columns stay empty
     for row in rows:
@@ -237,7 +237,7 @@ def _floors(bundle: Bundle, rows: list[Row], reached: Row, direction: str, batch
                 row["of_roof"] = row["gflops"] * 1e9 / reached[row["device"]]
     return [
         {
-            "direction": direction,
+            "case": case,
             "batch": batch,
             "device": device,
             "gflop": work.operations * batch / 1e9,
@@ -264,23 +264,24 @@ def _until_stable(run: Callable[[int], list[float]]) -> int:
         before = median
 
 
-def _exact(bundle: Bundle, case: dict[str, Any], folder: Path) -> list[Any]:
+def _exact(bundle: Bundle, case: str, folder: Path) -> list[Any]:
     """Outputs in float64, of batch 1. Raises `Gone`."""
     reference = Worker(REFERENCE, bundle.path)
     try:
-        return _read(reference, case | {"batch": 1}, folder / "exact.npz")
+        return _read(reference, case, folder / "exact.npz")
     finally:
         reference.close()
 
 
-def _error(worker: Worker, case: dict[str, Any], exact: list[Any], folder: Path) -> float:
+def _error(worker: Worker, case: str, exact: list[Any], folder: Path) -> float:
     """The largest difference of any output from the exact one, over that one's largest value or 1. Raises `Gone`."""
-    found = _read(worker, case | {"batch": 1}, folder / "found.npz")
+    found = _read(worker, case, folder / "found.npz")
     return float(max(np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(found, exact, strict=True)))
 
 
-def _read(worker: Worker, case: dict[str, Any], path: Path) -> list[Any]:
-    worker.ask("outputs", **case, path=str(path))
+def _read(worker: Worker, case: str, path: Path) -> list[Any]:
+    """Outputs of batch 1."""
+    worker.ask("outputs", graph=case, batch=1, path=str(path))
     with np.load(path) as outputs:
         return [outputs[f"arr_{index}"] for index in range(len(outputs))]
 

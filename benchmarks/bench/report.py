@@ -31,7 +31,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown: a table for every direction and batch size, then what could not run."""
+    """The report as Markdown: a table for every case and batch size, then what could not run."""
     model = report["model"]
     lines = [
         f"{_TITLE}{model['family']} {model['resolution']}x{model['resolution']}, {model['precision']}"
@@ -42,16 +42,14 @@ def markdown(report: dict[str, Any]) -> str:
         "error: largest difference of any output from float64, over the output's largest value or 1",
         *(f"**Warning: {warning}**" for warning in report["warnings"]),
     ]
-    for (direction, batch), rows in cases(report).items():
+    for (case, batch), rows in cases(report).items():
         speed = ratios(rows)
-        lines += ["", f"## {direction}, batch {batch}", ""]
-        lines += [
-            _floor(found) for found in report["floors"] if (found["direction"], found["batch"]) == (direction, batch)
-        ]
+        lines += ["", f"## {case}, batch {batch}", ""]
+        lines += [_floor(found) for found in report["floors"] if (found["case"], found["batch"]) == (case, batch)]
         lines += ["", _table_row(_HEADINGS)] if lines[-1] else [_table_row(_HEADINGS)]
         lines += ["|---|" + "---:|" * (len(_HEADINGS) - 2) + "---|"]
         lines += [_line(row, speed) for row in rows]
-    missing = [row for row in report["rows"] if "direction" not in row]
+    missing = [row for row in report["rows"] if "case" not in row]
     if missing:
         lines += ["", "## Not run", "", "| variant | reason |", "|---|---|"]
         lines += [_table_row((row["variant"], row["reason"].replace("|", "/"))) for row in missing]
@@ -59,11 +57,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def cases(report: dict[str, Any]) -> dict[tuple[str, int], list[Row]]:
-    """Rows by direction and batch size, in the order of the report."""
+    """Rows by case and batch size, in the order of the report."""
     found: dict[tuple[str, int], list[Row]] = {}
     for row in report["rows"]:
-        if "direction" in row:
-            found.setdefault((row["direction"], row["batch"]), []).append(row)
+        if "case" in row:
+            found.setdefault((row["case"], row["batch"]), []).append(row)
     return found
 
 
@@ -121,7 +119,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
             found.append(
                 {
                     "variant": row["variant"],
-                    "direction": case[0],
+                    "case": case[0],
                     "batch": case[1],
                     "before_ms": old["p50_ms"],
                     "after_ms": row["p50_ms"],
@@ -178,11 +176,14 @@ def read_report(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is no latency report; 'hflow-rt bench' writes them") from error
     if not isinstance(report, dict) or report.get("format") != 1 or not isinstance(report.get("rows"), list):
         raise DataError(f"{path} is no latency report of this version; 'hflow-rt bench' writes them")
+    for row in report["rows"]:
+        if "direction" in row:  # as versions before called it
+            row["case"] = row.pop("direction")
     return report
 
 
 def chart(report: dict[str, Any], path: Path) -> None:
-    """Bars of the median, one panel a direction and batch size, the spread of calls (p50 to p95) as whiskers.
+    """Bars of the median, one panel a case and batch size, the spread of calls (p50 to p95) as whiskers.
 
     Raises `BackendUnavailable` without matplotlib.
     """
@@ -194,7 +195,7 @@ def chart(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, height + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(rows) + 1 for rows in panels.values()])
-    for axis, ((direction, batch), rows) in zip(axes[:, 0], panels.items(), strict=True):
+    for axis, ((case, batch), rows) in zip(axes[:, 0], panels.items(), strict=True):
         speed = ratios(rows)
         medians = [row["p50_ms"] for row in rows]
         late = [max(0.0, row["p95_ms"] - row["p50_ms"]) for row in rows]
@@ -204,7 +205,7 @@ def chart(report: dict[str, Any], path: Path) -> None:
         axis.bar_label(bars, labels, padding=6, fontsize=8)
         axis.set_xlim(0, 1.3 * max(row["p95_ms"] for row in rows))
         axis.invert_yaxis()
-        axis.set_title(f"{direction}, batch {batch}", loc="left", fontsize=10)
+        axis.set_title(f"{case}, batch {batch}", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel("ms a call, median; whisker: 95 of 100 calls are faster", fontsize=8)

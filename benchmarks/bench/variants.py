@@ -20,7 +20,8 @@ from hflow_rt.extras import needed
 from hflow_rt.manifest import MODEL, Loop, Manifest, Routes, routes_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.drawing import Drawing
-from hflow_rt.runtime.loops import called, drawn_by_call, follow, looped, row_of
+from hflow_rt.runtime.engines.engine import Calls, called, looped
+from hflow_rt.runtime.loops import drawn_by_call, follow, row_of
 
 __all__ = [
     "BASELINE",
@@ -126,7 +127,8 @@ class _Torch:
 
         def calls(first: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
             rows = (row_of(schedule, drawn, inputs, index) for index in range(loop.steps))
-            return looped(called(self._module, loop.step, step), first, rows, loop.carry, loop.every.keys())
+            every = Calls(loop.step, first, rows, loop.carry, loop.every.keys())
+            return looped(called(self._module, loop.step, step), every)
 
         begun = called(self._module, loop.start, start)(dict(inputs))
         return [*follow(loop, inputs, begun, calls, self.bundle.manifest.latent_shapes).values()]

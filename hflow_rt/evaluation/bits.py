@@ -1,6 +1,6 @@
 """Bits per dimension of a model on images, by every bound that it has.
 
-`measure` tells which latent costs how many bits; `evaluate` is what training asks of it now and then.
+`bits_per_dim` tells which latent costs how many bits; `bits_figures` is what training asks of it now and then.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
     "BitsReport",
     "BoundBits",
     "LatentBits",
-    "evaluate",
-    "measure",
+    "bits_figures",
+    "bits_per_dim",
     "open_reference",
 ]
 
@@ -96,7 +96,7 @@ class BitsReport:
 
 
 @torch.no_grad()
-def measure(
+def bits_per_dim(
     model: LatentModel,
     images: Pixels | Selection,
     seed: int = 0,
@@ -143,11 +143,11 @@ def measure(
 
     def drawn(bound: str, draw: int, part: range) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part)))
-        told = conditions_by_folder(model, [names[index] for index in part]) if names else {}
+        conditions = conditions_by_folder(model, [names[index] for index in part]) if names else {}
         rows = []
         for i, index in enumerate(part):
             stream = generator(seed, streams.index(bound), draw, index)
-            one = {name: value[i : i + 1] for name, value in told.items()}
+            one = {name: value[i : i + 1] for name, value in conditions.items()}
             rows.append(model.bound_inputs(bound, pixels[i : i + 1], stream, one))
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
@@ -180,7 +180,7 @@ def measure(
     return BitsReport(claims, bounds, reasons, model.noise_scales())
 
 
-def evaluate(
+def bits_figures(
     model: LatentModel,
     pixels: Pixels,
     images: int,
@@ -189,12 +189,12 @@ def evaluate(
     batch: int = 32,
     names: Sequence[str] | None = None,
 ) -> Evaluation:
-    """The totals of `measure` by name; what cannot be computed has a reason. Raises `DataError` as it does."""
+    """The totals of `bits_per_dim` by name; what cannot be computed has a reason. Raises `DataError` as it does."""
     if not model.bounds():
         return Evaluation(images, reason=NO_LIKELIHOOD)
     if len(pixels) == 0:
         return Evaluation(images, reason="there are no held-out images")
-    found = measure(model, pixels, seed, draws, batch, names=names)
+    found = bits_per_dim(model, pixels, seed, draws, batch, names=names)
     figures = {name: Figure(found.claims[name].title, bound.total, BITS) for name, bound in found.bounds.items()}
     return Evaluation(images, figures, found.reasons)
 

@@ -27,11 +27,11 @@ from hflow_rt.extras import needed
 __all__ = [
     "DistanceReport",
     "KernelDistance",
-    "compare",
     "data_statistics",
+    "distance_report",
+    "distances",
     "frechet_distance",
     "kernel_distance",
-    "measure",
     "sample_statistics",
 ]
 
@@ -79,7 +79,7 @@ class DistanceReport:
         }
 
 
-def measure(
+def distances(
     network: FeatureNetwork,
     session: Session,
     data: Selection,
@@ -104,7 +104,7 @@ def measure(
     shares = shares or Alone()
     of_data = data_statistics(network, data, batch, cache, shares, track)
     of_samples = sample_statistics(network, session, count, std, seed, batch, shares, track)
-    return compare(network, of_data, of_samples, seed) if shares.is_main and of_data is not None else None
+    return distance_report(network, of_data, of_samples, seed) if shares.is_main and of_data is not None else None
 
 
 def data_statistics(
@@ -145,7 +145,7 @@ def sample_statistics(
     return statistics(_joined(shares.collect(mine)), "the samples")
 
 
-def compare(network: FeatureNetwork, data: Statistics, samples: Statistics, seed: int = 0) -> DistanceReport:
+def distance_report(network: FeatureNetwork, data: Statistics, samples: Statistics, seed: int = 0) -> DistanceReport:
     """Both distances; `seed` picks the subsets. Raises `BackendUnavailable` without torchmetrics."""
     return DistanceReport(
         frechet_name=network.frechet,

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hflow_rt.errors import ConfigError
-from hflow_rt.evaluation.bits import evaluate
+from hflow_rt.evaluation.bits import bits_figures
 from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.evaluation.while_training import Distances
 from hflow_rt.memory import guarded
@@ -180,7 +180,7 @@ class _Trainer:
             with torch.no_grad():
                 figures = run.plan.figures(run.average, self.held_out)
             if run.average.bounds() or figures or self.draw is None:
-                found = evaluate(
+                found = bits_figures(
                     run.average,
                     self.held_out,
                     run.place.images,

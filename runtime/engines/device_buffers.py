@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import BackendUnavailable, EngineMismatch
 from hflow_rt.manifest import Tensor
 from hflow_rt.runtime.engines.cuda import Cuda
+from hflow_rt.runtime.engines.engine import Calls
 
 __all__ = ["Lane"]
 
@@ -99,38 +100,30 @@ class Lane:
         """Bytes, of all its rows or of so many."""
         return _FLOAT * (math.prod(tensor.batched(self.batch)) if rows is None else rows * math.prod(tensor.shape))
 
-    def loop(
-        self,
-        first: Mapping[str, NDArray[np.float32]],
-        rows: Iterable[Mapping[str, NDArray[np.float32]]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """As `looped`: what is carried is copied on the device, and each row is staged while the call before runs.
+    def loop(self, calls: Calls) -> Iterator[dict[str, NDArray[np.float32]]]:
+        """As an engine's: what is carried is copied on the device, each row is staged while the call before runs.
 
         The copy costs a thousandth of a call, and lets one recorded graph serve all of them.
         """
         inputs = {tensor.name: tensor for tensor in self._inputs}
-        count = max(len(array) for array in first.values())
-        for name, array in first.items():
+        for name, array in calls.first.items():
             self._fill(inputs[name], array)
             self._upload(inputs[name])
         begun = False
-        for index, row in enumerate(rows):
+        for index, row in enumerate(calls.rows):
             place = index % 2  # the other one may be on its way still
             for name, array in row.items():
                 self._fill(inputs[name], array, place)
             if begun:
-                found = self._read([tensor for tensor in self._outputs if tensor.name in every], count)
-                yield found
+                yield self._read([tensor for tensor in self._outputs if tensor.name in calls.every], calls.batch)
             for name in row:
                 self._upload(inputs[name], place)
             self._enqueue()
-            for left, entered in carry.items():
+            for left, entered in calls.carry.items():
                 self._cuda.copy(self._device[entered], self._device[left], self._size(inputs[entered]), self._stream)
             begun = True
         if begun:
-            yield self._read(self._outputs, count)
+            yield self._read(self._outputs, calls.batch)
 
     def _stage(self, tensor: Tensor, place: int = 0) -> NDArray[np.float32]:
         """Pinned memory for this tensor, seen as an array; allocated when first needed, for each place."""

@@ -7,7 +7,7 @@ writes fixed addresses, so each batch size has buffers of its own (a `Lane`), an
 import contextlib
 import os
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -21,7 +21,7 @@ from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.cpu import Settings, TunedGraph, cores, default, shared_out, threads, tuned_graph
 from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
-from hflow_rt.runtime.loops import called, looped
+from hflow_rt.runtime.engines.engine import Calls, Engine
 
 __all__ = ["OnnxEngine", "open_engine"]
 
@@ -44,7 +44,7 @@ _RECORDED = 8  # batch sizes per graph: ONNX Runtime keeps what it recorded, and
 _GRAPH_ID, _NO_GRAPH = "gpu_graph_id", "-1"
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """Runs graphs of a bundle on one execution provider. Safe to share between threads.
 
     device: a key of `_PROVIDERS`. cuda: where given, its work is replayed as CUDA graphs. settings: how every graph
@@ -54,7 +54,10 @@ class OnnxEngine:
     def __init__(
         self, bundle: Bundle, device: str, runtime: Any, cuda: Cuda | None = None, settings: Settings | None = None
     ) -> None:
-        self._bundle, self._device, self._runtime, self._given = bundle, device, runtime, settings
+        super().__init__(bundle)
+        self._device, self._runtime, self._given = device, runtime, settings
+        self.tensors = None if device == "cpu" else f"cuda:{_device_id()}"
+        self.side_by_side = device == "cpu" and cores() > 1
         self._provider = _PROVIDERS[device]
         self._sessions: dict[tuple[str, bool], Any] = {}
         self._settings: dict[str, Settings] = {}
@@ -69,22 +72,6 @@ class OnnxEngine:
     @property
     def backend(self) -> str:
         return f"onnxruntime {self._provider}{' with a CUDA graph' if self._cuda is not None else ''}"
-
-    @property
-    def graphs(self) -> tuple[str, ...]:
-        return tuple(self._bundle.manifest.graphs)
-
-    @property
-    def verified(self) -> bool:
-        return self._bundle.manifest.verified
-
-    @property
-    def tensors(self) -> str | None:
-        return None if self._device == "cpu" else f"cuda:{_device_id()}"
-
-    @property
-    def side_by_side(self) -> bool:
-        return self._device == "cpu" and cores() > 1
 
     def close(self) -> None:
         with self._running, self._lock:
@@ -103,43 +90,25 @@ class OnnxEngine:
                 return self._replay(self._cuda, session, graph, inputs)
         return self._run(session, described, inputs)
 
-    def loop(
-        self,
-        graph: str,
-        first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[Mapping[str, Any]]:
-        described = self._bundle.manifest.graphs[graph]
-        arrays = all(isinstance(array, np.ndarray) for array in first.values())
-        if self._cuda is None and arrays:
-            device = ("cpu", 0) if self._device == "cpu" else ("cuda", int(_device_id()))
-            return _Bindings(self._runtime, self.session(graph), described, device).loop(first, rows, carry, every)
-        if self._cuda is not None and arrays:
-            return self._loop_lane(self._cuda, graph, first, rows, carry, every)
-        return looped(called(self.run, graph, described), first, rows, carry, every)
+    def loop(self, calls: Calls) -> Iterator[Mapping[str, Any]]:
+        if not calls.on_host:
+            return super().loop(calls)
+        return self._by_bindings(calls) if self._cuda is None else self._replayed(self._cuda, calls)
 
-    def _loop_lane(
-        self,
-        cuda: Cuda,
-        graph: str,
-        first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[Mapping[str, Any]]:
+    def _by_bindings(self, calls: Calls, options: Any = None) -> Iterator[Mapping[str, Any]]:
+        device = ("cpu", 0) if self._device == "cpu" else ("cuda", int(_device_id()))
+        graph = self._bundle.manifest.graphs[calls.graph]
+        return _Bindings(self._runtime, self.session(calls.graph), graph, device).loop(calls, options)
+
+    def _replayed(self, cuda: Cuda, calls: Calls) -> Iterator[Mapping[str, Any]]:
         """By the CUDA graph of this batch size where it has one."""
-        batch = max(len(array) for array in first.values())
         with self._running, cuda.current():
-            lane = self._lane(cuda, graph, batch)
+            lane = self._lane(cuda, calls.graph, calls.batch)
             if lane is None:
-                described = self._bundle.manifest.graphs[graph]
-                bindings = _Bindings(self._runtime, self.session(graph), described, ("cuda", int(_device_id())))
-                yield from bindings.loop(first, rows, carry, every, self._options(_NO_GRAPH))
+                yield from self._by_bindings(calls, self._options(_NO_GRAPH))
             else:
-                with self._dropped_on_failure(graph, batch):
-                    yield from lane.loop(first, rows, carry, every)
+                with self._dropped_on_failure(calls.graph, calls.batch):
+                    yield from lane.loop(calls)
 
     def _run_on_cpu(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         if graph not in self.graphs:
@@ -272,31 +241,23 @@ class _Bindings:
         self._runtime, self._session, self._graph, self._device = runtime, session, graph, device
         self._binding = session.io_binding()
 
-    def loop(
-        self,
-        first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-        options: Any = None,
-    ) -> Iterator[Mapping[str, Any]]:
-        """As `looped`."""
-        batch = max(len(array) for array in first.values())
+    def loop(self, calls: Calls, options: Any = None) -> Iterator[Mapping[str, Any]]:
+        """As an engine's."""
         value = self._runtime.OrtValue
-        shapes = {tensor.name: list(tensor.batched(batch)) for tensor in self._graph.outputs}
+        shapes = {tensor.name: list(tensor.batched(calls.batch)) for tensor in self._graph.outputs}
         outputs = {
             name: value.ortvalue_from_shape_and_type(shape, np.float32, *self._device) for name, shape in shapes.items()
         }
         # a copy, because it is written to when its turn comes
-        carried = {entered: self._placed(first[entered].copy()) for entered in carry.values()}
-        for name, array in first.items():
+        carried = {entered: self._placed(calls.first[entered].copy()) for entered in calls.carry.values()}
+        for name, array in calls.first.items():
             if name not in carried:
                 self._binding.bind_ortvalue_input(name, self._placed(array))
         under_way = False
-        for row in rows:
+        for row in calls.rows:
             if under_way:
-                yield {name: np.array(outputs[name].numpy()) for name in every}
-                for left, entered in carry.items():
+                yield {name: np.array(outputs[name].numpy()) for name in calls.every}
+                for left, entered in calls.carry.items():
                     carried[entered], outputs[left] = outputs[left], carried[entered]
             for name, given in (carried | {name: self._placed(array) for name, array in row.items()}).items():
                 self._binding.bind_ortvalue_input(name, given)

@@ -6,7 +6,7 @@ from its second run on, a CUDA graph of its own (a `Lane`); threads that call at
 
 import contextlib
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -18,8 +18,8 @@ from hflow_rt.manifest import Tensor
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.cuda import Cuda, Gpu, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
+from hflow_rt.runtime.engines.engine import Calls, Engine
 from hflow_rt.runtime.engines.plans import Product, build_command, choose_engines, installed, plan_file, product
-from hflow_rt.runtime.loops import called, looped
 
 __all__ = ["TensorRTEngine", "error_logger", "open_engine"]
 
@@ -27,12 +27,14 @@ _IDLE = 8  # lanes kept per graph: each batch size costs memory for activations
 Array = NDArray[np.float32]
 
 
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """Runs the plans `key` of a bundle on `gpu`. Safe to share between threads."""
 
     def __init__(self, bundle: Bundle, key: str, found: Product, gpu: Gpu, cuda: Cuda, cuda_graph: bool = True) -> None:
-        self._bundle, self.key, self._product, self._gpu, self._cuda = bundle, key, found, gpu, cuda
+        super().__init__(bundle)
+        self.key, self._product, self._gpu, self._cuda = key, found, gpu, cuda
         self._engines = bundle.manifest.engines[key]
+        self.tensors, self.largest = f"cuda:{gpu.index}", self._engines.batch[2]
         self._cuda_graph = cuda_graph
         self._messages: list[str] = []
         self._lock = Lock()
@@ -56,37 +58,21 @@ class TensorRTEngine:
     def verified(self) -> bool:
         return self._engines.verified
 
-    @property
-    def tensors(self) -> str | None:
-        return f"cuda:{self._gpu.index}"
-
     def close(self) -> None:
         with self._lock:
             self._released()
             self._runtime = None
 
-    @property
-    def largest(self) -> int:
-        return self._engines.batch[2]
-
     def run(self, graph: str, inputs: Sequence[Any]) -> list[Any]:
         with self._cuda.current(), self._lane(graph, inputs) as lane:
             return lane.run(inputs)
 
-    def loop(
-        self,
-        graph: str,
-        first: Mapping[str, Any],
-        rows: Iterable[Mapping[str, Any]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[Mapping[str, Any]]:
-        described = self._bundle.manifest.graphs[graph]
-        if all(isinstance(array, np.ndarray) for array in first.values()):
-            with self._cuda.current(), self._lane(graph, list(first.values())) as lane:
-                yield from lane.loop(first, rows, carry, every)
+    def loop(self, calls: Calls) -> Iterator[Mapping[str, Any]]:
+        if not calls.on_host:
+            yield from super().loop(calls)
             return
-        yield from looped(called(self.run, graph, described), first, rows, carry, every)
+        with self._cuda.current(), self._lane(calls.graph, list(calls.first.values())) as lane:
+            yield from lane.loop(calls)
 
     def _lane(self, graph: str, inputs: Sequence[Any]) -> contextlib.AbstractContextManager[Lane]:
         return self._plan(graph).lane(max(*(len(array) for array in inputs), self._engines.batch[0]))

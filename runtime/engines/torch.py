@@ -1,6 +1,7 @@
 """PyTorch backend: the bundled reference weights with constants folded, on any torch device."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from hflow_rt.errors import BackendUnavailable
 from hflow_rt.extras import needed
 from hflow_rt.manifest import Precision
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.loops import looped
+from hflow_rt.runtime.engines.engine import Calls, Engine, looped
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["TorchEngine", "open_engine"]
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Runs the same graphs that export writes, as torch modules, in float32."""
 
     precision: Precision = "fp32"
 
     def __init__(self, bundle: Bundle, modules: "dict[str, nn.Module]", device: "torch.device") -> None:
-        self._bundle, self._modules, self._device = bundle, modules, device
+        super().__init__(bundle)
+        self._modules, self._device = modules, device
         for module in modules.values():
             module.eval().to(device)
 
@@ -33,42 +35,24 @@ class TorchEngine:
     def backend(self) -> str:
         return f"torch {self._device}"
 
-    @property
-    def graphs(self) -> tuple[str, ...]:
-        return tuple(self._bundle.manifest.graphs)
-
-    @property
-    def verified(self) -> bool:
-        return self._bundle.manifest.verified
-
-    @property
-    def tensors(self) -> str | None:
-        return None
-
     def close(self) -> None:
         self._modules.clear()
 
-    def loop(
-        self,
-        graph: str,
-        first: Mapping[str, NDArray[np.float32]],
-        rows: Iterable[Mapping[str, NDArray[np.float32]]],
-        carry: Mapping[str, str],
-        every: Collection[str],
-    ) -> Iterator[Mapping[str, NDArray[np.float32]]]:
+    def loop(self, calls: Calls) -> Iterator[Mapping[str, NDArray[np.float32]]]:
         import torch
 
-        described = self._bundle.manifest.graphs[graph]
+        described = self._bundle.manifest.graphs[calls.graph]
 
         def placed(arrays: Mapping[str, NDArray[np.float32]]) -> "dict[str, torch.Tensor]":
             return {name: self._placed(array) for name, array in arrays.items()}
 
-        def call(values: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        def call(values: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
             with torch.inference_mode():
-                outputs = self._modules[graph](*[values[tensor.name] for tensor in described.inputs])
+                outputs = self._modules[calls.graph](*[values[tensor.name] for tensor in described.inputs])
             return {tensor.name: output for tensor, output in zip(described.outputs, outputs, strict=True)}
 
-        for outputs in looped(call, placed(first), map(placed, rows), carry, every):
+        on_device = replace(calls, first=placed(calls.first), rows=map(placed, calls.rows))
+        for outputs in looped(call, on_device):
             yield {name: output.cpu().numpy() for name, output in outputs.items()}
 
     def _placed(self, array: NDArray[np.float32]) -> "torch.Tensor":

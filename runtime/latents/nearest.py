@@ -29,7 +29,7 @@ def find_tensor(session: Session, name: str | None = None) -> TensorAddress:
     Raises `DataError` for a name that nothing has.
     """
     shapes = session.latent_shapes
-    if name in shapes:  # first, because a bundle of one direction lacks the other spaces
+    if name in shapes:  # first, because a bundle of one route lacks the other spaces
         return TensorAddress(LATENT_SPACE, name)
     addresses = {latent: TensorAddress(LATENT_SPACE, latent) for latent in shapes}
     others = [

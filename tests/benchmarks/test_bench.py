@@ -20,7 +20,7 @@ from hflow_rt.runtime.inputs import inputs_of
 def row(variant: str, p50: float, cov: float | None = 0.01, **more: Any) -> dict[str, Any]:
     figures = {f"p{q}_ms": p50 * (1 + q / 1000) for q in (90, 95, 99)}
     return {
-        "variant": variant, "direction": "forward", "batch": 1, "p50_ms": p50, **figures, "min_ms": p50, "cov": cov,
+        "variant": variant, "case": "forward", "batch": 1, "p50_ms": p50, **figures, "min_ms": p50, "cov": cov,
         "images_per_second": 1e3 / p50, "first_call_ms": p50, "load_s": 0.1, "host_mib": 12.0, "device_mib": None,
         "file_mib": 3.0, "calls": 10, "warnings": [], **more,
     }  # fmt: skip
@@ -71,7 +71,7 @@ def test_ratios_are_against_the_baseline_or_the_first_row() -> None:
 
 def test_markdown_shows_figures_warnings_and_reasons() -> None:
     gone = {"variant": "trt", "device": "cuda", "reason": "no GPU | none"}
-    failed = {"variant": "torch.compile", "direction": "forward", "batch": 1, "reason": "no compiler"}
+    failed = {"variant": "torch.compile", "case": "forward", "batch": 1, "reason": "no compiler"}
     shown = row("onnx", 2.0, 0.031, warnings=["unstable"], error=1.5e-6)
     text = markdown(report(row(BASELINE, 8.0), shown, failed, gone) | {"warnings": ["other work"]})
     assert "| onnx | 2.00 | 4.00x |" in text
@@ -134,8 +134,8 @@ def test_inputs_differ_between_rounds_and_not_between_processes(tiny_run: Path) 
 def test_every_variant_leaves_figures_or_a_reason(tiny_run: Path) -> None:
     names = [BASELINE, "onnx", "trt"]
     found = measure_latency(find_bundle(tiny_run), names, ["forward", "inverse"], [2], rounds=2)
-    assert [(r["variant"], r["direction"], r["batch"]) for r in found["rows"] if "direction" in r] == [
-        (name, direction, 2) for direction in ("forward", "inverse") for name in names[:2]
+    assert [(r["variant"], r["case"], r["batch"]) for r in found["rows"] if "case" in r] == [
+        (name, case, 2) for case in ("forward", "inverse") for name in names[:2]
     ]
     for r in found["rows"]:
         if r["variant"] == "trt":
@@ -150,7 +150,7 @@ def test_every_variant_leaves_figures_or_a_reason(tiny_run: Path) -> None:
         assert r["backend"].startswith("torch" if "torch" in r["variant"] else "onnxruntime CPU")
     assert any(r.get("error", 0) > 0 for r in found["rows"])
     assert found["machine"]["cores"] >= 1
-    assert [(f["direction"], f["batch"]) for f in found["floors"]] == [("forward", 2), ("inverse", 2)]
+    assert [(f["case"], f["batch"]) for f in found["floors"]] == [("forward", 2), ("inverse", 2)]
     assert all(f["floor_ms"] > 0 for f in found["floors"])
     work = sum(count(find_bundle(tiny_run), "forward").values(), Work())
     assert found["floors"][0]["gflop"] == pytest.approx(2 * work.operations / 1e9)

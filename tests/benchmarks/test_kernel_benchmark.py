@@ -43,9 +43,9 @@ def test_without_a_gpu_one_line_says_what_is_needed() -> None:
 def test_a_dry_run_goes_through_every_part() -> None:
     found = rows(run("--dry-run", "--ops", "^(blur_up|mixing forward)"))
     timed = {(what, variant) for what, variant, median, *_ in found if median}
-    for direction in ("result", "gradient"):
+    for target in ("result", "gradient"):
         for name in ("blur_up", "mixing forward, C = 4"):
-            ops = {variant for what, variant in timed if what.startswith(f"{name}, {direction}, float32, ")}
+            ops = {variant for what, variant in timed if what.startswith(f"{name}, {target}, float32, ")}
             assert ops == {"eager", "torch.compile", "copy"}
     for preset in ("hflow-demo", "glow-demo"):
         decodes = {variant for what, variant in timed if what == f"{preset} decode, batch 1"}
@@ -62,7 +62,7 @@ def test_a_dry_run_under_the_interpreter_has_kernels_that_agree() -> None:
     found = rows(done)
     assert [row for row in found if "failed" in row[-1]] == []
     kernels = [row for row in found if row[1] == "kernels"]
-    assert len(kernels) == 8  # two operators, two directions, two types
+    assert len(kernels) == 8  # two operators, two targets, two types
     assert all(re.search(r"GB/s \d+, share \d+%, target 8[05]%", row[-1]) for row in kernels)
 
 

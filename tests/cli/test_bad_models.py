@@ -124,7 +124,7 @@ def test_a_missing_engine_file(hflow: Command, run: Path, photo: Command) -> Non
     assert hflow("sample", "-n", 1).code == 0
 
 
-def test_a_direction_that_was_not_exported(hflow: Command, run: Path, photo: Command) -> None:
+def test_a_route_that_was_not_exported(hflow: Command, run: Path, photo: Command) -> None:
     manifest = json.loads((run / "bundle" / "manifest.json").read_text())
     for graph in ("inverse", "end_inverse"):
         del manifest["graphs"][graph]

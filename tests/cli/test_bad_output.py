@@ -82,5 +82,5 @@ def test_a_full_disk(python: Command, run: Path, photo: Command, kind: str) -> N
 
 def test_a_full_disk_keeps_the_bundle_that_was_there(python: Command, run: Path) -> None:
     before = {name: (run / name).read_bytes() for name in tree(run) if (run / name).is_file()}
-    refused(python(FULL, 50_000, "export", "--direction", "inverse"), f"cannot write {run}/bundle: ")
+    refused(python(FULL, 50_000, "export", "--route", "inverse"), f"cannot write {run}/bundle: ")
     assert {name: (run / name).read_bytes() for name in tree(run) if (run / name).is_file()} == before

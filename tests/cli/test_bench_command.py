@@ -9,7 +9,7 @@ import pytest
 
 def test_measures_writes_and_compares(run: Path, hflow: Any) -> None:
     pytest.importorskip("matplotlib")
-    done = hflow("bench", run, "--variant", "onnx", "--direction", "forward", "--batch", "2", "--rounds", "2")
+    done = hflow("bench", run, "--variant", "onnx", "--route", "forward", "--batch", "2", "--rounds", "2")
     assert done.code == 0, done.err
     bundle = run / "bundle"
     report = json.loads((bundle / "latency.json").read_text())
@@ -24,10 +24,10 @@ def test_measures_writes_and_compares(run: Path, hflow: Any) -> None:
 
 
 def test_json_goes_to_stdout_alone(run: Path, hflow: Any, tmp_path: Path) -> None:
-    arguments = ("--variant", "onnx", "--direction", "inverse", "--rounds", "1", "-o", tmp_path / "there", "--json")
+    arguments = ("--variant", "onnx", "--route", "inverse", "--rounds", "1", "-o", tmp_path / "there", "--json")
     done = hflow("bench", run, *arguments)
     report = json.loads(done.out)
-    assert report["rows"][0]["direction"] == "inverse"
+    assert report["rows"][0]["case"] == "inverse"
     assert str(tmp_path / "there.json") in report["output"]
     assert not (run / "bundle" / "latency.json").exists()
 
@@ -36,7 +36,7 @@ def test_json_goes_to_stdout_alone(run: Path, hflow: Any, tmp_path: Path) -> Non
     ("arguments", "said"),
     [
         (("--variant", "tpu"), "no variant has 'tpu' in its name; known: torch eager"),
-        (("--direction", "up"), "unknown direction 'up'; known: forward, inverse, both"),
+        (("--route", "up"), "unknown route 'up'; known: forward, inverse, both"),
         (("--batch", "0"), "must be at least 1"),
         (("--compare", "no.json", "no.json"), "cannot read no.json"),
         (("--variant", "trt"), "nothing here can run"),

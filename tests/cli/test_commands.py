@@ -123,7 +123,7 @@ def test_the_next_command_names_the_model_again(hflow: Command, run: Path, photo
 @pytest.mark.slow
 def test_export(hflow: Command, run: Path) -> None:
     before = read_manifest(run / "bundle")
-    result = ok(hflow("export", "--engine", "onnx", "--direction", "inverse"))
+    result = ok(hflow("export", "--engine", "onnx", "--route", "inverse"))
     assert re.search(rf"{run}/bundle/inverse\.onnx: \d+ nodes, 0\.\d MB", result.out)
     assert re.search(r"inverse log_prob +\S+e-\d\d +\d+% .*\S+e-\d\d +\d+%  +\S+e-\d\d", result.out)
     assert "verified: the engines are the model\nnext: hflow-rt sample" in result.out
@@ -141,7 +141,7 @@ def test_export(hflow: Command, run: Path) -> None:
 def test_export_a_model_file_as_json(hflow: Command, run: Path, photo: Command) -> None:
     model = (run / "model.safetensors").rename("mine.safetensors")
     photo("proof/a.png", 20, 30)
-    result = ok(hflow("export", model, "--direction", "inverse", "-o", "out/b", "--images", "proof", "--json"))
+    result = ok(hflow("export", model, "--route", "inverse", "-o", "out/b", "--images", "proof", "--json"))
     report = json.loads(result.out)
     assert report["bundle"] == "out/b"
     assert report["graphs"] == ["inverse"]

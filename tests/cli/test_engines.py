@@ -87,7 +87,7 @@ def test_python_builds_them_too(run: Path, quick: list[Any]) -> None:
     (engines,) = read_manifest(run / "bundle").engines.values()
     assert list(engines.plans) == ["forward", "inverse", "end_forward", "end_inverse"]
     assert not engines.verified  # no GPU can run them here
-    folder = hflow_rt.export(hflow_rt.pretrained(), "trt", "mine", direction="forward")
+    folder = hflow_rt.export(hflow_rt.pretrained(), "trt", "mine", route="forward")
     (engines,) = read_manifest(folder).engines.values()
     assert (folder, list(engines.plans)) == (Path("mine"), ["forward"])
 
@@ -116,7 +116,7 @@ def test_a_bundle_alone(hflow: Command, run: Path, quick: list[Any]) -> None:
             "rtx",
             "--compute-capability",
             "8.6",
-            "--direction",
+            "--route",
             "forward",
         )
     )
@@ -290,7 +290,7 @@ def test_other_weights_that_tensorrt_refuses(
         raise BundleError(f"{failure}: no; {hint}")
 
     def export(source: Path, folder: Path, options: Any, quiet: bool) -> Any:
-        assert (source, options.direction, options.precision) == (finetuned / "model.safetensors", "both", "fp32")
+        assert (source, options.route, options.precision) == (finetuned / "model.safetensors", "both", "fp32")
         shutil.copytree(refitting, folder)
         return read_manifest(folder)
 

@@ -19,7 +19,7 @@ from outcomes import ok, refused
 from safetensors.torch import load_file, save_file
 
 from hflow_rt.data.selection import select
-from hflow_rt.evaluation.bits import evaluate, open_reference
+from hflow_rt.evaluation.bits import bits_figures, open_reference
 from hflow_rt.models.checkpoint import METADATA_KEY, read_metadata
 
 Command = Callable[..., Any]
@@ -107,7 +107,7 @@ def test_bits_latent_by_latent(hflow: Command, run: Path, pictures: Path) -> Non
     assert result.err == f"hflow 16x16 from {run}/model.safetensors on torch cpu\n"
     report = json.loads(Path("report.json").read_text())
     direct = (
-        evaluate(open_reference(run / "model.safetensors"), select(pictures, 16).pixels(), 0, 3, 2)
+        bits_figures(open_reference(run / "model.safetensors"), select(pictures, 16).pixels(), 0, 3, 2)
         .figures["strict"]
         .estimate
     )
@@ -183,7 +183,7 @@ def test_images_of_another_set_are_said(hflow: Command, run: Path, pictures: Pat
 
 
 def test_a_backend_finds_what_the_reference_finds(hflow: Command, run: Path, pictures: Path) -> None:
-    exported = json.loads(ok(hflow("export", run, "--direction", "inverse", "--bound", "--json")).out)
+    exported = json.loads(ok(hflow("export", run, "--route", "inverse", "--bound", "--json")).out)
     assert exported["graphs"] == ["inverse", "bound"]
     assert exported["verified"]
     arguments = ("eval", "bpd", "--data", pictures, "--seed", 3, "--draws", 2)

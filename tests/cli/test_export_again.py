@@ -26,8 +26,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments of exports, which leave the bundle without engines."""
     found = []
 
-    def export(source: Path, folder: Path, images: Any, direction: str, progress: Any, **options: Any) -> Manifest:
-        found.append({"source": source, "folder": folder, "direction": direction} | options)
+    def export(source: Path, folder: Path, images: Any, route: str, progress: Any, **options: Any) -> Manifest:
+        found.append({"source": source, "folder": folder, "route": route} | options)
         return read_manifest(folder).model_copy(update={"engines": {}})
 
     monkeypatch.setattr(export_module, "export_bundle", export)
@@ -54,7 +54,7 @@ def last_line(result: Any) -> str:
 
 
 KEPT = {
-    "direction": "both",
+    "route": "both",
     "bound": True,
     "half": True,
     "std": ["0.9", "z0=0.3"],
@@ -69,7 +69,7 @@ KEPT = {
         ((), {}),
         (("--precision", "mixed"), {"precision": "mixed"}),
         (("--std", "0.5", "--no-bound", "--no-half"), {"std": ["0.5"], "bound": False, "half": False}),
-        (("--direction", "inverse"), {"direction": "inverse"}),
+        (("--route", "inverse"), {"route": "inverse"}),
     ],
 )
 def test_what_was_not_said_stays(
@@ -85,13 +85,13 @@ def test_what_was_not_said_stays(
         assert f"{bundle} {kept}\n" in result.err
 
 
-def test_a_bundle_of_one_direction_keeps_it(hflow: Command, bundle: Path, calls: list[dict[str, Any]]) -> None:
+def test_a_bundle_of_one_route_keeps_it(hflow: Command, bundle: Path, calls: list[dict[str, Any]]) -> None:
     described = json.loads((bundle / "manifest.json").read_text())
     described["graphs"] = {"forward": described["graphs"]["forward"]}
     described["routes"] = {"forward": "forward"}
     (bundle / "manifest.json").write_text(json.dumps(described | {"precision": "mixed", "spaces": {}}))
     ok(hflow("export", bundle))
-    assert (calls[0]["direction"], calls[0]["precision"], calls[0]["bound"]) == ("forward", "mixed", False)
+    assert (calls[0]["route"], calls[0]["precision"], calls[0]["bound"]) == ("forward", "mixed", False)
 
 
 def test_another_model_takes_nothing(hflow: Command, bundle: Path, calls: list[dict[str, Any]]) -> None:
@@ -101,7 +101,7 @@ def test_another_model_takes_nothing(hflow: Command, bundle: Path, calls: list[d
     (bundle / "manifest.json").write_text(json.dumps(described))
     result = ok(hflow("export", bundle.parent))
     assert calls[0] | {"source": 0, "folder": 0} == {
-        "source": 0, "folder": 0, "direction": "both", "bound": False, "half": False, "std": ["0.7"],
+        "source": 0, "folder": 0, "route": "both", "bound": False, "half": False, "std": ["0.7"],
         "precision": "fp32", "tuning": "any",
     }  # fmt: skip
     assert "as it was" not in result.err
@@ -149,7 +149,7 @@ def test_what_was_installed_stays(
 
 def test_a_bundle_in_place_for_real(hflow: Command, run: Path) -> None:
     before = read_manifest(run / "bundle")
-    result = ok(hflow("export", run / "bundle", "--direction", "inverse", "--std", "0.5"))
+    result = ok(hflow("export", run / "bundle", "--route", "inverse", "--std", "0.5"))
     assert re.search(rf"^{run}/bundle/inverse.onnx: \d+ nodes", result.out, re.MULTILINE)
     after = read_manifest(run / "bundle")
     assert (list(after.graphs), after.std, after.verified) == (["inverse"], ("0.5",), True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hflow_rt.data.selection import select
 from hflow_rt.errors import DataError
-from hflow_rt.evaluation.bits import measure, open_reference
+from hflow_rt.evaluation.bits import bits_per_dim, open_reference
 from hflow_rt.models.registry import FAMILIES, family
 from hflow_rt.runtime import Session, load
 from hflow_rt.runtime.images.pictures import grid, to_uint8
@@ -165,7 +165,9 @@ def test_what_is_measured_and_said(hflow: Command, here: Path) -> None:
     assert f"  images: {R}x{R} grey\n" in ok(hflow("info", here)).out
     ok(hflow("check", here, "--images", "photos"))
     model, data = open_reference(here / "model.safetensors"), select(Path("photos"), R, "all", channels=1)
-    found, exported = (measure(model, data, session=session).bounds["strict"] for session in (None, session_of(here)))
+    found, exported = (
+        bits_per_dim(model, data, session=session).bounds["strict"] for session in (None, session_of(here))
+    )
     assert found.latents[0].dimensions == R * R
     assert 4 < found.total.mean < 12
     assert exported.total.mean == pytest.approx(found.total.mean, rel=1e-5)

@@ -15,6 +15,7 @@ from PIL import Image
 from hflow_rt.manifest import BundledFile, Graph, Latent, Manifest, Tensor
 from hflow_rt.runtime import Session, load
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.engines.engine import Engine
 from hflow_rt.runtime.images.pictures import heat_colours, to_uint8
 from hflow_rt.runtime.latents import latent_views as views
 
@@ -189,13 +190,16 @@ def test_mix_of_images(hflow: Command, run: Path, photo: Command) -> None:
     assert not close(cell(picture, 2, top, left), pixels(a))
 
 
-class OneLatent:
+class OneLatent(Engine):
     """x = 0.5 + 0.05 z."""
 
     backend = "toy"
 
     def run(self, graph: str, inputs: Any) -> list[Any]:
         return [np.clip(np.float32(0.5) + np.float32(0.05) * inputs[0], 0, 1)]
+
+    def close(self) -> None:
+        pass
 
 
 def test_mix_with_a_single_latent(hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +224,8 @@ def test_mix_with_a_single_latent(hflow: Command, tmp_path: Path, monkeypatch: p
         files={"forward.onnx": BundledFile(sha256="0" * 64, bytes=0)},
     )
     monkeypatch.chdir(tmp_path)
-    session = Session(Bundle(tmp_path, manifest), OneLatent())
+    bundle = Bundle(tmp_path, manifest)
+    session = Session(bundle, OneLatent(bundle))
     monkeypatch.setattr("hflow_rt.cli.latents.open_session", lambda *_, **__: session)
     result = ok(hflow("mix", "--rows", 0, "--columns", "1-2"))
     assert "1 x 2 mixes, z of the row, nothing of the column: mix.png" in result.out

@@ -97,7 +97,7 @@ def test_attribute_on_samples(hflow: Command, run: Path, sets: None) -> None:
     assert close(cell(picture, 0, 0, label_width(picture, 1)), to_uint8(load(run).sample(1, 0.7, seed=5))[0])
 
 
-def test_a_direction_of_another_model(hflow: Command, run: Path, sets: None) -> None:
+def test_an_attribute_of_another_model(hflow: Command, run: Path, sets: None) -> None:
     ok(hflow("attribute", "make", "bright", "dark"))
     manifest = run / "bundle" / "manifest.json"
     described = json.loads(manifest.read_text())

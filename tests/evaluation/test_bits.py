@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hflow_rt.errors import ConfigError, DataError
-from hflow_rt.evaluation.bits import evaluate, measure
+from hflow_rt.evaluation.bits import bits_figures, bits_per_dim
 from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.models.family import Bound, LatentModel
 from hflow_rt.streams import generator
@@ -49,7 +49,7 @@ def model() -> Any:
 
 
 def strict_bits(model: Any, pixels: Any, **settings: int) -> Any:
-    return measure(model, pixels, **settings).bounds["strict"].total
+    return bits_per_dim(model, pixels, **settings).bounds["strict"].total
 
 
 PIXELS = np.arange(10 * 48, dtype=np.uint32).astype(np.uint8).reshape(10, 3, 4, 4)
@@ -77,7 +77,7 @@ def test_strict_bits_are_deterministic_and_draws_average(model: Any) -> None:
 
 
 def test_one_image_has_no_error_and_survives_json(model: Any) -> None:
-    found = evaluate(model, PIXELS[:1], 7)
+    found = bits_figures(model, PIXELS[:1], 7)
     assert math.isnan(found.figures["strict"].estimate.standard_error)
     assert found.dump()["figures"]["strict"]["standard_error"] is None
     assert Evaluation.load(found.dump()) == found
@@ -96,30 +96,30 @@ def test_evaluations_of_before_are_read() -> None:
 
 
 def test_paper_bits_weight_a_last_small_batch_rightly(model: Any) -> None:
-    assert evaluate(model, PIXELS, 0, batch=4).figures["paper"].estimate.mean == pytest.approx(PIXELS.mean())
+    assert bits_figures(model, PIXELS, 0, batch=4).figures["paper"].estimate.mean == pytest.approx(PIXELS.mean())
 
 
 def test_what_cannot_be_computed_is_absent_with_the_reason(model: Any) -> None:
-    assert evaluate(model, PIXELS[:0], 0).reason == "there are no held-out images"
+    assert bits_figures(model, PIXELS[:0], 0).reason == "there are no held-out images"
     model.bounded = False
-    found = evaluate(model, PIXELS, 0)
+    found = bits_figures(model, PIXELS, 0)
     assert (list(found.figures), found.reasons) == (["paper"], {"strict": "no bound here"})
     model.bounded, model.value = True, math.inf
-    found = evaluate(model, PIXELS, 0)
+    found = bits_figures(model, PIXELS, 0)
     assert (list(found.figures), found.reasons) == (["paper"], {"strict": "it is not finite on 10 of 10 images"})
     with torch.no_grad():
         model.weight.fill_(math.nan)
-    assert evaluate(model, PIXELS, 0).figures == {}
+    assert bits_figures(model, PIXELS, 0).figures == {}
     model.bounds = dict
-    assert evaluate(model, PIXELS, 0) == Evaluation(0, reason="models of this family have no likelihood")
+    assert bits_figures(model, PIXELS, 0) == Evaluation(0, reason="models of this family have no likelihood")
     with pytest.raises(ConfigError, match="models of this family have no likelihood; use 'hflow-rt eval distance'"):
-        measure(model, PIXELS)
+        bits_per_dim(model, PIXELS)
 
 
 def test_likelihoods_of_draws_are_averaged(model: Any) -> None:
     """The importance-weighted bound: of each image the logarithm of the mean of 2^(-bits D) over the draws."""
     model.bounds = lambda: {"strict": Bound("mean", "upper"), "weighted": Bound("weighted", "upper", "logmeanexp")}
-    found = measure(model, PIXELS, seed=1, draws=5, batch=4)
+    found = bits_per_dim(model, PIXELS, seed=1, draws=5, batch=4)
     drawn = [[8 + float(torch.rand(1, generator=generator(1, 1, k, i))) for i in range(10)] for k in range(5)]
     bits = np.float64(drawn) * 48
     expected = -np.log2(np.exp2(-bits).mean(0)) / 48
@@ -130,11 +130,11 @@ def test_likelihoods_of_draws_are_averaged(model: Any) -> None:
     assert image.parts["bits"].mean == pytest.approx(bits.mean() / 48, rel=1e-6)
     assert image.total == found.bounds["weighted"].total
     assert list(found.bounds["strict"].latents[0].parts) == ["bits"]
-    one = measure(model, PIXELS, seed=1, batch=4).bounds["weighted"].latents[0].parts
+    one = bits_per_dim(model, PIXELS, seed=1, batch=4).bounds["weighted"].latents[0].parts
     assert one["weighting"].mean == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("pixels", [PIXELS[:0], PIXELS[:, :, :2], PIXELS.astype(np.float32)])
 def test_wrong_images_are_named(model: Any, pixels: Any) -> None:
     with pytest.raises(DataError, match=r"uint8 images \[n, 3, 4, 4\], n >= 1; found"):
-        measure(model, pixels)
+        bits_per_dim(model, pixels)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tiny_networks import selection
 
 from hflow_rt.errors import BundleError, ConfigError, DataError
-from hflow_rt.evaluation.bits import evaluate, measure, open_reference
+from hflow_rt.evaluation.bits import bits_figures, bits_per_dim, open_reference
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.family import Bound, LatentModel, NoiseScale
 from hflow_rt.models.plan import Batch, Place, draw
@@ -24,7 +24,7 @@ D = 3 * 16 * 16
 
 def test_totals_are_the_bounds(tiny_model: Any) -> None:
     """Of the model's own bounds, over the same draws: of each image, of which strict takes two, paper one."""
-    found = measure(tiny_model, PIXELS, seed=2, draws=2, batch=3)
+    found = bits_per_dim(tiny_model, PIXELS, seed=2, draws=2, batch=3)
     assert list(found.bounds) == list(found.claims) == ["strict", "paper"]
     found_strict, found_paper = (bound.total for bound in found.bounds.values())
     plan = tiny_model.plan(SimpleNamespace(added_noise_std=0))
@@ -45,7 +45,7 @@ def test_totals_are_the_bounds(tiny_model: Any) -> None:
     paper = np.mean([float(loss.bits_per_dim) for loss in losses])
     assert found_paper.mean == pytest.approx(paper, rel=1e-6)
     assert found.reasons == {}
-    short = evaluate(tiny_model, PIXELS, 5, seed=2, draws=2, batch=3)
+    short = bits_figures(tiny_model, PIXELS, 5, seed=2, draws=2, batch=3)
     assert [figure.estimate for figure in short.figures.values()] == [found_strict, found_paper]
     assert (short.reasons, short.reason) == ({}, None)
 
@@ -58,16 +58,16 @@ def test_a_selection_is_read_batch_by_batch(tiny_model: Any, monkeypatch: pytest
         return PIXELS[indices]
 
     monkeypatch.setattr(chosen.images, "pixels", pixels)
-    assert measure(tiny_model, chosen, seed=2, batch=3) == measure(tiny_model, PIXELS, seed=2, batch=3)
+    assert bits_per_dim(tiny_model, chosen, seed=2, batch=3) == bits_per_dim(tiny_model, PIXELS, seed=2, batch=3)
     assert max(read) == 3
     with pytest.raises(DataError, match=r"found uint8 \[7, 3, 8, 8\]"):
-        measure(tiny_model, selection(PIXELS[:, :, :8, :8]))
+        bits_per_dim(tiny_model, selection(PIXELS[:, :, :8, :8]))
     with pytest.raises(DataError, match=r"found uint8 \[0, 3, 16, 16\]"):
-        measure(tiny_model, selection(PIXELS[:0]))
+        bits_per_dim(tiny_model, selection(PIXELS[:0]))
 
 
 def test_latents_add_up_and_parts_to_each(tiny_model: Any) -> None:
-    found = measure(tiny_model, PIXELS)
+    found = bits_per_dim(tiny_model, PIXELS)
     for bound in found.bounds.values():
         assert [latent.name for latent in bound.latents] == list(tiny_model.latent_shapes())
         assert sum(latent.total.mean for latent in bound.latents) == pytest.approx(bound.total.mean, rel=1e-9)
@@ -81,7 +81,7 @@ def test_latents_add_up_and_parts_to_each(tiny_model: Any) -> None:
 
 def test_parts_are_what_they_are_called(tiny_model: Any) -> None:
     """The prior is that of the latents, the entropy that of the running noise, the bins 8 bits less log2 of 4."""
-    found = measure(tiny_model, PIXELS)
+    found = bits_per_dim(tiny_model, PIXELS)
     latents = {latent.name: latent for latent in found.bounds["strict"].latents}
     assert latents["z0"].parts["bins"] == (6.0, 0.0, len(PIXELS))
     assert set(latents["z0"].parts) == {"prior", "log_det", "bins"}
@@ -99,10 +99,10 @@ def test_parts_are_what_they_are_called(tiny_model: Any) -> None:
 
 def test_errors_are_over_images(tiny_model: Any) -> None:
     """Of one image repeated, only the noise differs; of one image alone there is no error."""
-    one = measure(tiny_model, PIXELS[:1])
+    one = bits_per_dim(tiny_model, PIXELS[:1])
     found, same, alone = (
         report.bounds["strict"].total.standard_error
-        for report in (measure(tiny_model, PIXELS), measure(tiny_model, np.repeat(PIXELS[:1], 7, 0)), one)
+        for report in (bits_per_dim(tiny_model, PIXELS), bits_per_dim(tiny_model, np.repeat(PIXELS[:1], 7, 0)), one)
     )
     assert 0 < same < 0.5 * found
     assert math.isnan(alone)
@@ -111,10 +111,10 @@ def test_errors_are_over_images(tiny_model: Any) -> None:
 
 
 def test_deterministic_and_shared(tiny_model: Any) -> None:
-    first = measure(tiny_model, PIXELS, seed=1, batch=2)
+    first = bits_per_dim(tiny_model, PIXELS, seed=1, batch=2)
     torch.rand(3)
-    assert measure(tiny_model, PIXELS, seed=1, batch=2) == first
-    assert measure(tiny_model, PIXELS, seed=2, batch=2) != first
+    assert bits_per_dim(tiny_model, PIXELS, seed=1, batch=2) == first
+    assert bits_per_dim(tiny_model, PIXELS, seed=2, batch=2) != first
     collected: list[Any] = []
 
     class Other:
@@ -132,7 +132,7 @@ def test_deterministic_and_shared(tiny_model: Any) -> None:
         def any(self, flag: bool) -> bool:
             return flag
 
-    measure(tiny_model, PIXELS, seed=1, batch=2, shares=Other())
+    bits_per_dim(tiny_model, PIXELS, seed=1, batch=2, shares=Other())
     assert [sum(len(part["z0.prior"]) for part in mine) for mine in collected] == [3, 3]  # images 2, 3 and 6
 
 
@@ -142,7 +142,7 @@ def test_deterministic_and_shared(tiny_model: Any) -> None:
 def test_a_model_without_noise_has_the_published_bound_only(tiny_settings: dict[str, Any]) -> None:
     image, coarse = tiny_settings["levels"]
     model = build_model("hflow", {**tiny_settings, "levels": [image, {**coarse, "noise": None}]}).eval()
-    found = measure(model, PIXELS[:2])
+    found = bits_per_dim(model, PIXELS[:2])
     assert list(found.bounds) == ["paper"]
     assert found.reasons == {"strict": "z1 has no posterior noise in this configuration"}
     assert list(found.noise) == ["end0", "end1"]
@@ -150,15 +150,15 @@ def test_a_model_without_noise_has_the_published_bound_only(tiny_settings: dict[
 
 
 def test_spreads_that_nobody_estimated_are_noticed(tiny_settings: dict[str, Any], tiny_model: Any) -> None:
-    assert measure(build_model("hflow", tiny_settings).eval(), PIXELS[:2]).noise_unknown
-    assert not measure(tiny_model, PIXELS[:2]).noise_unknown
+    assert bits_per_dim(build_model("hflow", tiny_settings).eval(), PIXELS[:2]).noise_unknown
+    assert not bits_per_dim(tiny_model, PIXELS[:2]).noise_unknown
 
 
 def test_what_is_not_finite_is_none_with_the_reason(tiny_settings: dict[str, Any]) -> None:
     model = build_model("hflow", tiny_settings).eval()
     with torch.no_grad():
         model.get_buffer("spread_z1").fill_(math.inf)
-    found = measure(model, PIXELS[:3])
+    found = bits_per_dim(model, PIXELS[:3])
     assert found.bounds == {}
     assert found.reasons["strict"] == "it is not finite on 3 of 3 images"
 
@@ -188,7 +188,7 @@ class Plain(torch.nn.Module):
 
 def test_a_family_without_parts_has_one() -> None:
     pixels = PIXELS[:, :, :4, :4]
-    found = measure(Plain(), pixels, batch=3)  # type: ignore[arg-type]
+    found = bits_per_dim(Plain(), pixels, batch=3)  # type: ignore[arg-type]
     values = pixels.mean((1, 2, 3))
     for bound in found.bounds.values():
         (image,) = bound.latents
@@ -208,7 +208,7 @@ class WithoutFloat64(Plain):
 
 def test_a_device_without_float64() -> None:
     pixels = PIXELS[:, :, :4, :4]
-    assert measure(WithoutFloat64(), pixels) == measure(Plain(), pixels)  # type: ignore[arg-type]
+    assert bits_per_dim(WithoutFloat64(), pixels) == bits_per_dim(Plain(), pixels)  # type: ignore[arg-type]
 
 
 # a graph that computes the bounds
@@ -239,7 +239,7 @@ def test_a_graph_finds_what_the_reference_finds(tiny_settings: dict[str, Any], b
     model = build_model("hflow", {**tiny_settings, "bits": bits})
     model.initialize(torch.from_numpy(PIXELS), torch.Generator().manual_seed(0))
     session: Any = Folded(model.eval())
-    found, exact = (measure(model, PIXELS, seed=2, draws=2, batch=3, session=which) for which in (session, None))
+    found, exact = (bits_per_dim(model, PIXELS, seed=2, draws=2, batch=3, session=which) for which in (session, None))
     assert len(session.given) == 3 * (2 + 1)
     for one, other in zip(found.bounds.values(), exact.bounds.values(), strict=True):
         for a, b in zip(one.latents, other.latents, strict=True):
@@ -252,7 +252,7 @@ def test_a_graph_finds_what_the_reference_finds(tiny_settings: dict[str, Any], b
 def test_the_two_bounds_differ_in_their_inputs_alone(tiny_model: Any) -> None:
     """One draw for all that depends on a target, or one for its flow and the rest as training has it."""
     session: Any = Folded(tiny_model)
-    measure(tiny_model, PIXELS, session=session)
+    bits_per_dim(tiny_model, PIXELS, session=session)
     strict, paper = session.given
     for name in ("end0", "end1", "z1"):
         uses = [use for use in ("seen", "known") if f"{name}.{use}" in strict]
@@ -274,7 +274,7 @@ def test_a_graph_has_no_strict_bound_either_without_noise(tiny_settings: dict[st
     image, coarse = tiny_settings["levels"]
     model = build_model("hflow", {**tiny_settings, "levels": [image, {**coarse, "noise": None}]}).eval()
     session: Any = Folded(model)
-    found = measure(model, PIXELS[:2], session=session)
+    found = bits_per_dim(model, PIXELS[:2], session=session)
     assert found.reasons == {"strict": "z1 has no posterior noise in this configuration"}
     assert "paper" in found.bounds
     assert "z1.flow" not in session.given[0]
@@ -283,7 +283,7 @@ def test_a_graph_has_no_strict_bound_either_without_noise(tiny_settings: dict[st
 def test_a_bundle_without_that_graph(tiny_model: Any) -> None:
     session: Any = Folded(tiny_model, ("forward", "inverse"))
     with pytest.raises(BundleError, match=r"no 'bound' engine; export it with 'hflow-rt export RUN --bound', or use"):
-        measure(tiny_model, PIXELS, session=session)
+        bits_per_dim(tiny_model, PIXELS, session=session)
 
 
 # bad input
@@ -291,16 +291,16 @@ def test_a_bundle_without_that_graph(tiny_model: Any) -> None:
 
 def test_bad_images_and_counts(tiny_model: Any) -> None:
     with pytest.raises(DataError, match=r"evaluation needs uint8 images \[n, 3, 16, 16\], n >= 1; found"):
-        measure(tiny_model, PIXELS[:0])
+        bits_per_dim(tiny_model, PIXELS[:0])
     with pytest.raises(DataError, match="the number of draws must be at least 1, not 0"):
-        measure(tiny_model, PIXELS, draws=0)
+        bits_per_dim(tiny_model, PIXELS, draws=0)
     with pytest.raises(DataError, match="the batch must be at least 1, not 0"):
-        measure(tiny_model, PIXELS, batch=0)
+        bits_per_dim(tiny_model, PIXELS, batch=0)
 
 
 def test_the_reference_of_a_file(tiny_run: Any, tiny_model: Any) -> None:
     found = open_reference(tiny_run / "model.safetensors")
     assert not found.training
-    assert measure(found, PIXELS[:2]) == measure(tiny_model, PIXELS[:2])
+    assert bits_per_dim(found, PIXELS[:2]) == bits_per_dim(tiny_model, PIXELS[:2])
     with pytest.raises(ConfigError):
         build_model("nothing", {})

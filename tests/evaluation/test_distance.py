@@ -11,10 +11,10 @@ from tiny_networks import Counting, expected, selection
 
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.evaluation.distance import (
-    compare,
+    distance_report,
+    distances,
     frechet_distance,
     kernel_distance,
-    measure,
     sample_statistics,
 )
 from hflow_rt.evaluation.statistics import MAX_ROWS, Statistics, statistics
@@ -198,7 +198,7 @@ def test_shared_work_gives_the_same_bits(tiny_run: Path) -> None:
 def test_a_report_names_its_features_and_counts_both_sides(tiny_run: Path) -> None:
     session, counting = load(tiny_run, "onnx", "cpu"), Counting()
     pixels = np.random.default_rng(0).integers(0, 256, (9, 3, 16, 16), dtype=np.uint8)
-    found = measure(counting.network, session, selection(pixels), 6, batch=4)
+    found = distances(counting.network, session, selection(pixels), 6, batch=4)
     assert found is not None
     assert (found.samples, found.data, counting.seen) == (6, 9, 15)
     assert not found.rank_deficient
@@ -207,8 +207,8 @@ def test_a_report_names_its_features_and_counts_both_sides(tiny_run: Path) -> No
     assert dumped["features"] == {"name": "means", "sha256": "0" * 64, "dimensions": 4}
     assert dumped["n"] == {"samples": 6, "data": 9}
     data = statistics(expected(pixels).astype(np.float32), "x")
-    assert compare(counting.network, data, statistics(data.rows[:4], "y")).rank_deficient
-    direct = compare(counting.network, data, sample_statistics(counting.network, session, 6, batch=4))
+    assert distance_report(counting.network, data, statistics(data.rows[:4], "y")).rank_deficient
+    direct = distance_report(counting.network, data, sample_statistics(counting.network, session, 6, batch=4))
     assert direct == found
 
 
@@ -216,11 +216,11 @@ def test_what_is_wrong_is_said_before_anything_is_computed(tiny_run: Path) -> No
     session, counting = load(tiny_run, "onnx", "cpu"), Counting()
     pixels = np.zeros((3, 3, 16, 16), np.uint8)
     with pytest.raises(DataError, match="found 1 of the samples"):
-        measure(counting.network, session, selection(pixels), 1)
+        distances(counting.network, session, selection(pixels), 1)
     with pytest.raises(DataError, match="found 1 of 1 training images of somewhere"):
-        measure(counting.network, session, selection(pixels[:1], "train"), 5)
+        distances(counting.network, session, selection(pixels[:1], "train"), 5)
     with pytest.raises(DataError, match="std must be a finite number > 0; found 'x'"):
-        measure(counting.network, session, selection(pixels), 5, ["x"])
+        distances(counting.network, session, selection(pixels), 5, ["x"])
     assert counting.seen == 0
     with pytest.raises(DataError, match="the batch must be at least 1, not 0"):
-        measure(counting.network, session, selection(pixels), 5, batch=0)
+        distances(counting.network, session, selection(pixels), 5, batch=0)

@@ -11,8 +11,8 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from hflow_rt.export.algebra import branches, concatenation, resampling, sizes, taps
+from hflow_rt.export.residual_factors import residual_factors
 from hflow_rt.export.rewriting import Pass, apply
-from hflow_rt.export.scales import scales
 from hflow_rt.export.winograd import winograd
 
 Inputs = dict[str, tuple[int, ...]]
@@ -225,7 +225,7 @@ def test_residual_factors_go_into_weights() -> None:
     ones, zeros = build.constant(np.ones(4)), build.constant(np.zeros(4))
     y = build.add("InstanceNormalization", y, ones, zeros, epsilon=0.1)
     build.add("Mul", build.conv(y, 4, 4), build.constant(np.array(3.0)))
-    proto = proved(build.model(build.conv(build.nodes[-1].output[0], 4, 2)), scales)
+    proto = proved(build.model(build.conv(build.nodes[-1].output[0], 4, 2)), residual_factors)
     assert not {"Div", "Mul"} & set(operators(proto))
 
 
@@ -235,7 +235,7 @@ def test_a_factor_that_shows_stays() -> None:
     bent = residual(build, build.conv("x", 3, 3), 3)
     other = build.add("Div", "x", build.constant(np.array(2.0)))  # of an input, into something that is not linear
     proto = build.model(seen, build.add("Tanh", bent), build.add("Exp", other))
-    assert operators(proved(proto, scales)).count("Div") == 2  # the weights before the other can take its own
+    assert operators(proved(proto, residual_factors)).count("Div") == 2  # the weights before the other can take its own
 
 
 def test_what_is_not_by_the_same_factor_stays() -> None:
@@ -246,24 +246,24 @@ def test_what_is_not_by_the_same_factor_stays() -> None:
     edge = ones.add("Relu", ones.add("Div", y, ones.constant(half)))
     padded = ones.add("Pad", edge, ones.constant(np.array([0, 0, 1, 1, 0, 0, 1, 1])), ones.constant(np.array(1.0)))
     proto = ones.model(ones.conv(padded, 4, 2), ones.add("Tanh", y))
-    assert apply(proto, scales, lambda *_: True) == 0
+    assert apply(proto, residual_factors, lambda *_: True) == 0
 
     fixed = Builder(x=(3, 4, 4))
     offset = fixed.add("Reshape", fixed.constant(np.arange(4.0)), fixed.constant(np.array([1, 4, 1, 1])))
     total = fixed.add("Add", fixed.conv("x", 3, 4), offset)
     proto = fixed.model(fixed.add("Tanh", fixed.add("Div", total, fixed.constant(half))))
-    assert apply(proto, scales, lambda *_: True) == 0
+    assert apply(proto, residual_factors, lambda *_: True) == 0
 
     sized = Builder(x=(3, 4, 4))
     twice = sized.add("Mul", sized.add("Shape", "x", start=1, end=2), sized.constant(np.array([2])))
     shape = sized.add("Concat", sized.constant(np.array([-1])), twice, sized.constant(np.array([2, 4])), axis=0)
     proto = sized.model(sized.add("Reshape", sized.conv("x", 3, 3), shape))
-    assert apply(proto, scales, lambda *_: True) == 0
+    assert apply(proto, residual_factors, lambda *_: True) == 0
 
     large = Builder(x=(3, 4, 4))
     y = large.add("Relu", large.add("Mul", large.conv("x", 3, 3), large.constant(np.array(1e9))))
     once, thrice = (large.add("Mul", y, large.constant(np.array(times))) for times in (1.0, 3.0))
-    proved(large.model(large.conv(large.add("Add", once, thrice), 3, 2)), scales)
+    proved(large.model(large.conv(large.add("Add", once, thrice), 3, 2)), residual_factors)
 
 
 def test_a_graph_does_not_outgrow_its_format(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hflow_rt.errors import BundleError, CheckpointError, DataError, HFlowError
-from hflow_rt.evaluation.bits import measure
+from hflow_rt.evaluation.bits import bits_per_dim
 from hflow_rt.export import bundle as export_module
 from hflow_rt.export.bundle import check_bundle, export_bundle
 from hflow_rt.export.judging import compare, failures
@@ -69,7 +69,7 @@ def test_graphs_are_clean(tiny_run: Path) -> None:
         assert counts.get("Shape", 0) <= 8, f"{name}: {counts}"
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
         assert metadata["family"] == "hflow"
-        assert metadata["direction"] == name
+        assert metadata["graph"] == name
         assert "/" not in "".join(p.value for n in proto.graph.node for p in n.metadata_props).replace("/ops", "")
         for tensor in (*proto.graph.input, *proto.graph.output):
             sides = tensor.type.tensor_type.shape.dim
@@ -107,28 +107,28 @@ def test_folded_model_is_the_model(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("direction", "graphs"),
+    ("route", "graphs"),
     [("forward", {"forward", "end_forward", "end_inverse"}), ("inverse", {"inverse"})],
 )
-def test_one_direction(tiny_run: Path, tmp_path: Path, direction: Any, graphs: set[str]) -> None:
-    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, direction)
+def test_one_route(tiny_run: Path, tmp_path: Path, route: Any, graphs: set[str]) -> None:
+    manifest = export_bundle(tiny_run / "model.safetensors", tmp_path / "b", IMAGES, route)
     assert set(manifest.graphs) == graphs
     assert manifest.verified
-    other = {"forward": "inverse", "inverse": "forward"}[direction]
+    other = {"forward": "inverse", "inverse": "forward"}[route]
     session = load(tmp_path / "b")
     with pytest.raises(BundleError, match=f"no '{other}' engine"):
         _ = session.inverse(IMAGES) if other == "inverse" else session.sample(1)
 
 
 def test_graphs_share_their_constants(tiny_run: Path, tmp_path: Path) -> None:
-    """One file holds what both directions use, once: less than the two directions hold apart."""
+    """One file holds what both routes use, once: less than the two routes hold apart."""
     bundle = tiny_run / "bundle"
     manifest = read_manifest(bundle)
     assert {manifest.graphs[name].weights for name in ("forward", "inverse")} == {"weights.bin"}
     alone = 0
-    for direction in ("forward", "inverse"):
-        export_bundle(tiny_run / "model.safetensors", tmp_path / direction, IMAGES, direction)  # type: ignore[arg-type]
-        alone += (tmp_path / direction / "weights.bin").stat().st_size
+    for route in ("forward", "inverse"):
+        export_bundle(tiny_run / "model.safetensors", tmp_path / route, IMAGES, route)  # type: ignore[arg-type]
+        alone += (tmp_path / route / "weights.bin").stat().st_size
     assert (bundle / "weights.bin").stat().st_size < 0.7 * alone
 
 
@@ -329,7 +329,7 @@ def test_the_bound_shares_the_constants(tiny_run: Path, measuring: Path) -> None
 def test_an_engine_measures_what_the_reference_measures(measuring: Path, tiny_model: Any) -> None:
     pixels = np.random.default_rng(5).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
     session = load(measuring, "onnx", "cpu")
-    found, exact = (measure(tiny_model, pixels, 3, 2, 2, session=which) for which in (session, None))
+    found, exact = (bits_per_dim(tiny_model, pixels, 3, 2, 2, session=which) for which in (session, None))
     for one, other in zip(found.bounds.values(), exact.bounds.values(), strict=True):
         assert one.total == pytest.approx(other.total, rel=1e-5)
         for a, b in zip(one.latents, other.latents, strict=True):

@@ -22,7 +22,7 @@ def run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def test_export_returns_the_bundle_and_keeps_what_it_was(run: Path) -> None:
     steps: list[str] = []
-    folder = hflow_rt.export(str(run), out="elsewhere", direction="inverse", std=["0.5"], progress=steps.append)
+    folder = hflow_rt.export(str(run), out="elsewhere", route="inverse", std=["0.5"], progress=steps.append)
     assert folder == Path("elsewhere")
     assert "writing inverse.onnx" in steps
     again = read_manifest(hflow_rt.export(out="elsewhere"))  # the latest run, as it was
@@ -58,7 +58,7 @@ def test_an_engine_that_is_not_the_model(run: Path, monkeypatch: pytest.MonkeyPa
     """Both raise, and the bundle stays, marked unverified."""
     report: dict[str, Any] = {"passed": False, "failures": ["forward image: 0.1", "b", "c", "d"]}
     monkeypatch.setattr(exporting, "run_parity", lambda *arguments, **options: report)
-    for call in (lambda: hflow_rt.check(run), lambda: hflow_rt.export(run, direction="forward")):
+    for call in (lambda: hflow_rt.check(run), lambda: hflow_rt.export(run, route="forward")):
         with pytest.raises(ParityError, match=r"differ from the reference.*: forward image: 0\.1; b; c$"):
             call()
         assert not read_manifest(run / "bundle").verified
@@ -81,5 +81,5 @@ def test_check(run: Path) -> None:
 
 def test_options_as_they_are_typed() -> None:
     assert GraphOptions().filled(None).words() == ""
-    asked = GraphOptions(direction="forward", bound=True, std=("1", "z0=0.5"), tune="cpu")
-    assert asked.filled(None).words() == " --direction forward --bound --std 1 --std z0=0.5 --tune cpu"
+    asked = GraphOptions(route="forward", bound=True, std=("1", "z0=0.5"), tune="cpu")
+    assert asked.filled(None).words() == " --route forward --bound --std 1 --std z0=0.5 --tune cpu"

@@ -95,7 +95,7 @@ def test_torch_that_is_not_finite_proves_nothing(value: float) -> None:
 
 @pytest.mark.parametrize("pooled", [{}, {"forward": {}}])
 def test_comparing_nothing_fails(pooled: dict[str, Any]) -> None:
-    assert failures({"graphs": {}, "pooled": pooled}) == ["nothing was compared: the bundle has neither direction"]
+    assert failures({"graphs": {}, "pooled": pooled}) == ["nothing was compared: the bundle has neither route"]
 
 
 # the study, in short

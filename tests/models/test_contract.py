@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import hflow_rt
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError, DataError, NoInverse
-from hflow_rt.evaluation.bits import BitsReport, measure
+from hflow_rt.evaluation.bits import BitsReport, bits_per_dim
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.manifest import Manifest, graphs_of, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
@@ -303,7 +303,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(made: Made, tmp_path: P
 
 def test_it_is_measured_or_says_why_not(made: Made) -> None:
     def found(batch: int) -> BitsReport:
-        return measure(made.model, made.pictures.array[:4], batch=batch, names=made.pictures.names[:4])
+        return bits_per_dim(made.model, made.pictures.array[:4], batch=batch, names=made.pictures.names[:4])
 
     if not made.model.bounds():
         with pytest.raises(ConfigError, match="no likelihood"):

@@ -128,15 +128,14 @@ def test_any_batch_size(session: Session, batch: int) -> None:
 
 
 def test_no_call_exceeds_the_graph(sessions: dict[str, Session], tiny_run: Path) -> None:
-    class Recorder:
-        backend = "recorder"
+    class Recorder(OnnxEngine):
         calls: list[int] = []  # noqa: RUF012
 
         def run(self, graph: str, inputs: Any) -> list[NDArray[np.float32]]:
             self.calls.append(len(inputs[0]))
             return [np.zeros((len(inputs[0]), 3, R, R), np.float32)]
 
-    session = Session(find_bundle(tiny_run), Recorder())
+    session = Session(find_bundle(tiny_run), Recorder(find_bundle(tiny_run), "cpu", onnxruntime))
     assert session.forward(latents(sessions["onnx"], 130)).shape == (130, 3, R, R)
     assert Recorder.calls == [64, 64, 2]
 
@@ -370,13 +369,13 @@ def test_tensors_are_read_and_written_where_they_are(
     tiny_run: Path, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, by binding their memory; any stride, any batch."""
-    monkeypatch.setattr(OnnxEngine, "tensors", "cpu")
     runs = []
     binding = onnxruntime.InferenceSession.run_with_iobinding
     monkeypatch.setattr(
         onnxruntime.InferenceSession, "run_with_iobinding", lambda *a, **k: runs.append(1) or binding(*a, **k)
     )
     session, images = load(tiny_run, "onnx", "cpu"), torch.rand(70, 3, R, R)
+    monkeypatch.setattr(session._engine, "tensors", "cpu")
     expected = sessions["onnx"].inverse(images.numpy())
     for given in (images, images.contiguous(memory_format=torch.channels_last)):
         found = session.inverse(given)

@@ -22,7 +22,7 @@ from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.plan import Place
 from hflow_rt.models.registry import FAMILIES
 from hflow_rt.runs import checkpoints
-from hflow_rt.runtime import training
+from hflow_rt.runtime.training import samples
 from hflow_rt.streams import stream_seed
 from hflow_rt.training.batches import MicroBatches
 from hflow_rt.training.config import load_config
@@ -152,7 +152,7 @@ def test_figures_and_the_loss_are_told(images: Any, tmp_path: Path) -> None:
     )
     assert told.exit_code == 0, told.output
     final = json.loads(as_json.stdout)["final"]["figures"]["off"]
-    title = f"{final['mean']:.3f} ± {final['standard_error']:.3f} from the middle of the prior to images"
+    title = f"{final['mean']:.4g} ± {final['standard_error']:.3f} from the middle of the prior to images"
     assert told.stdout.splitlines()[1] == "on 5 held-out images:"
     assert told.stdout.splitlines()[3] == f"  now: {title}"
     assert f"8 images  {told.stderr.splitlines()[-1].split('  ')[1]}  held-out {title}" in told.stderr
@@ -217,11 +217,9 @@ def test_without_likelihood_distances_are_measured_and_warnings_told(
         return "it goes wrong" if len(told) == 2 else None
 
     monkeypatch.setattr(toy_generator.ToyPlan, "warning", warning)
-    monkeypatch.setattr(training, "_draw", lambda *_: None)
     config = load_config("toy-generator", overrides=["training.evaluate_every_images=8", "training.evaluate_samples=5"])
     seen: list[Progress] = []
-    begun = training.Training(config, images, tmp_path / "run", {})
-    result = begun.train(images=16, device="cpu", on_progress=seen.append)
+    result = train(config, images, tmp_path / "run", images=16, device="cpu", draw=samples, on_progress=seen.append)
     found = [(one.evaluation, one.warning) for one in seen if one.evaluation is not None]
     assert [one.images for one, _ in found] == [0, 8, 16]
     assert [line for _, line in found] == [None, "it goes wrong", None]

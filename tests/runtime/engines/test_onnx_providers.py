@@ -165,9 +165,9 @@ def test_tensors_stay_on_the_gpu(
     tiny_run: Path, runtime: FakeRuntime, cuda: FakeCuda, expected: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(module.OnnxEngine, "tensors", "cpu")  # its memory is the GPU's here
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
     session = load(tiny_run, "onnx", "cuda", cuda_graph=True)
+    monkeypatch.setattr(session._engine, "tensors", "cpu")  # its memory is the GPU's here
     images = expected.sample(3, 0.7)
     found, wanted = session.inverse(torch.from_numpy(images)), expected.inverse(images)
     np.testing.assert_allclose(found.latents["z0"].numpy(), wanted.latents["z0"], atol=1e-4)

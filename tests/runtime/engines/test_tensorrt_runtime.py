@@ -165,7 +165,7 @@ def test_tensors_stay_on_the_gpu(
     session: Session, onnx_session: Session, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(module.TensorRTEngine, "tensors", "cpu")  # its memory is the GPU's here
+    monkeypatch.setattr(session._engine, "tensors", "cpu")  # its memory is the GPU's here
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
     images = np.random.default_rng(0).uniform(0, 1, (5, 3, R, R)).astype(np.float32)
     wanted = onnx_session.inverse(images)

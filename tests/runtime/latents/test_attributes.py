@@ -97,7 +97,7 @@ def test_sets_without_a_difference_are_held_out_at_zero(
 
 @pytest.mark.parametrize(("sizes", "shift"), [((20, 20), 6.0), ((10, 30), 3.0), ((60, 60), 0.5)])
 def test_a_difference_is_found_held_out(session: Session, sizes: tuple[int, int], shift: float) -> None:
-    """As far as the noise of the direction lets it: shift^2 / |direction|, with stds of 1."""
+    """As far as the noise of the attribute lets it: shift^2 / |vector|, with stds of 1."""
     width, found = 256, []
     for seed in range(100):
         a, b = points(sizes[0], 2 * seed, shift, width), points(sizes[1], 2 * seed + 1, width=width)
@@ -131,9 +131,9 @@ def test_stds_are_those_of_samples(session: Session) -> None:
     assert about.held_out_separation == pytest.approx(10 / np.sqrt(2))
 
 
-def test_an_image_in_both_sets_leaves_pairs_without_a_direction(session: Session) -> None:
+def test_an_image_in_both_sets_leaves_pairs_without_a_difference(session: Session) -> None:
     a, b = 1000 * points(2, 0), 1000 * points(2, 1)
-    b[0] = a[0]  # without the others, a[0] - b[0] is the direction: none
+    b[0] = a[0]  # without the others, a[0] - b[0] is the difference: none
     about = measure_attribute(session, U1, a, b).about
     assert abs(about.held_out_separation) < 10
 
@@ -153,13 +153,13 @@ def test_the_vector_has_the_shape_of_its_tensor(session: Session) -> None:
         (points(1, 0).repeat(3, 0), points(1, 1).repeat(3, 0), "different means and different images"),
     ],
 )
-def test_sets_without_a_direction(session: Session, positive: Any, negative: Any, message: str) -> None:
+def test_sets_without_a_difference(session: Session, positive: Any, negative: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         measure_attribute(session, U1, positive, negative)
 
 
 def test_sets_that_differ_in_one_number_only(session: Session) -> None:
-    """No spread along the direction: a finite number, which JSON has, and no warning."""
+    """No spread along the vector: a finite number, which JSON has, and no warning."""
     positive, negative = np.eye(6, dtype=np.float32)[[1, 2]], np.eye(6, dtype=np.float32)[[1, 2]]
     positive[:, 0] = 4
     about = measure_attribute(session, U1, positive, negative).about

@@ -11,6 +11,7 @@ from hflow_rt.errors import BundleError, DataError
 from hflow_rt.manifest import BundledFile, Graph, Latent, Manifest, Tensor
 from hflow_rt.runtime import BACKENDS, Session, load
 from hflow_rt.runtime.bundle import Bundle
+from hflow_rt.runtime.engines.engine import Engine
 from hflow_rt.runtime.images.pictures import to_uint8
 from hflow_rt.runtime.latents import latent_views as views
 from hflow_rt.runtime.latents.nearest import Nearest, TensorAddress, find_tensor
@@ -34,7 +35,7 @@ def session(request: pytest.FixtureRequest, sessions: dict[str, Session]) -> Ses
     return sessions[request.param]
 
 
-class ToyEngine:
+class ToyEngine(Engine):
     """x = 0.5 + 0.05 (a + b): `a` shifts an image, `b` each pixel, and `ignored` does nothing."""
 
     backend = "toy"
@@ -43,6 +44,9 @@ class ToyEngine:
         assert graph == "forward"
         a, _, b = inputs
         return [np.clip(np.float32(0.5) + np.float32(0.05) * (a + b), 0, 1)]
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -68,7 +72,8 @@ def toy(tmp_path: Path) -> Session:
         checkpoint={"sha256": "0" * 64},
         files={"forward.onnx": BundledFile(sha256="0" * 64, bytes=0)},
     )
-    return Session(Bundle(tmp_path, manifest), ToyEngine())
+    bundle = Bundle(tmp_path, manifest)
+    return Session(bundle, ToyEngine(bundle))
 
 
 def drawn(session: Session, indices: range, std: float = 0.7, seed: int = 0) -> dict[str, Array]:
@@ -244,7 +249,8 @@ def classes(toy: Session, tmp_path: Path) -> Session:
     graph = toy.manifest.graphs["forward"]
     graph = graph.model_copy(update={"inputs": (*graph.inputs, Tensor(name="kind", shape=(2,), role="condition"))})
     update = {"conditions": {"kind": ("dark", "light")}, "graphs": {"forward": graph}}
-    return Session(Bundle(tmp_path, toy.manifest.model_copy(update=update)), ToyClasses())
+    bundle = Bundle(tmp_path, toy.manifest.model_copy(update=update))
+    return Session(bundle, ToyClasses(bundle))
 
 
 def test_classes_stay_and_go_with_the_coarsest_latent(classes: Session) -> None:
@@ -374,7 +380,8 @@ def test_places_are_found_by_name(session: Session, toy: Session) -> None:
 def test_latents_are_found_in_a_bundle_without_other_spaces(sessions: dict[str, Session]) -> None:
     whole = sessions["onnx"]
     graphs = {name: graph for name, graph in whole.manifest.graphs.items() if name == "inverse"}
-    one = Session(Bundle(whole.bundle.path, whole.manifest.model_copy(update={"graphs": graphs})), ToyEngine())
+    bundle = Bundle(whole.bundle.path, whole.manifest.model_copy(update={"graphs": graphs}))
+    one = Session(bundle, ToyEngine(bundle))
     assert find_tensor(one, "end0") == TensorAddress("z", "end0")
     with pytest.raises(BundleError, match="no 'end_forward' engine"):
         find_tensor(one)

@@ -14,7 +14,7 @@ from onnx import helper
 
 from hflow_rt.export.rewriting import Rewrite, View, attributes
 
-__all__ = ["scales"]
+__all__ = ["residual_factors"]
 
 _PLAIN = ""  # the tensor of factor 1
 # the first input, or all of them, by the same factor as the output
@@ -56,7 +56,7 @@ def _same(one: float, other: float) -> bool:
     return abs(one - other) <= 1e-12 * abs(other)
 
 
-def scales(view: View) -> Iterator[Rewrite]:
+def residual_factors(view: View) -> Iterator[Rewrite]:
     """One rewrite, of every division and multiplication by a constant that the weights around it can take over."""
     factors = _Factors()
     for name in view.fixed():

@@ -127,6 +127,28 @@ class Asked:
         found = encoded(session, pixels, known, lambda parts: tracked(parts, len(pixels), len, "encoding"))
         return Start(names, pixels, found.latents, found.scores)
 
+    def values(self, session: "Session", files: Sequence[Path], space: str | None = None) -> tuple[str, Start]:
+        """What latents files hold and its space, that of the first unless one is named. Raises `DataError`."""
+        from hflow_rt.runtime.latents.files import load_latents
+        from hflow_rt.runtime.latents.operations import check_latents, concatenate
+        from hflow_rt.runtime.session import LATENT_SPACE
+
+        names: list[str] = []
+        parts = []
+        for path in files:
+            values, about = load_latents(path)
+            own = about.get("space", LATENT_SPACE)
+            space = own if space is None else space
+            if own != space:
+                raise DataError(f"{path} is in space {own}, not {space}; choose files of one space")
+            check_latents(values, session.space_shapes(space), str(path))
+            count = len(next(iter(values.values())))
+            names += about.get("images", [f"{path.stem} {index}" for index in range(count)])
+            parts.append(values)
+        assert space is not None
+        found = concatenate(parts)
+        return space, Start(names, session.decode(space, found), found)
+
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":
         """Conditions of the images called `names`: of `label`, or of their folders. Raises `DataError`."""
         from hflow_rt.conditions import by_folder, of_option

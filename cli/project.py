@@ -69,6 +69,7 @@ def project(
     check_count("the batch", batch)
     session = asked.open()
     controls = parse_controls(control or [])
+    session.check_controls(controls)
 
     import torch
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.evaluation.batches import batches
-from hflow_rt.evaluation.distance import compare
+from hflow_rt.evaluation.distance import distance_report
 from hflow_rt.evaluation.features import EFFICIENTNET, FeatureNetwork, open_features
 from hflow_rt.evaluation.figures import Estimate, Evaluation, Figure
 from hflow_rt.evaluation.statistics import Statistics, statistics
@@ -40,7 +40,7 @@ class Distances:
         try:
             network, data = self._data()
             found = statistics(np.concatenate([network(part) for part in samples]), "the samples")
-            report = compare(network, data, found)
+            report = distance_report(network, data, found)
         except (BackendUnavailable, DataError) as error:
             return Evaluation(images, reason=str(error), of="samples")
         figures = {

@@ -89,13 +89,19 @@ def encoded(
 
 
 def between(
-    session: Session, ends: Latents, frames: int, mode: str = "lerp", space: str = LATENT_SPACE
+    session: Session,
+    ends: Latents,
+    frames: int,
+    mode: str = "lerp",
+    space: str = LATENT_SPACE,
+    *,
+    entered: bool = False,
 ) -> Iterator[Array]:
     """Images `[n, C, R, R]`, `frames` of them in all, from the first of two items to the second through `space`.
 
-    Raises `DataError` as `interpolate` does.
+    entered: whether the items are values of that space already. Raises `DataError` as `interpolate` does.
     """
-    there = session.into_space(space, ends)
+    there = ends if entered else session.into_space(space, ends)
     first, last = (select(there, index) for index in (0, 1))
     path = interpolate(first, last, frames, mode, session.joined(space), session.conditions)
     return _decoded(session, space, path, 1)
@@ -258,6 +264,30 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
     taken = list(names)
     conditions = session.conditions if next(iter(session.latent_shapes)) in taken else ()
     return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
+
+
+def space_of_slots(session: Session) -> str | None:
+    """The first space whose values are one row a layer, that leads from latents to images; None for most models."""
+    spaces = session.manifest.spaces.items()
+    return next((name for name, found in spaces if found.slots and found.into and found.decode), None)
+
+
+def parse_slots(session: Session, space: str, texts: Sequence[str]) -> list[int]:
+    """Slots named as seeds are, see `parse_seeds`; by default the coarser half. Raises `DataError`."""
+    count = next(iter(session.space_shapes(space).values()))[0]
+    chosen = parse_seeds(texts) if texts else list(range(count // 2))
+    if max(chosen) >= count:
+        raise DataError(f"this model has the slots 0-{count - 1}; found {max(chosen)}")
+    return chosen
+
+
+def slots_row(session: Session, space: str, row: Latents, columns: Latents, slots: Sequence[int]) -> Array:
+    """As `style_row`, of values of a space of slots: those of `columns` with some slots of `row`."""
+    mixed = dict(columns)
+    name = next(iter(session.space_shapes(space)))
+    mixed[name] = columns[name].copy()
+    mixed[name][:, slots] = row[name][:, slots]
+    return np.concatenate([session.decode(space, part) for part in batches(mixed)])
 
 
 def _images(session: Session, latents: Latents) -> Array:

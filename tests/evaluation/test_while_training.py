@@ -9,7 +9,7 @@ from tiny_networks import Counting, expected
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.evaluation import while_training
-from hflow_rt.evaluation.distance import compare
+from hflow_rt.evaluation.distance import distance_report
 from hflow_rt.evaluation.figures import Evaluation
 from hflow_rt.evaluation.statistics import statistics
 from hflow_rt.evaluation.while_training import Distances
@@ -30,7 +30,7 @@ def test_the_same_data_is_compared_and_read_once(monkeypatch: pytest.MonkeyPatch
 
     chosen = np.linspace(0, 69, 36).round().astype(int)
     whole = (statistics(expected(of).astype(np.float32), "") for of in (DATA[chosen], SAMPLES))
-    report = compare(network.network, *whole)
+    report = distance_report(network.network, *whole)
     for images in (0, 100):
         found = distances.evaluate(samples(), images)
         assert (found.images, found.of, found.reason) == (images, "samples", None)

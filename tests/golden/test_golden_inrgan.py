@@ -23,10 +23,10 @@ from hflow_rt.models.inrgan.losses import generator_loss, judged_loss, slope
 from hflow_rt.models.inrgan.model import INRGAN
 from hflow_rt.models.inrgan.plan import INRGANPlan, adapted
 from hflow_rt.models.inrgan.presets import PRESETS
-from hflow_rt.models.inrgan.projection import centre_of, noise_scale, projected, rate
 from hflow_rt.models.inrgan.published import read_published, read_snapshot
 from hflow_rt.models.inrgan.weights import discriminator_from_original, from_original, our_name
 from hflow_rt.models.plan import Batch, Place
+from hflow_rt.projection.search import centre_of, noise_scale, projected, rate
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.ema import average_weight, update_average
 
@@ -420,21 +420,24 @@ def projection(case: Case) -> Quantities:
     """The picture's plain values are what is compared."""
     model = case.model().requires_grad_(False)
     z = torch.from_numpy(np.random.RandomState(123).randn(64, model.config.z_dim)).to(case.dtype)
-    mean, spread = centre_of(model.mapping(z))
+    mean, spread = (value.to(case.dtype) for value in centre_of([model.mapping(z)]))
     noise, target = case["proj_noise"], case["proj_target"].to(case.dtype) / 255
     steps = range(len(noise))
 
     def image(w: Tensor) -> Tensor:
         return model.synthesis(model.slots(w))
 
-    walked = list(projected(lambda w: (image(w) / 2 + 0.5 - target).square().sum(), mean, spread, noise))
+    def far(w: Tensor) -> Tensor:
+        return (image(w) / 2 + 0.5 - target).square().flatten(1).sum(1)
+
+    walked = list(projected(far, mean[None], spread, noise[:, None], len(noise)))
     yield "proj_w_mean", mean
     yield "proj_w_std", spread
     yield "proj_noise_scale", torch.stack([spread * noise_scale(step, len(steps)) for step in steps])
     yield "proj_lr_hp", torch.tensor([rate(step, len(steps)) for step in steps], dtype=torch.float64)
-    yield "proj_w", torch.stack([w for w, _ in walked])
-    yield "proj_dist", torch.stack([distance for _, distance in walked])
-    yield "proj_img", image(walked[-1][0][None])
+    yield "proj_w", torch.cat([w for w, _ in walked])
+    yield "proj_dist", torch.cat([distance for _, distance in walked])
+    yield "proj_img", image(walked[-1][0])
     yield "proj_lr_table_hp", torch.tensor([rate(step, 1000) for step in range(1000)], dtype=torch.float64)
     yield "proj_noise_table_hp", torch.tensor([noise_scale(step, 1000) for step in range(1000)], dtype=torch.float64)
 

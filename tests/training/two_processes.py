@@ -24,7 +24,7 @@ def main(out: Path, name: str | None = None) -> None:
     def also_here(self: Run) -> None:
         save(self)
         trained = self.plan.model if name is None else self.plan
-        state = {name: value.clone() for name, value in trained.state_dict().items()}
+        state = {name: value.contiguous().clone() for name, value in trained.state_dict().items()}
         save_file(state, out / f"rank{self.processes.rank}.safetensors")
 
     Run.save = also_here  # type: ignore[method-assign]

@@ -22,7 +22,7 @@ from hflow_rt.cli.options import (
     StdOption,
 )
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
-from hflow_rt.errors import DataError
+from hflow_rt.errors import DataError, NoInverse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,6 +123,8 @@ class Asked:
         """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
         from hflow_rt.runtime.latents.latent_views import encoded
 
+        if not session.can("inverse"):  # before a class is missed
+            raise NoInverse(session.manifest.absent["inverse"])
         known = self.conditions(session, names) if conditions is None else conditions
         found = encoded(session, pixels, known, lambda parts: tracked(parts, len(pixels), len, "encoding"))
         return Start(names, pixels, found.latents, found.scores)

@@ -53,6 +53,7 @@ def project(
     """
     import numpy as np
 
+    from hflow_rt.errors import BackendUnavailable
     from hflow_rt.limits import check_count
     from hflow_rt.runtime.images.pictures import check_picture_name, grid, labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.images.video import check_animation, kept, save_animation
@@ -77,20 +78,29 @@ def project(
     from hflow_rt.projection.projecting import project as search
     from hflow_rt.projection.projecting import space_to_search
 
-    cuda = asked.device != "cpu" and torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and asked.device != "cpu"
+    if asked.device not in ("auto", "cpu") and not cuda:
+        raise BackendUnavailable("torch finds no CUDA device here, which a search needs; use --device cpu")
     model = load_model(session.bundle.model).to("cuda" if cuda else "cpu")
     space = space_to_search(model, space)
     names, pixels = asked.read(session, images)
-    known = asked.conditions(session, names)
+    known = asked.conditions(session, names) if session.conditions.keys() & session.space_shapes(space).keys() else {}
     found, distances, frames = [], np.zeros(0), []
     every = max(1, steps // _FRAMES)
     for start in range(0, len(pixels), batch):
         part = slice(start, start + batch)
         told = {name: rows[part] for name, rows in known.items()}
         way = search(
-            model, pixels[part], space=space, steps=steps, per_slot=per_slot, features=features, conditions=told,
-            controls=controls, seed=asked.seed,
-        )  # fmt: skip
+            model,
+            pixels[part],
+            space=space,
+            steps=steps,
+            per_slot=per_slot,
+            features=features,
+            conditions=told or None,
+            controls=controls,
+            seed=asked.seed,
+        )
         label = f"projecting {min(start + batch, len(pixels))} of {len(pixels)}"
         for number, step in enumerate(tracked(way, steps, lambda _: 1, label, _far)):
             if video is not None and start == 0 and (number % every == 0 or number + 1 == steps):

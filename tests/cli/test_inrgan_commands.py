@@ -48,7 +48,7 @@ def test_a_projection_goes_on_in_other_commands(
         "hflow_rt.projection.projecting.unlikeness",
         lambda features, targets: lambda images: (images - targets).square().flatten(1).sum(1),
     )
-    options = ("--label", "dog", "--steps", 5, "--video", "way.webp", "--picture", "found.png")
+    options = ("--steps", 5, "--video", "way.webp", "--picture", "found.png")
     report = json.loads(ok(hflow("project", "a.png", "b.png", *options, "--json")).out)
     assert (report["space"], report["images"], report["steps"]) == ("w", ["a.png", "b.png"], 5)
     found = load_file("projected.safetensors")
@@ -81,9 +81,9 @@ def test_mixing_by_slots(exported: Path) -> None:
 
 
 def test_resolution_and_region(hflow: Command, generator: Path) -> None:
-    ok(hflow("sample", "-n", 1, "--resolution", 32, "--region", "0,0,0.5,0.5", "-o", "part.png"))
-    ok(hflow("sample", "-n", 1, "-o", "whole.png"))
-    part, whole = pixels("part.png"), pixels("whole.png")
+    ok(hflow("sample", "-n", 1, "--resolution", 32, "--region", "0,0,0.5,0.5", "-o", "part"))
+    ok(hflow("sample", "-n", 1, "-o", "whole"))
+    part, whole = (pixels(f"{folder}/000000.png") for folder in ("part", "whole"))
     assert np.abs(part[::4, ::4].astype(int) - whole[:8, :8]).max() <= 1
     assert {path.name for path in generator.glob("bundle*")} == {"bundle", "bundle-32-0,0,0.5,0.5"}
     refused(hflow("export", "--resolution", 24), "resolution must be a multiple of the model's 16; found 24; choose 32")
@@ -95,9 +95,9 @@ def test_resolution_and_region(hflow: Command, generator: Path) -> None:
         ("encode a.png", "images only; 'hflow-rt project IMAGE' searches for those of an image"),
         ("mix --slots 0-7", "this model has the slots 0-6; found 7"),
         ("mix --slots 0 --cut z", "--cut, --from-rows and --slots each say what the rows give; keep one of them"),
-        ("project a.png --label dog --steps 0", "the number of steps must be at least 1, not 0"),
-        ("project a.png --label dog --space y", "'y' cannot be searched; this model has w, z"),
-        ("project a.png --label dog --control psi=9", "control psi must be a number in 0 .. 2; found 9.0"),
+        ("project a.png --steps 0", "the number of steps must be at least 1, not 0"),
+        ("project a.png --space y", "'y' cannot be searched; this model has w, z"),
+        ("project a.png --control psi=9", "control psi must be a number in 0 .. 2; found 9.0"),
         ("sample --std 0.7", "no std applies to the latents of this inrgan model; omit it; it has psi, cutoff to set"),
         ("sample --control cutoff=8", "control cutoff must be a number in 0 .. 7; found 8.0"),
         ("sample --control psi=nan", "control psi must be a number in 0 .. 2; found nan"),

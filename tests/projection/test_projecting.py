@@ -50,7 +50,7 @@ def test_an_image_of_the_model_is_found_again(generator: Any, pixels: str) -> No
     """One w for all slots, or one a slot, for two images that do not disturb each other."""
     w = generator.mapping(torch.randn(2, 8, generator=torch.Generator().manual_seed(5)), torch.eye(2))
     graph = generator.graphs()["synthesis"].module
-    target = graph(generator.slots(w), torch.full((2,), 0.5), torch.full((2,), 7.0))[0].numpy()
+    target = graph(generator.slots(w), torch.full((2,), 0.5), torch.full((2,), 7.0))[0].detach().numpy()
     found: dict[bool, Any] = {}
     for per_slot in (False, True):
         steps = list(project(generator, target, steps=150, features=pixels, per_slot=per_slot))

@@ -37,6 +37,7 @@ __all__ = [
     "zeroing",
 ]
 
+_OTHERS = 1 << 40  # image numbers from here on are nobody's samples
 _BATCH = 16  # images per call: more is hardly faster on a CPU, and this fits beside a large model
 _MANY = 4096  # seeds, more than any picture shows
 _SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
@@ -264,6 +265,33 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
     taken = list(names)
     conditions = session.conditions if next(iter(session.latent_shapes)) in taken else ()
     return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
+
+
+def space_to_image(session: Session) -> str:
+    """The first space beside the latents' own that leads from them to images. Raises `DataError` where none does."""
+    found = next((name for name, space in session.manifest.spaces.items() if space.into and space.decode), None)
+    if found is None:
+        raise DataError(
+            f"this {session.manifest.family} model has no space between latents and image; omit --centre-of"
+        )
+    return found
+
+
+def centre(
+    session: Session, space: str, number: int, std: Stds | None = None, seed: int = 0, option: str | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Mean values of `number` images of `seed`, none of which anybody else draws, `[*shape]` by name."""
+    check_count("the number of images in the centre", number)
+    sums: dict[str, NDArray[np.float64]] = {}
+    for drawn in session.draw(range(_OTHERS, _OTHERS + number), std, seed, _BATCH, option):
+        for name, values in session.into_space(space, drawn).items():
+            sums[name] = sums.get(name, 0) + values.astype(np.float64).sum(0)
+    return {name: total / number for name, total in sums.items()}
+
+
+def pulled(centre: Mapping[str, NDArray[np.float64]], values: Latents, share: float) -> dict[str, Array]:
+    """Values at this share of their way from the centre: 1 leaves them, 0 is the centre."""
+    return {name: (centre[name] + share * (found - centre[name])).astype(np.float32) for name, found in values.items()}
 
 
 def space_of_slots(session: Session) -> str | None:

@@ -80,6 +80,26 @@ def test_mixing_by_slots(exported: Path) -> None:
             np.testing.assert_allclose(views.slots_row(session, "w", row, columns, slots), expected, atol=1e-5)
 
 
+def test_samples_are_pulled_towards_a_centre_of_their_own(hflow: Command, generator: Path) -> None:
+    """At 0 all are the image of the mean of w, and at 1 they are what they were."""
+    at = ("sample", "-n", 2, "--label", "cat", "--centre-of", 40, "--control", "psi=1", "--latents", "w.safetensors")
+    ok(hflow(*at, "--pull", 0, "-o", "middle"))
+    middle = load_file("w.safetensors")["w"]
+    with load(generator) as session:
+        expected = np.mean(
+            [
+                session.into_space("w", one)["w"][0]
+                for one in session.draw(range(1 << 40, (1 << 40) + 40), option="cat", batch=1)
+            ],
+            0,
+        )
+    np.testing.assert_allclose(middle, np.stack([expected, expected]), atol=1e-5)
+    ok(hflow(*at, "--pull", 1, "-o", "same"))
+    ok(hflow("sample", "-n", 2, "--label", "cat", "--control", "psi=1", "-o", "plain"))
+    assert np.abs(pixels("same/000001.png").astype(int) - pixels("plain/000001.png")).max() <= 1
+    ok(hflow("decode", "w.safetensors", "-o", "again"))
+
+
 def test_resolution_and_region(hflow: Command, generator: Path) -> None:
     ok(hflow("sample", "-n", 1, "--resolution", 32, "--region", "0,0,0.5,0.5", "-o", "part"))
     ok(hflow("sample", "-n", 1, "-o", "whole"))

@@ -3,9 +3,8 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,22 +15,15 @@ from hflow_rt.names import image_size, quoted
 if TYPE_CHECKING:
     from hflow_rt.data.dataset import Progress
 
-__all__ = ["CropChoice", "dataset"]
-
-
-class CropChoice(StrEnum):
-    """How an image that is not square is treated."""
-
-    CENTER = "center"
-    NONE = "none"
-
 
 @app.command()
 def dataset(
     source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images, or a .npy or .npz array.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .npy.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")],
-    crop: Annotated[CropChoice, typer.Option(help="center, or none: skip oblong images.")] = CropChoice.CENTER,
+    crop: Annotated[
+        Literal["center", "none"], typer.Option(help="What happens to oblong images; none skips them.")
+    ] = "center",
     channels: Annotated[int, typer.Option(help="3, or 1 for a grey model, which sees the luminance.")] = 3,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the first unusable file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -49,7 +41,7 @@ def dataset(
     from hflow_rt.data.splits import split_names
 
     with _progress_bar() as progress:
-        info = build_dataset(source, output, resolution, crop.value, strict, progress, channels)
+        info = build_dataset(source, output, resolution, crop, strict, progress, channels)
     size, split = output.stat().st_size, split_names(info.names)
     if as_json:
         about = info.model_dump(exclude={"names", "unused"})

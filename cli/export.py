@@ -1,8 +1,7 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,27 +24,6 @@ from hflow_rt.names import quoted
 _TRT = "TensorRT"  # heading in the help
 
 
-class _Routes(StrEnum):
-    forward = "forward"
-    inverse = "inverse"
-    both = "both"
-
-
-class _Flavor(StrEnum):
-    tensorrt = "tensorrt"
-    rtx = "rtx"
-
-
-class _Precision(StrEnum):
-    fp32 = "fp32"
-    mixed = "mixed"
-
-
-class _Tuning(StrEnum):
-    any = "any"
-    cpu = "cpu"
-
-
 _ImagesOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -66,7 +44,7 @@ def export(
     ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
     route: Annotated[
-        _Routes | None,
+        Literal["forward", "inverse", "both"] | None,
         typer.Option(
             "--route",
             "--direction",
@@ -100,14 +78,14 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        _Precision | None,
+        Literal["fp32", "mixed"] | None,
         typer.Option(
             help="Of the arithmetic: mixed computes the nets in float16, the flow in float32; fp32.",
             show_default=False,
         ),
     ] = None,
     tune: Annotated[
-        _Tuning | None,
+        Literal["any", "cpu"] | None,
         typer.Option(
             help="cpu takes whatever form of each layer this machine runs fastest, by measurement; any is the default.",
             show_default=False,
@@ -116,7 +94,7 @@ def export(
     resolution: ResolutionOption = None,
     region: RegionOption = None,
     flavor: Annotated[
-        _Flavor | None,
+        Literal["tensorrt", "rtx"] | None,
         typer.Option(
             help="TensorRT, or TensorRT for RTX, which needs no GPU to build; else what is installed.",
             show_default=False,
@@ -175,20 +153,8 @@ def export(
     """
     from hflow_rt.export.making import EngineOptions, GraphOptions, check_engine, fail_on, model_and_bundle
 
-    graphs = GraphOptions(
-        images,
-        None if route is None else route.value,
-        bound,
-        std,
-        half,
-        None if precision is None else precision.value,
-        None if tune is None else tune.value,
-        resolution,
-        region,
-    )
-    options = EngineOptions(
-        None if flavor is None else flavor.value, capabilities, batch, workspace, refit, update_weights
-    )
+    graphs = GraphOptions(images, route, bound, std, half, precision, tune, resolution, region)
+    options = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, options)
     if engine == "trt":
         from hflow_rt.cli.engines import make_engines

@@ -24,7 +24,18 @@ from hflow_rt.files import atomic_directory, atomic_file
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.plans import graph_sha256
 
-__all__ = ["OPTIMISED", "Settings", "TunedGraph", "cores", "default", "shared_out", "threads", "tuned_graph"]
+__all__ = [
+    "OPTIMISED",
+    "Settings",
+    "TunedGraph",
+    "cores",
+    "default",
+    "piece_of",
+    "pieces_of",
+    "shared_out",
+    "threads",
+    "tuned_graph",
+]
 
 _SETTINGS, OPTIMISED = "settings.json", "optimised.onnx"
 _FORMAT = 2  # of the settings; others are measured anew
@@ -89,13 +100,23 @@ def cores() -> int:
     return threads() or os.cpu_count() or 1
 
 
+def pieces_of(images: int, parts: int) -> list[slice]:
+    """A batch as `parts` runs of images, of even length as far as that goes."""
+    bounds = np.linspace(0, images, parts + 1).round().astype(int)
+    return [slice(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def piece_of(array: Any, piece: slice) -> Any:
+    """Some images of a batch; a row that all images share stays as it is."""
+    return array if len(array) == 1 else array[piece]
+
+
 def shared_out(
     run: Callable[[Sequence[Any]], list[Any]], inputs: Sequence[Any], parts: int, pool: Executor
 ) -> list[Any]:
-    """`run` on `parts` runs of images together, of even length as far as that goes; outputs as from one call."""
-    bounds = np.linspace(0, len(inputs[0]), parts + 1).round().astype(int)
-    pieces = [[array[start:end] for array in inputs] for start, end in itertools.pairwise(bounds)]
-    results = list(pool.map(run, pieces))
+    """`run` on `parts` runs of images together; outputs as from one call."""
+    pieces = pieces_of(max(len(array) for array in inputs), parts)
+    results = list(pool.map(lambda piece: run([piece_of(array, piece) for array in inputs]), pieces))
     return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
 

@@ -7,7 +7,7 @@ writes fixed addresses, so each batch size has buffers of its own (a `Lane`), an
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -18,7 +18,17 @@ from hflow_rt.errors import BackendUnavailable, BundleError
 from hflow_rt.extras import needed
 from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.engines.cpu import Settings, TunedGraph, cores, default, shared_out, threads, tuned_graph
+from hflow_rt.runtime.engines.cpu import (
+    Settings,
+    TunedGraph,
+    cores,
+    default,
+    piece_of,
+    pieces_of,
+    shared_out,
+    threads,
+    tuned_graph,
+)
 from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
 from hflow_rt.runtime.engines.device_buffers import Lane
 from hflow_rt.runtime.engines.engine import Calls, Engine
@@ -98,7 +108,26 @@ class OnnxEngine(Engine):
     def _by_bindings(self, calls: Calls, options: Any = None) -> Iterator[Mapping[str, Any]]:
         device = ("cpu", 0) if self._device == "cpu" else ("cuda", int(_device_id()))
         graph = self._bundle.manifest.graphs[calls.graph]
-        return _Bindings(self._runtime, self.session(calls.graph), graph, device).loop(calls, options)
+        parts = self.settings(calls.graph).parts(calls.batch) if self._device == "cpu" else 1
+        session = self.session(calls.graph, alone=parts > 1)
+        pieces = pieces_of(calls.batch, parts)
+
+        def shares(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+            return [{name: piece_of(array, piece) for name, array in values.items()} for piece in pieces]
+
+        bound = [
+            _Bindings(self._runtime, session, graph, device, first, calls.carry, options)
+            for first in shares(calls.first)
+        ]
+        run: Any = map if parts == 1 else self._workers().map
+        under_way = False
+        for row in calls.rows:
+            if under_way:
+                yield _joined(bound, calls.every)
+            list(run(_Bindings.call, bound, shares(row)))
+            under_way = True
+        if under_way:
+            yield _joined(bound, [tensor.name for tensor in graph.outputs])
 
     def _replayed(self, cuda: Cuda, calls: Calls) -> Iterator[Mapping[str, Any]]:
         """By the CUDA graph of this batch size where it has one."""
@@ -114,9 +143,7 @@ class OnnxEngine(Engine):
         if graph not in self.graphs:
             self._bundle.graph(graph)  # says which there are
         described = self._bundle.manifest.graphs[graph]
-        # rows that all images share cannot be shared out
-        alike = any(tensor.role == "schedule" for tensor in described.inputs)
-        parts = 1 if alike else self.settings(graph).parts(len(inputs[0]))
+        parts = self.settings(graph).parts(max(len(array) for array in inputs))
         if parts == 1:
             # what is left of a batch is not worth another session
             alone = (graph, True) in self._sessions and (graph, False) not in self._sessions
@@ -235,41 +262,59 @@ class OnnxEngine(Engine):
 
 
 class _Bindings:
-    """A session whose outputs become its inputs without leaving the device: two buffers of each take turns."""
+    """A session whose outputs become its inputs without leaving the device: two buffers of each take turns.
 
-    def __init__(self, runtime: Any, session: Any, graph: Graph, device: tuple[str, int]) -> None:
-        self._runtime, self._session, self._graph, self._device = runtime, session, graph, device
+    first, carry: as in `Calls`. options: of every run.
+    """
+
+    def __init__(
+        self,
+        runtime: Any,
+        session: Any,
+        graph: Graph,
+        device: tuple[str, int],
+        first: Mapping[str, Any],
+        carry: Mapping[str, str],
+        options: Any,
+    ) -> None:
+        self._value, self._session, self._device = runtime.OrtValue, session, device
+        self._carry, self._options = carry, options
         self._binding = session.io_binding()
-
-    def loop(self, calls: Calls, options: Any = None) -> Iterator[Mapping[str, Any]]:
-        """As an engine's."""
-        value = self._runtime.OrtValue
-        shapes = {tensor.name: list(tensor.batched(calls.batch)) for tensor in self._graph.outputs}
-        outputs = {
-            name: value.ortvalue_from_shape_and_type(shape, np.float32, *self._device) for name, shape in shapes.items()
+        batch = max(len(array) for array in first.values())
+        self._outputs = {
+            tensor.name: self._value.ortvalue_from_shape_and_type(list(tensor.batched(batch)), np.float32, *device)
+            for tensor in graph.outputs
         }
         # a copy, because it is written to when its turn comes
-        carried = {entered: self._placed(calls.first[entered].copy()) for entered in calls.carry.values()}
-        for name, array in calls.first.items():
-            if name not in carried:
+        self._carried = {entered: self._placed(first[entered].copy()) for entered in carry.values()}
+        for name, array in first.items():
+            if name not in self._carried:
                 self._binding.bind_ortvalue_input(name, self._placed(array))
-        under_way = False
-        for row in calls.rows:
-            if under_way:
-                yield {name: np.array(outputs[name].numpy()) for name in calls.every}
-                for left, entered in calls.carry.items():
-                    carried[entered], outputs[left] = outputs[left], carried[entered]
-            for name, given in (carried | {name: self._placed(array) for name, array in row.items()}).items():
-                self._binding.bind_ortvalue_input(name, given)
-            for name, room in outputs.items():
-                self._binding.bind_ortvalue_output(name, room)
-            self._session.run_with_iobinding(self._binding, options)
-            under_way = True
-        if under_way:
-            yield {name: np.array(room.numpy()) for name, room in outputs.items()}
+        self._called = False
+
+    def call(self, row: Mapping[str, Any]) -> None:
+        """Run on `row` and on what the call before left."""
+        if self._called:
+            for left, entered in self._carry.items():
+                self._carried[entered], self._outputs[left] = self._outputs[left], self._carried[entered]
+        for name, given in (self._carried | {name: self._placed(array) for name, array in row.items()}).items():
+            self._binding.bind_ortvalue_input(name, given)
+        for name, room in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, room)
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._called = True
+
+    def read(self, name: str) -> Any:
+        """An output of the last call, until the next."""
+        return self._outputs[name].numpy()
 
     def _placed(self, array: Any) -> Any:
-        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self._device)
+        return self._value.ortvalue_from_numpy(np.ascontiguousarray(array), *self._device)
+
+
+def _joined(bound: Sequence[_Bindings], names: Iterable[str]) -> dict[str, Any]:
+    """A copy of what the last call left, of all pieces of the batch."""
+    return {name: np.concatenate([piece.read(name) for piece in bound]) for name in names}
 
 
 class _Bound:

@@ -111,6 +111,25 @@ def test_a_loop_is_its_calls_one_by_one(bundle: Bundle, cuda: FakeCuda, backend:
         np.testing.assert_allclose(session.forward(found), images, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_loop_that_is_shared_out_is_the_same_loop(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with load(bundle.path, device="cpu") as session:
+        (latents,) = session.draw(range(count), seed=4)
+        expected = session.forward(latents)
+        read = session.inverse(expected).latents
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with load(bundle.path, device="cpu") as session:
+        np.testing.assert_allclose(session.forward(latents), expected, atol=1e-6)
+        assert np.ptp(expected, axis=0).max() > 0.01 or count == 1
+        for name, values in session.inverse(expected).latents.items():
+            np.testing.assert_allclose(values, read[name], atol=1e-4)
+        opened = {alone for _, alone in session._engine._sessions}  # type: ignore[attr-defined]
+        assert opened == {count >= 2}
+
+
 def test_tensorrt_carries_on_the_device(bundle: Bundle, cuda: FakeCuda) -> None:
     """One upload of a row and of its noise for every call, nothing down before the last; recorded once, replayed."""
     session = load(bundle.path, "trt")

@@ -31,13 +31,14 @@ def test_every_image_is_computed_once_and_in_its_place(images: int, parts: int) 
     seen: list[int] = []
 
     def run(inputs: Any) -> list[Any]:
-        seen.append(len(inputs[0]))
-        return [inputs[0] + inputs[1], inputs[1].sum(1)]
+        row, x, y = inputs
+        seen.append(len(x))
+        return [row + x + y, y.sum(1)]
 
-    x, y = np.arange(images * 2.0).reshape(images, 2), np.ones((images, 2))
+    x, y, row = np.arange(images * 2.0).reshape(images, 2), np.ones((images, 2)), np.array([[3.0, 5.0]])  # shared
     with ThreadPoolExecutor(parts) as pool:
-        total, sums = shared_out(run, [x, y], parts, pool)
-    assert np.array_equal(total, x + y)
+        total, sums = shared_out(run, [row, x, y], parts, pool)
+    assert np.array_equal(total, row + x + y)
     assert np.array_equal(sums, y.sum(1))
     assert sorted(seen) == sorted(len(piece) for piece in np.array_split(np.arange(images), parts))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["INRGAN", "LABELS", "NO_INVERSE"]
 
 LABELS = "labels"
-NO_INVERSE = "an INR-GAN maps latents to images only; there is no inverse to encode an image with"
+NO_INVERSE = "an INR-GAN maps latents to images only; 'hflow-rt project IMAGE' searches for those of an image"
 
 
 class INRGAN(LatentModel):

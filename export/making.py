@@ -82,7 +82,8 @@ class GraphOptions:
         """With all that was not asked for as it is in the bundle that is there, else by default."""
         known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
         if there is not None:
-            view = there.config.get("view") and View.model_validate(there.config["view"])
+            told_view = there.config.get("view")
+            view = None if told_view is None else View.model_validate(told_view)
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
                 route="both" if whole else next(iter(there.routes)),
@@ -91,8 +92,8 @@ class GraphOptions:
                 half=there.checkpoint.get("weights") == HALF,
                 precision=there.precision,
                 tune=there.tuning,
-                resolution=view and view.resolution,
-                region=view and view.typed,
+                resolution=None if view is None else view.resolution,
+                region=None if view is None else view.typed,
             )
         asked = {name: value for name, value in vars(self).items() if value is not None}
         return replace(known, **asked)

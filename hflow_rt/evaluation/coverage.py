@@ -24,8 +24,10 @@ def shares_within(data: NDArray[np.float32], samples: NDArray[np.float32]) -> tu
 
 
 def _share(rows: torch.Tensor, others: torch.Tensor) -> float:
-    radii = torch.cat([_distances(part, others).kthvalue(NEIGHBOURS + 1).values for part in others.split(_AT_ONCE)])
-    inside = [(_distances(part, others) <= radii).any(1) for part in rows.split(_AT_ONCE)]
+    radii = torch.cat(
+        [_distances(part, others).kthvalue(NEIGHBOURS + 1).values for part in torch.split(others, _AT_ONCE)]
+    )
+    inside = [(_distances(part, others) <= radii).any(1) for part in torch.split(rows, _AT_ONCE)]
     return float(torch.cat(inside).float().mean())
 
 

@@ -83,7 +83,7 @@ def project(
     given = {name: torch.from_numpy(rows).to(device) for name, rows in told.items()}
     for tensor in spec.inputs:
         if tensor.role == "control":
-            number = (controls or {}).get(tensor.name, tensor.default)
+            number = (controls or {}).get(tensor.name, tensor.default or 0.0)
             given[tensor.name] = torch.full((len(images), *tensor.shape), number, device=device)
         elif tensor.role in ("noise", "uniform") and tensor.default is None:
             middle = 0.0 if tensor.role == "noise" else 0.5
@@ -98,7 +98,7 @@ def project(
     def values(flat: Tensor) -> dict[str, Tensor]:
         if slots:
             return {names[0]: flat.expand(-1, *shapes[names[0]])}
-        parts = flat.split([int(np.prod(shapes[name])) for name in names], 1)
+        parts = torch.split(flat, [int(np.prod(shapes[name])) for name in names], 1)
         return {name: part.unflatten(1, shapes[name]) for name, part in zip(names, parts, strict=True)}
 
     def unlike(flat: Tensor) -> Tensor:

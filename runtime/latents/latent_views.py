@@ -212,8 +212,20 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
         yield zero, _images(session, current)
 
 
-def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
-    """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
+def temperatures(
+    session: Session, latents: Latents, factors: Iterable[float], control: str | None = None
+) -> Iterator[Array]:
+    """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior.
+
+    control: gets the factors instead. Raises `DataError` for latents that have no temperature.
+    """
+    if control is not None:
+        for factor in factors:
+            yield np.concatenate([session.forward(part, {control: factor}) for part in batches(latents)])
+        return
+    if all(latent.prior == "unscaled" for latent in session.manifest.latents):
+        have = f"; give a control the values, --of {next(iter(session.controls))}" if session.controls else ""
+        raise DataError(f"no temperature applies to the latents of this {session.manifest.family} model{have}")
     for factor in factors:
         scaled = {name: np.float32(factor) * latents[name] for name in session.latent_shapes}
         yield _images(session, dict(latents) | scaled)

@@ -80,6 +80,13 @@ def test_mixing_by_slots(exported: Path) -> None:
             np.testing.assert_allclose(views.slots_row(session, "w", row, columns, slots), expected, atol=1e-5)
 
 
+def test_truncation_is_swept(hflow: Command, generator: Path) -> None:
+    """psi 1 is not the default of this model, which is 0.5."""
+    found = ok(hflow("temperature", "-n", 2, "--at", "0:1:3", "--of", "psi", "--json"))
+    changes = json.loads(found.out)["rms_change"]
+    assert changes[1] < 1e-6 < min(changes[0], changes[2])
+
+
 def test_samples_are_pulled_towards_a_centre_of_their_own(hflow: Command, generator: Path) -> None:
     """At 0 all are the image of the mean of w, and at 1 they are what they were."""
     at = ("sample", "-n", 2, "--label", "cat", "--centre-of", 40, "--control", "psi=1", "--latents", "w.safetensors")
@@ -118,6 +125,7 @@ def test_resolution_and_region(hflow: Command, generator: Path) -> None:
         ("project a.png --steps 0", "the number of steps must be at least 1, not 0"),
         ("project a.png --space y", "'y' cannot be searched; this model has w, z"),
         ("project a.png --control psi=9", "control psi must be a number in 0 .. 2; found 9.0"),
+        ("temperature -n 1", "no temperature applies to the latents of this inrgan model; give a control the values"),
         ("sample --std 0.7", "no std applies to the latents of this inrgan model; omit it; it has psi, cutoff to set"),
         ("sample --control cutoff=8", "control cutoff must be a number in 0 .. 7; found 8.0"),
         ("sample --control psi=nan", "control psi must be a number in 0 .. 2; found nan"),

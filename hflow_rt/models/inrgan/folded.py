@@ -85,6 +85,8 @@ class _Stage(nn.Module):
     """A stage on flat pixels `[B, C, P]`: of its grid, or of a view, with the layers of the stage on its grid."""
 
     embedding: Tensor | None
+    layers: nn.ModuleList
+    colours: _Colours
 
     def __init__(self, stage: Stage, pixels: Pixels | None = None, like: _Stage | None = None) -> None:
         super().__init__()

@@ -46,6 +46,14 @@ def bpd(
         str, typer.Option("--backend", "-b", help="torch, or onnx for a bundle exported with --bound.")
     ] = "torch",
     device: DeviceOption = "auto",
+    by_step: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="Also draw what each call of a model of many steps costs; runs every step of every image.",
+            show_default=False,
+        ),
+    ] = None,
     output: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -60,11 +68,15 @@ def bpd(
     from hflow_rt.data.selection import select
     from hflow_rt.evaluation.bits import bits_per_dim, open_reference
     from hflow_rt.evaluation.reports import about_data, bits_lines
+    from hflow_rt.evaluation.steps import bits_by_step, chart
     from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runtime.backends import check_backend
+    from hflow_rt.runtime.images.pictures import check_picture_name
     from hflow_rt.training.processes import Processes
 
     check_backend(backend, device)
+    if by_step is not None:
+        check_picture_name(by_step)
     processes = Processes(device, None)
     quiet = json or not processes.is_main
     if backend == "torch":
@@ -80,9 +92,15 @@ def bpd(
         reference, metadata = open_reference(weights), read_metadata(weights)
     chosen = select(data, reference.resolution, split, limit, reference.channels)
     found = bits_per_dim(reference, chosen, seed, draws, batch, processes, _track(processes), session)
+    steps = None if by_step is None else bits_by_step(reference, chosen, seed, batch, processes, _track(processes))
     report = {"model": str(source), "backend": where, **found.dump()}
     report |= {"seed": seed, "draws": draws, "batch": batch, **about_data(chosen)}
     lines = bits_lines(found, chosen, metadata, seed, draws)
+    if by_step is not None and steps is not None:
+        report["by_step"] = steps.dump()
+        lines += [f"{line}: {by_step}" for line in steps.lines()]
+        if processes.is_main:
+            chart(steps, by_step)
     following = f"hflow-rt eval distance{_again(model, data)} --features efficientnet-lite0"
     _finish(processes, report, lines, output, json, following)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from hflow_rt.models.registry import Family
@@ -50,13 +51,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def traced_once(common: Path) -> Iterator[None]:
     """What torch's exporter makes of one module, which takes it seconds, it makes once for the tests of all workers."""
     torch = pytest.importorskip("torch")
     onnx = pytest.importorskip("onnx")
-    base = tmp_path_factory.getbasetemp()
-    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced"
+    kept = common / "traced"
     kept.mkdir(exist_ok=True)
     export = torch.onnx.export
 
@@ -136,14 +143,18 @@ def demo_model() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with weights and an exported, verified bundle. Copy it before changing anything."""
+def tiny_run(tiny_model: Any, common: Path) -> Path:
+    """A run folder with weights and an exported, verified bundle, of all workers. Copy it before changing anything."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
 
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    save_model(run / "model.safetensors", "hflow", tiny_model, tiny_model.state_dict(), {"images": 0})
-    images = photographs(4, 16, seed=1).astype(np.float32) / 255
-    manifest = export_bundle(run / "model.safetensors", run / "bundle", images)
-    assert manifest.verified, manifest.parity
+    run, made = common / "runs" / "tiny", common / "made" / "tiny"
+    with FileLock(common / "tiny.lock"):
+        if not run.exists():
+            save_model(made / "model.safetensors", "hflow", tiny_model, tiny_model.state_dict(), {"images": 0})
+            images = photographs(4, 16, seed=1).astype(np.float32) / 255
+            manifest = export_bundle(made / "model.safetensors", made / "bundle", images)
+            assert manifest.verified, manifest.parity
+            run.parent.mkdir()
+            made.rename(run)
     return run

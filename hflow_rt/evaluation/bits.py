@@ -33,6 +33,7 @@ __all__ = [
     "bits_figures",
     "bits_per_dim",
     "open_reference",
+    "pixels_of",
 ]
 
 Pixels = NDArray[np.uint8]
@@ -142,7 +143,7 @@ def bits_per_dim(
         return {name: values.astype(np.float64) for name, values in session.run_graph("bound", arrays).items()}
 
     def drawn(bound: str, draw: int, part: range) -> dict[str, torch.Tensor]:
-        pixels = torch.from_numpy(np.ascontiguousarray(_part(images, part)))
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels_of(images, part)))
         conditions = conditions_by_folder(model, [names[index] for index in part]) if names else {}
         rows = []
         for i, index in enumerate(part):
@@ -235,13 +236,17 @@ def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> 
     return BoundBits(Estimate.of(np.sum(list(values.values()), axis=0)), tuple(latents))
 
 
-def _part(images: Pixels | Selection, part: range) -> Pixels:
+def pixels_of(images: Pixels | Selection, part: range) -> Pixels:
+    """The images `part`, `[n, C, R, R]`."""
     return images.pixels(part) if isinstance(images, Selection) else images[part.start : part.stop]
 
 
 def _check(model: LatentModel, images: Pixels | Selection) -> None:
     """Of the first image, which all others are like."""
-    expected, first = (model.channels, model.resolution, model.resolution), _part(images, range(min(len(images), 1)))
+    expected, first = (
+        (model.channels, model.resolution, model.resolution),
+        pixels_of(images, range(min(len(images), 1))),
+    )
     if len(images) == 0 or first.shape[1:] != expected or first.dtype != np.uint8:
         found = f"{first.dtype} {[len(images), *first.shape[1:]]}"
         raise DataError(f"evaluation needs uint8 images [n, {', '.join(map(str, expected))}], n >= 1; found {found}")

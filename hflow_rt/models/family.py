@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -241,6 +241,13 @@ class LatentModel(nn.Module, ABC):
         `image.bits` where a family tells no parts apart.
         """
         raise NotImplementedError
+
+    def bits_by_step(self, pixels: Tensor, streams: Sequence[torch.Generator]) -> Iterator[Tensor] | None:
+        """What every call of the loop `forward` adds to the bound of uint8 images `[B, C, R, R]`, bits/dim `[B]` each.
+
+        streams: one of each image, for all that is drawn for it. None for families without such a loop.
+        """
+        return None
 
     def noise_scales(self) -> dict[str, NoiseScale]:
         """Running scale of every posterior by latent name; empty for a family that has none."""

@@ -39,10 +39,17 @@ def test_without_a_gpu_one_line_says_what_is_needed() -> None:
     assert "needs a CUDA device" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def dry() -> list[list[str]]:
+    """Of every part."""
+    parts = ("kernels", "decode", "training", "proof", "dispatch")
+    named = [word for part in parts for word in ("--part", part)]
+    return rows(run("--dry-run", "--ops", "^(blur_up|mixing forward)", *named))
+
+
 @NO_GPU
-def test_a_dry_run_goes_through_every_part() -> None:
-    found = rows(run("--dry-run", "--ops", "^(blur_up|mixing forward)"))
-    timed = {(what, variant) for what, variant, median, *_ in found if median}
+def test_a_dry_run_goes_through_every_part(dry: list[list[str]]) -> None:
+    timed = {(what, variant) for what, variant, median, *_ in dry if median}
     for target in ("result", "gradient"):
         for name in ("blur_up", "mixing forward, C = 4"):
             ops = {variant for what, variant in timed if what.startswith(f"{name}, {target}, float32, ")}
@@ -51,7 +58,7 @@ def test_a_dry_run_goes_through_every_part() -> None:
         decodes = {variant for what, variant in timed if what == f"{preset} decode, batch 1"}
         assert decodes == {"eager", "folded", "folded, CUDA graph", "torch.compile"}
         assert (f"{preset} training step, batch 2", "eager") in timed
-    failed = [row for row in found if "failed" in row[-1]]
+    failed = [row for row in dry if "failed" in row[-1]]
     assert {row[1] for row in failed} == {"kernels", "kernels, CUDA graph"}
     assert all("BackendUnavailable" in row[-1] for row in failed)
 
@@ -66,8 +73,8 @@ def test_a_dry_run_under_the_interpreter_has_kernels_that_agree() -> None:
     assert all(re.search(r"GB/s \d+, share \d+%, target 8[05]%", row[-1]) for row in kernels)
 
 
-def test_proofs_are_timed() -> None:
-    found = rows(run("--dry-run", "--part", "proof"))
+def test_proofs_are_timed(dry: list[list[str]]) -> None:
+    found = [row for row in dry if row[0].startswith("proof of ")]
     assert [row[0] for row in found] == [f"proof of {operator}" for operator in OPERATORS]
     assert all(re.fullmatch(r"first s [\d.]+, again s [\d.]+, of tolerance \d+%", row[-1]) for row in found)
 
@@ -77,9 +84,9 @@ def test_what_has_no_time_left_is_a_row() -> None:
     assert [row[-1] for row in found] == ["left out: no time left"] * 2
 
 
-def test_the_switch_is_priced() -> None:
-    found = rows(run("--dry-run", "--part", "dispatch"))
-    shares = [float(match[1]) for row in found if (match := re.search(r"share ([\d.]+)%", row[-1]))]
+def test_the_switch_is_priced(dry: list[list[str]]) -> None:
+    found = [row[-1] for row in dry if row[1] == "the switch alone"]
+    shares = [float(match[1]) for more in found if (match := re.search(r"share ([\d.]+)%", more))]
     assert len(shares) == 6
     assert all(0 < share < 2 for share in shares)
 

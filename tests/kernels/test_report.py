@@ -29,20 +29,6 @@ def test_every_kernel_of_every_file_is_compiled() -> None:
     assert entry == kernels | helpers
 
 
-@pytest.mark.parametrize("capability", report.CAPABILITIES)
-def test_nothing_spills(capability: int) -> None:
-    """Every kernel for one generation or another, the heaviest for the newest; `make kernels` compiles all for all."""
-    generations = report.CAPABILITIES
-    at, heavy = generations.index(capability), capability == generations[-1]
-    names = [name for i, name in enumerate(LAUNCHES) if i % len(generations) == at or (heavy and name in HEAVIEST)]
-    assert set(names) >= (HEAVIEST if heavy else set())
-    for name in names:
-        found = report.compiled(name, LAUNCHES[name], capability)
-        assert found.spilled == 0, found
-        assert 8 <= found.registers <= 128, found
-        assert found.shared <= 16 * 1024, found
-
-
 # the most registers, and what has spilled before
 HEAVIEST = {
     "norm_backward all 90 fp32 gradient make",
@@ -50,12 +36,24 @@ HEAVIEST = {
     "blur_up_adjoint 256 fp16 halve",
     "coupling_backward post clipped inverse 8x32 fp32 couple_gradient",
 }
+# of what is compiled in two directions, one
+REST = [
+    name
+    for name in LAUNCHES
+    if name not in HEAVIEST and ("forward" not in name or name.replace("forward", "inverse") not in LAUNCHES)
+]
 
 
-def test_a_spill_is_seen() -> None:
-    launch = LAUNCHES["norm_backward all 90 fp32 gradient make"]
-    crowded = Launch(launch.kernel, launch.grid, 1, launch.arguments)  # 256 numbers a thread
-    assert report.compiled("crowded", crowded, 80).spilled > 0
+@pytest.mark.parametrize("capability", report.CAPABILITIES)
+def test_nothing_spills(capability: int) -> None:
+    """Every kernel for one generation or another, the heaviest for the newest; `make kernels` compiles all for all."""
+    generations = report.CAPABILITIES
+    names = REST[generations.index(capability) :: len(generations)]
+    for name in [*names, *sorted(HEAVIEST if capability == generations[-1] else ())]:
+        found = report.compiled(name, LAUNCHES[name], capability)
+        assert found.spilled == 0, found
+        assert 8 <= found.registers <= 128, found
+        assert found.shared <= 16 * 1024, found
 
 
 def test_the_report_prints_a_table_and_fails_on_spills(

@@ -20,6 +20,7 @@ import hflow_rt
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError, DataError, NoInverse
 from hflow_rt.evaluation.bits import BitsReport, bits_per_dim
+from hflow_rt.evaluation.steps import bits_by_step
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.manifest import Manifest, graphs_of, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
@@ -315,3 +316,17 @@ def test_it_is_measured_or_says_why_not(made: Made) -> None:
     for one, other in zip(whole.bounds.values(), parts.bounds.values(), strict=True):
         assert 0 < one.total.mean < 64
         assert other.total.mean == pytest.approx(one.total.mean, rel=1e-5)
+
+
+def test_each_step_is_measured_where_there_are_steps(made: Made) -> None:
+    loop = made.model.routes()["forward"]
+    if type(made.model).bits_by_step is LatentModel.bits_by_step:
+        with pytest.raises(ConfigError, match="no steps to tell apart"):
+            bits_by_step(made.model, made.pictures.array[:1])
+        return
+    assert isinstance(loop, Loop)
+    whole, parts = (bits_by_step(made.model, made.pictures.array[:3], batch=batch) for batch in (3, 2))
+    assert len(whole.calls) == loop.steps
+    assert 0 < whole.total < 64
+    for one, other in zip(whole.calls, parts.calls, strict=True):
+        assert (one.n, other.mean) == (3, pytest.approx(one.mean, rel=1e-5, abs=1e-6))

@@ -13,7 +13,7 @@ from hflow_rt.models.ihdm.bank import coefficients, rebuilt, starts, surviving, 
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
 from hflow_rt.models.ihdm.bound import (
     bits_per_dim,
-    level_costs,
+    level_cost,
     pixel_cost,
     start_cost,
     step_cost,
@@ -277,8 +277,9 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     image, draws = inputs["image"].double(), {name: value.double() for name, value in inputs.items()}
     x = (255 * image[:1] + draws["uniform"][:1]) / 256
     states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
-    costs = level_costs(model, x, states)
-    total = bits_per_dim(model.config, start_cost(model, x, model.bank()["start"], 0.0125) + costs.sum(1))
+    costs = torch.stack([level_cost(model, x, level, states[:, level - 1]) for level in range(1, 5)], 1)
+    start = start_cost(model, x, model.bank()["start"], 0.0125) / (3 * 16 * 16 * math.log(2))
+    total = start + costs.sum(1)
     assert torch.allclose(torch.stack(list(parts.values())).sum(0).mean(), total, rtol=1e-12)
     assert costs.shape == (1, 4)
 

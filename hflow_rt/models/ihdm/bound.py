@@ -28,7 +28,7 @@ __all__ = [
     "bits_per_dim",
     "bound_draws",
     "bound_terms",
-    "level_costs",
+    "level_cost",
     "mixture_cost",
     "parts",
     "pixel_cost",
@@ -80,17 +80,16 @@ def bits_per_dim(config: IHDMConfig, nats: Tensor) -> Tensor:
     return nats / (_values(config) * math.log(2)) + config.bits
 
 
-def level_costs(model: IHDM, images: Tensor, draws: Tensor) -> Tensor:
-    """Cost of the pixels, then of the steps from levels 2 to K, `[B, K]`: all of the bound but the start.
+def level_cost(model: IHDM, images: Tensor, level: int, noise: Tensor) -> Tensor:
+    """What leaving a level costs in bits per dimension, `[B]`: the step to the next, from level 1 the pixels.
 
-    draws: standard normal, `[B, K, C, R, R]`, for the states of levels 1 to K.
+    images: `[B, C, R, R]` in [0, 1]. noise: standard normal, of the state at the level.
     """
-    costs, delta = [], model.config.delta
-    for k in range(1, model.config.steps + 1):
-        level = torch.full((len(images),), k, device=images.device)
-        error = model.errors(images, level, draws[:, k - 1]).double()
-        costs.append((step_cost if k > 1 else pixel_cost)(model.config, error, delta))
-    return torch.stack(costs, 1)
+    config = model.config
+    error = model.errors(images, torch.full((len(images),), level, device=images.device), noise).double()
+    if level == 1:
+        return bits_per_dim(config, pixel_cost(config, error, config.delta))
+    return step_cost(config, error, config.delta) / (_values(config) * math.log(2))
 
 
 def bound_draws(config: IHDMConfig) -> tuple[TensorSpec, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route
 from hflow_rt.models.ihdm.bank import starts, surviving
 from hflow_rt.models.ihdm.blur import Blur
-from hflow_rt.models.ihdm.bound import bound_draws, bound_terms
+from hflow_rt.models.ihdm.bound import bound_draws, bound_terms, level_cost, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.graphs import graphs, loops
 from hflow_rt.models.ihdm.network import UNet
@@ -95,6 +95,16 @@ class IHDM(LatentModel):
 
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return bound_terms(self, inputs)
+
+    def bits_by_step(self, pixels: Tensor, streams: Sequence[torch.Generator]) -> Iterator[Tensor]:
+        """From the last level to the first, see `level_cost`."""
+        shape = self.config.image_shape
+
+        def each(draw: Callable[..., Tensor]) -> Tensor:
+            return torch.stack([draw(shape, generator=stream) for stream in streams]).to(pixels.device)
+
+        x = uniformly(public_levels(pixels, self.config.bits), each(torch.rand), self.config.bits)
+        return (level_cost(self, x, level, each(torch.randn)) for level in range(self.config.steps, 0, -1))
 
     def graphs(self) -> dict[str, GraphSpec]:
         return graphs(self)

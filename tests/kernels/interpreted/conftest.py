@@ -56,6 +56,27 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patched_once() -> Iterator[None]:
+    """Triton's interpreter patches its language for every call of a helper too, a third of its time: once will do."""
+    if not dispatch.INTERPRETED:
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def unless_patched(function: Any) -> Any:
+        seen = [lang for lang in (language, language.core) if lang in function.__globals__.values()]
+        fresh = any(language.core.is_builtin(lang.load) for lang in seen)
+        return patch(function) if fresh else interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", unless_patched)
+        yield
+
+
 LAYOUTS = ("packed", "half", "channels_last", "transposed")
 
 

@@ -47,7 +47,7 @@ def sample(
         int | None,
         typer.Option(
             metavar="N",
-            help="Pull samples towards the mean of so many others, in the model's first space beside its latents.",
+            help="Pull samples towards the mean of N others, in the model's first space beside its latents.",
             show_default=False,
         ),
     ] = None,

@@ -72,7 +72,7 @@ def encode(
 @latent_command("decoded.png", about=GRID, panel=None)
 def decode(
     asked: Asked,
-    latents: Annotated[Path, typer.Argument(help="A latents file of encode or sample.")],
+    latents: Annotated[Path, typer.Argument(help="A latents file of encode, project or sample.")],
 ) -> None:
     """Map latents back to images.
 
@@ -89,7 +89,7 @@ def decode(
     values, about = load_latents(latents)
     made = how_made(about, str(latents))
     session = session if made.steps is None else session.in_steps(made.steps)
-    check_latents(values, session.input_shapes, str(latents))
+    check_latents(values, session.space_shapes(made.space), str(latents))
     if made.model not in (None, session.manifest.checkpoint["sha256"]):
         note(f"warning: {latents} was made by another training state of this kind of model")
     trip, count = made.round_trip, len(next(iter(values.values())))
@@ -97,7 +97,8 @@ def decode(
         note(f"note: what {latents} says of exactness holds on {trip.backend}, and this is {session.backend}")
     check_pictures(asked.output, range(count), session.resolution)
     batch = together(session, count) if trip is None else trip.batch
-    parts = decoded(session, values, made.controls, batch, lambda parts: tracked(parts, count, len, "decoding"))
+    shown = lambda parts: tracked(parts, count, len, "decoding")  # noqa: E731
+    parts = decoded(session, values, made.controls, batch, shown, made.space)
     where = write_pictures(asked.output, np.concatenate([to_uint8(part) for part in parts]))
     report = {"images": count, "output": where}
     asked.finish(report, [f"{count} images: {where}"], f"hflow-rt sample{named(asked.model)}")

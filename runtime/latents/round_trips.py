@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hflow_rt.memory import need
 from hflow_rt.runtime.images.pictures import to_uint8
 from hflow_rt.runtime.latents.operations import Latents, concatenate
-from hflow_rt.runtime.session import Array, Encoded, Session
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Encoded, Session
 
 __all__ = ["BATCH", "RoundTrip", "decoded", "encoded", "round_trip", "together"]
 
@@ -87,12 +87,14 @@ def decoded(
     controls: Mapping[str, float] | None = None,
     batch: int = BATCH,
     track: Track = lambda parts: parts,
+    space: str = LATENT_SPACE,
 ) -> Iterator[Array]:
-    """Images `[n, C, R, R]` of latents `[N, *shape]`, `batch` at a time."""
+    """Images `[n, C, R, R]` of latents `[N, *shape]`, or of values of another space, `batch` at a time."""
     count = len(next(iter(latents.values())))
     for rows in track(_parts(count, batch)):
         taken = _taken(session, rows, batch)
-        yield session.forward({name: values[taken] for name, values in latents.items()}, controls)[: len(rows)]
+        part = {name: values[taken] for name, values in latents.items()}
+        yield session.decode(space, part, controls)[: len(rows)]
 
 
 def round_trip(

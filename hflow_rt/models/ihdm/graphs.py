@@ -187,12 +187,14 @@ class Read(nn.Module):
         reached: damping of the level that the call leads to. grid: `[B]`, noise is rounded to its multiples; 0 for not
         at all. damping: of `Extrapolation`, where the model has it.
         """
-        mean = u + _change(self.network, self.beyond, u, level, damping, reached)
+        change = _change(self.network, self.beyond, u, level, damping, reached)
         noisy, last = _wide(goes_on), _wide(1 - goes_on)
         target = damped(image, self.basis.to(image), reached) + self.sigma * target_noise
-        gap = noisy * target + last * image - mean  # at the last, the image to the bit
+        gap = noisy * target + last * image - (u + change)  # at the last, the image to the bit
         noise, residual = _rounded(noisy * gap / _wide(delta), _wide(grid)), last * gap
-        return noise, residual, mean + _wide(goes_on * delta) * noise + last * residual
+        # by what decoding will do, to the bit
+        u_next, _ = sampler_update(u, change, noise, residual, goes_on * delta, 1 - goes_on)
+        return noise, residual, u_next
 
 
 def _rounded(values: Tensor, grid: Tensor) -> Tensor:

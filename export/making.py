@@ -85,7 +85,7 @@ class GraphOptions:
         known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any", "none")
         if there is not None:
             said = there.config.get("view")
-            view = None if said is None else View.model_validate(told_view)
+            view = None if said is None else View.model_validate(said)
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
                 route="both" if whole else next(iter(there.routes)),

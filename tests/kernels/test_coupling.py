@@ -14,7 +14,7 @@ from hflow_rt.kernels.coupling import (
     SHIFT_BOUND,
     Form,
     Region,
-    bound,
+    clipped,
     coupling,
     coupling_forward,
     coupling_inverse,
@@ -76,7 +76,7 @@ def test_what_the_net_sees_passes_bit_for_bit() -> None:
 
 def test_bounds_hold_for_any_net_output() -> None:
     wild = torch.tensor([[-1e30, -3.1, -2.9, 2.9, 3.1, 1e30]])
-    s, b = bound(wild, 2 * wild, None)
+    s, b = clipped(wild, 2 * wild, None)
     assert s.tolist() == [[-3.0, -3.0, pytest.approx(-2.9), pytest.approx(2.9), 3.0, 3.0]]
     assert b.tolist() == [[-5.0, -5.0, -5.0, 5.0, 5.0, 5.0]]
     assert (LOG_SCALE_BOUND, SHIFT_BOUND) == (3.0, 5.0)
@@ -95,7 +95,7 @@ def test_log_det_is_that_of_the_jacobian(couple: object) -> None:
 @pytest.mark.parametrize("size", [(2, 3), (2, 3, 2, 2)])
 def test_gradients(couple: object, size: tuple[int, ...]) -> None:
     x, log_scale, shift, mask = inputs(size, seed=4, spread=0.8)
-    # finite differences mean nothing across a bound
+    # finite differences mean nothing across a clipped
     assert log_scale.abs().max() < 2.99
     assert shift.abs().max() < 4.99
     arguments = [values.requires_grad_() for values in (x, log_scale, shift)]

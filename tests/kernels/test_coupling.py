@@ -95,7 +95,7 @@ def test_log_det_is_that_of_the_jacobian(couple: object) -> None:
 @pytest.mark.parametrize("size", [(2, 3), (2, 3, 2, 2)])
 def test_gradients(couple: object, size: tuple[int, ...]) -> None:
     x, log_scale, shift, mask = inputs(size, seed=4, spread=0.8)
-    # finite differences mean nothing across a clipped
+    # finite differences mean nothing across a bound
     assert log_scale.abs().max() < 2.99
     assert shift.abs().max() < 4.99
     arguments = [values.requires_grad_() for values in (x, log_scale, shift)]

@@ -28,6 +28,9 @@ def import_checkpoint(
         Path | None,
         typer.Option(help="The original's settings (.json), where FILE does not hold them.", show_default=False),
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The settings of a preset, where FILE does not hold them.", show_default=False)
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Images (a folder or archive) to estimate what FILE lacks from.", show_default=False),
@@ -45,13 +48,16 @@ def import_checkpoint(
     Example: hflow-rt import model_iter_900000.bin -o runs/published
     """
     need_extra("train", "torch")
+    from hflow_rt.errors import ConfigError
     from hflow_rt.foreign.importing import import_published
     from hflow_rt.foreign.parts import WHOLE
     from hflow_rt.runs import ROOT
 
+    if settings is not None and preset is not None:
+        raise ConfigError('--settings and --preset exclude each other; name the preset in the file, {"preset": NAME}')
     run = output or ROOT / checkpoint.stem
     with status(quiet=json) as progress:
-        found = import_published(checkpoint, family, run, settings, images, part, progress)
+        found = import_published(checkpoint, family, run, settings or preset, images, part, progress)
     if json:
         print_json(found.dump())
         return

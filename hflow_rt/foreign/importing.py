@@ -60,7 +60,7 @@ def import_published(
     path: Path,
     family_name: str | None,
     run: Path,
-    settings: Path | None = None,
+    settings: Path | str | None = None,
     images: Path | None = None,
     part: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -68,9 +68,9 @@ def import_published(
     """Read the checkpoint at `path` and write the run folder `run`, which must not exist.
 
     family_name: by default the one whose reader takes the file. settings: the original's settings, where the checkpoint
-    does not hold them. images: a folder or archive, of whose training part what the file lacks is estimated. part:
-    which weights, where the checkpoint holds several. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing
-    is written then.
+    does not hold them, or the name of a preset. images: a folder or archive, of whose training part what the file lacks
+    is estimated. part: which weights, where the checkpoint holds several. Raises `CheckpointError`, `ConfigError` and
+    `DataError`; nothing is written then.
     """
     if lexists(run):  # False for a path that cannot be asked, which writing reports
         raise ConfigError(f"{run} exists already; choose another --output")
@@ -123,7 +123,7 @@ def import_published(
     )
 
 
-def _read(path: Path, name: str | None, settings: Path | None, part: str | None) -> tuple[str, Published]:
+def _read(path: Path, name: str | None, settings: Path | str | None, part: str | None) -> tuple[str, Published]:
     """What the reader of the family finds, or the first of all families whose reader takes the file.
 
     Where none does, the error is of one that knows the names in it, else of the family of the default preset.

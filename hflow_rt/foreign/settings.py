@@ -1,6 +1,7 @@
 """Settings that others wrote, as JSON: size, depth and numbers are bounded before anybody works with them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from hflow_rt.errors import ConfigError
 from hflow_rt.foreign.source import shown
 
-__all__ = ["parse_settings", "read_settings_file"]
+__all__ = ["own_settings", "parse_settings", "read_settings_file"]
 
 _BYTES = 1 << 20
 _DEPTH = 16
@@ -16,8 +17,24 @@ _ITEMS = 10_000
 _LARGEST = 1 << 31
 
 
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ConfigError`."""
+def own_settings(given: Path | str | None, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of ours: of a JSON file, those of the `preset` it may name below the others, or of the preset `given`.
+
+    Raises `ConfigError`.
+    """
+    values = {} if given is None else {"preset": given} if isinstance(given, str) else dict(read_settings_file(given))
+    preset = values.pop("preset", None)
+    if preset is None:
+        return values
+    if preset not in presets:
+        raise ConfigError(f"the preset must be one of {', '.join(sorted(presets))}, not {shown(str(preset))}")
+    return dict(presets[preset]["model"]) | values
+
+
+def read_settings_file(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ConfigError`, also for the name of a preset, which is no file."""
+    if isinstance(path, str):
+        raise ConfigError(f"no preset gives the settings of such a file; omit --preset {path}, or name --settings FILE")
     try:
         if not S_ISREG(path.stat().st_mode):
             raise ConfigError(f"no settings file at {path}; name the JSON file that belongs to the checkpoint")

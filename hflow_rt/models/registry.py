@@ -112,7 +112,7 @@ class Family:
     presets: Mapping[str, Mapping[str, Any]]
     tiny: Mapping[str, Any]
     build: Callable[[Any], LatentModel]
-    read_published: Callable[[Path, Path | None, str | None], Published] | None = None
+    read_published: Callable[[Path, Path | str | None, str | None], Published] | None = None
 
 
 # name -> module that holds `FAMILY`; one line a family

@@ -242,6 +242,11 @@ def set_end(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda parameters: parameters["ENDBLOCK_SETTINGS"].update({key: value})
 
 
+def test_a_preset_where_settings_are_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no preset gives the settings of such a file; omit --preset hflow-64, or"):
+        import_published(GOLDEN / "tiny32.weights.safetensors", "hflow", tmp_path / "run", "hflow-64")
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -83,16 +83,31 @@ def test_two_processes_hold_the_same_weights_which_are_the_expected_ones(images:
         torch.testing.assert_close(ranks[0][name], value, atol=2e-6, rtol=2e-5)
 
 
+def _alike(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Train the tiny model of a family; what every process holds at the end."""
+    done = _launch(HERE / "two_processes.py", folder, name, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ranks = [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], value) for name, value in ranks[1].items())
+    return ranks[0]
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_where_each_draws_levels(tmp_path: Path) -> None:
+    """Weights, and the bank and moments that were made of images before the first step."""
+    found = _alike("ihdm", tmp_path)
+    assert found["model.starts"].abs().max() > 0
+    assert (found["model.moments"][1] > 0).all()
+    assert all(bool(value.isfinite().all()) for value in found.values())
+
+
 @pytest.mark.slow
 def test_two_processes_hold_the_same_of_all_that_trains_in_phases(tmp_path: Path) -> None:
     """Generator and discriminator, penalties, and an augmentation that adapts: whatever a step keeps for the next."""
-    done = _launch(HERE / "two_processes.py", tmp_path, "inrgan", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
-    assert all(torch.equal(ranks[0][name], value) for name, value in ranks[1].items())
-    assert {"p", "window", "path_mean", "model.w_avg", "discriminator.out.weight"} <= ranks[0].keys()
-    assert ranks[0]["p"] != 0.5  # where it started
-    assert ranks[0]["path_mean"] > 0
+    found = _alike("inrgan", tmp_path)
+    assert {"p", "window", "path_mean", "model.w_avg", "discriminator.out.weight"} <= found.keys()
+    assert found["p"] != 0.5  # where it started
+    assert found["path_mean"] > 0
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ _NAMING = Naming(
 _BITS_UNKNOWN = "the file does not say how many bits its data had: 8 were taken; say otherwise in --settings"
 
 
-def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
+def read_published(path: Path, settings: Path | str | None = None, part: str | None = None) -> Published:
     """Settings and weights of the file at `path`; `settings` is JSON of our settings, as far as needed.
 
     part: which weights of several. Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.

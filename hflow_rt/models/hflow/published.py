@@ -35,7 +35,7 @@ _NAMING = Naming(
 _VALUES = 1 << 24  # of one level's target
 
 
-def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
+def read_published(path: Path, settings: Path | str | None = None, part: str | None = None) -> Published:
     """Settings and weights of the file at `path`; `settings` replaces, or provides, the original's JSON.
 
     part: which weights of several. Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hflow_rt.errors import CheckpointError, ConfigError
 from hflow_rt.foreign.parts import Naming, Part, part_of
-from hflow_rt.foreign.settings import read_settings_file
+from hflow_rt.foreign.settings import own_settings
 from hflow_rt.foreign.source import shown
 from hflow_rt.foreign.states import read_part
 from hflow_rt.foreign.tensors import StoredTensor
@@ -51,13 +51,14 @@ class TrainingState:
     adam_step: int
 
 
-def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
-    """Settings and weights of the file at `path`; `settings` is JSON of ours, or of a `preset` and changes to it.
+def read_published(path: Path, settings: Path | str | None = None, part: str | None = None) -> Published:
+    """Settings and weights of the file at `path`; `settings` is JSON of ours, or of a `preset` and changes to it, or
+    the name of a preset.
 
     part: `ema`, which is the default where there is any, or `model`. Nothing in the file is executed. Raises
     `CheckpointError` and `ConfigError`.
     """
-    given = _given(settings)
+    given = own_settings(settings, PRESETS)
     found = read_part(path, lambda value, kind: _choose(value, kind, str(path), part))
     network = infer_network({name: tuple(tensor.shape) for name, tensor in found.weights.items()}, str(path))
     # what names and shapes tell is so; settings that disagree are of another file
@@ -70,8 +71,8 @@ def read_published(path: Path, settings: Path | None = None, part: str | None = 
     values = given | network | {"bank": 0, "moments": False}  # which no published file holds
     if missing := [name for name in _NEEDED if name not in values]:
         raise ConfigError(
-            f"{path} does not say {' and '.join(missing)}; give them in a JSON file, or a preset such as "
-            '{"preset": "ihdm-cifar"}, with --settings FILE'
+            f"{path} does not say {' and '.join(missing)}; give them in a JSON file with --settings FILE, or name a"
+            " preset, such as --preset ihdm-cifar"
         )
     config = _config(values, str(settings or path))
     floats = {name: tensor.float() for name, tensor in found.weights.items()}
@@ -119,17 +120,6 @@ def read_training_state(path: Path) -> TrainingState:
     return TrainingState(
         counters["step"], below("model"), below(_AVERAGE), counters["average"], moments, counters["adam"]
     )
-
-
-def _given(settings: Path | None) -> dict[str, Any]:
-    """Settings that the user names, a preset's below the changes to it."""
-    values = {} if settings is None else dict(read_settings_file(settings))
-    preset = values.pop("preset", None)
-    if preset is None:
-        return values
-    if preset not in PRESETS:
-        raise ConfigError(f"{settings}: preset must be one of {', '.join(sorted(PRESETS))}, not {shown(str(preset))}")
-    return dict(PRESETS[preset]["model"]) | values
 
 
 def _config(values: Mapping[str, Any], source: str) -> IHDMConfig:

@@ -34,7 +34,7 @@ _CLASSES = ("omegaconf", "torch.nn.modules")  # whose instances become inert rec
 _LICENCE = "the authors put the published weights under the licence of StyleGAN2-ADA, which excludes commercial use"
 
 
-def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
+def read_published(path: Path, settings: Path | str | None = None, part: str | None = None) -> Published:
     """Settings and weights of the snapshot at `path`; `settings` is JSON of ours that replaces some of those inside.
 
     part: `G_ema`, the default, or `G`. Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from hflow_rt.errors import CheckpointError, ConfigError
 from hflow_rt.foreign.parts import Naming, Part, part_of
 from hflow_rt.foreign.pickles import Inert
-from hflow_rt.foreign.settings import read_settings_file
+from hflow_rt.foreign.settings import own_settings
 from hflow_rt.foreign.source import shown
 from hflow_rt.foreign.states import read_part
 from hflow_rt.models.checkpoint import parse_config
@@ -32,8 +32,9 @@ _LICENCE = "weights that the authors of NVAE published are for non-commercial us
 _TENSORS_OF_A_CELL = 14  # of the smallest cell, at least
 
 
-def read_published(path: Path, settings: Path | None = None, part: str | None = None) -> Published:
-    """Settings and weights of the file at `path`; `settings` is JSON of ours, or of a `preset` and changes to it.
+def read_published(path: Path, settings: Path | str | None = None, part: str | None = None) -> Published:
+    """Settings and weights of the file at `path`; `settings` is JSON of ours, or of a `preset` and changes to it, or
+    the name of a preset.
 
     They overrule what options in the file say, and are needed where it has none. part: which weights of several.
     Nothing in the file is executed. Raises `CheckpointError` and `ConfigError`.
@@ -47,12 +48,12 @@ def read_published(path: Path, settings: Path | None = None, part: str | None = 
         return part_of(value, kind, str(path), _NAMING, part)
 
     found = read_part(path, choose)
-    given = _given(settings)
+    given = own_settings(settings, PRESETS)
     values = settings_of_options(options[0], str(path)) if options else {}
     if not options and not given:
         raise ConfigError(
-            f"{path} does not say how the network is built; give it in a JSON file, or a preset such as "
-            '{"preset": "nvae-cifar"}, with --settings FILE'
+            f"{path} does not say how the network is built; give it in a JSON file with --settings FILE, or name a"
+            " preset, such as --preset nvae-cifar"
         )
     try:
         config = parse_config(NVAEConfig, values | given)
@@ -64,17 +65,6 @@ def read_published(path: Path, settings: Path | None = None, part: str | None = 
     floats = {name: t.float() if t.is_floating_point() else t for name, t in found.weights.items()}
     dropped = {"duplicate weight": duplicates} if duplicates else {}
     return Published(config, from_original(floats), dropped, (_LICENCE,), found.name, found.prefix, found.passed_over)
-
-
-def _given(settings: Path | None) -> dict[str, Any]:
-    """Settings that the user names, a preset's below the changes to it."""
-    values = {} if settings is None else dict(read_settings_file(settings))
-    preset = values.pop("preset", None)
-    if preset is None:
-        return values
-    if preset not in PRESETS:
-        raise ConfigError(f"{settings}: preset must be one of {', '.join(sorted(PRESETS))}, not {shown(str(preset))}")
-    return dict(PRESETS[preset]["model"]) | values
 
 
 def _check_cells(config: NVAEConfig, tensors: int, source: str) -> None:

@@ -19,12 +19,13 @@ import pytest
 from PIL import Image
 
 import hflow_rt
+from hflow_rt.runtime.known import Known
 from hflow_rt.runtime.running import Runner
 from hflow_rt.runtime.session import Session
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["Session", "check", "errors", "export", "load", "pretrained", "train"]
-PUBLIC = [name for name in {**vars(Runner), **vars(Session)} if not name.startswith("_")]
+PUBLIC = [name for name in {**vars(Runner), **vars(Known), **vars(Session)} if not name.startswith("_")]
 
 IMPORT = """
 import sys, time

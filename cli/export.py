@@ -91,6 +91,14 @@ def export(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="std=S,steps=N",
+            help="Move statistics of norms to those of samples at this std, of a model that has any; none for no more.",
+            show_default=False,
+        ),
+    ] = None,
     resolution: ResolutionOption = None,
     region: RegionOption = None,
     flavor: Annotated[
@@ -147,13 +155,14 @@ def export(
     """Write the engines of a trained model and prove that they are that model.
 
     Options that are omitted stay as in the bundle that is replaced: --route, --bound, --std, --half, --precision,
-    --tune, --resolution, --region. With either of the last two the bundle has a folder of its own, beside RUN/bundle.
+    --tune, --calibrate, --resolution, --region. With either of the last two the bundle has a folder of its own, beside
+    RUN/bundle.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
     from hflow_rt.export.making import EngineOptions, GraphOptions, check_engine, fail_on, model_and_bundle
 
-    graphs = GraphOptions(images, route, bound, std, half, precision, tune, resolution, region)
+    graphs = GraphOptions(images, route, bound, std, half, precision, tune, calibrate, resolution, region)
     options = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, options)
     if engine == "trt":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hflow_rt.cli.latents import Asked, latent_command
+from hflow_rt.cli.latents import Asked, latent_command, set_by
 from hflow_rt.cli.options import (
     GRID,
     ControlOption,
@@ -17,6 +17,7 @@ from hflow_rt.cli.options import (
     ModelArgument,
     RegionOption,
     ResolutionOption,
+    StepsOption,
 )
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
@@ -34,6 +35,7 @@ def sample(
     latents: Annotated[Path | None, typer.Option(help="Also save the latents (.safetensors).")] = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     control: ControlOption = None,
+    steps: StepsOption = None,
     same_start: Annotated[bool, typer.Option(help="All images have the latents of the first; noise differs.")] = False,
     share_noise: Annotated[bool, typer.Option(help="All images have the noise of the first; latents differ.")] = False,
     trajectory: Annotated[
@@ -43,6 +45,9 @@ def sample(
             show_default=False,
         ),
     ] = None,
+    draw_pixels: Annotated[
+        bool, typer.Option("--pixels", help="Draw each pixel of a model of distributions, instead of its mean.")
+    ] = False,
     centre_of: Annotated[
         int | None,
         typer.Option(
@@ -75,6 +80,8 @@ def sample(
     number, output = asked.number, asked.output
     check_count("the number of images", number)
     check_count("the batch", batch)
+    if draw_pixels and centre_of is not None:
+        raise DataError("--pixels and --centre-of exclude each other; keep one of them")
     if not math.isfinite(pull):
         raise DataError(f"--pull must be a number such as 0.7; found {pull}")
     if output.suffix:
@@ -82,6 +89,7 @@ def sample(
     if latents is not None:
         check_latents_name(latents)
     session = asked.open(cuda_graph, (resolution, region))
+    session = session if steps is None else session.in_steps(steps)
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)
     if latents is not None:
@@ -102,7 +110,10 @@ def sample(
     def decode(item: "tuple[int, dict[str, Any]]") -> "tuple[dict[str, Any], NDArray[np.uint8]]":
         start, part = item
         with turn:
-            found = session.decode(space, part, controls)
+            if draw_pixels:
+                found = session.drawn_pixels(part, controls, seed=asked.seed, first=start)
+            else:
+                found = session.decode(space, part, controls)
         pixels = to_uint8(found)
         if not output.suffix:
             write_pictures(output, pixels, start)
@@ -116,14 +127,14 @@ def sample(
         if latents is not None:
             kept.append(part)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
-    drawn = {"seed": asked.seed, "std": stds} | ({"controls": controls} if controls else {})
+    drawn = {"seed": asked.seed, "std": stds} | set_by(controls, steps)
     drawn |= {} if centre_of is None else {"space": space, "centre_of": centre_of, "pull": pull}
     if latents is not None:
         save_latents(latents, concatenate(kept), about_model(session) | drawn)
     if trajectory is not None:
         (few,) = session.draw(indices[:batch], stds, asked.seed, batch, asked.label, **drawn_alike)
-        steps = tracked(session.trajectory(few, controls), session.steps, lambda _: 1, "following")
-        save_trajectory(trajectory, steps, session.steps)
+        states = tracked(session.trajectory(few, controls), session.steps, lambda _: 1, "following")
+        save_trajectory(trajectory, states, session.steps)
     about = {"images": number, "output": where, **drawn, "backend": session.backend}
     asked.finish(
         about | {"bundle": str(session.bundle.path)},

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from hflow_rt import __version__
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
+from hflow_rt.export.calibration import calibrate
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
@@ -54,6 +55,7 @@ def export_bundle(
     *,
     bound: bool = False,
     half: bool = False,
+    calibration: str | None = None,
     std: Sequence[str] = STD,
     precision: Precision = "fp32",
     tuning: Tuning = "any",
@@ -63,7 +65,8 @@ def export_bundle(
 
     images: `[N, C, R, R]` in [0, 1] for the parity check, which always runs with ONNX Runtime on the CPU; a
     failure leaves the bundle in place, marked unverified in its manifest. routes: those to write. bound: also write the
-    graph that measures bits per dimension. half: first round the weights to half precision, in which
+    graph that measures bits per dimension. calibration: first calibrate the model, in the form of `parse_calibration`;
+    `model.safetensors` keeps what that changes, as with half: first round the weights to half precision, in which
     `model.safetensors` then keeps them; it is this rounded model, computed in float32 as ever, that the bundle holds
     and that its engines are held against. std: what samples are drawn at by default, in the form of `parse_std`.
     precision: of the arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come
@@ -77,9 +80,10 @@ def export_bundle(
     std = std if scaled else ()
     parse_std(std, scaled)
     with atomic_directory(output) as folder:
+        changed = None if calibration is None else calibrate(model, metadata, calibration)
         half = half and metadata.get("weights") != HALF
-        if half or view is not None:
-            model, metadata = _write_other(model, metadata, folder / MODEL, half, view)
+        if half or view is not None or changed:
+            model, metadata = _write_other(model, metadata | (changed or {}), folder / MODEL, half, view)
             metadata["exported_from"] = sha256(checkpoint)
         else:
             shutil.copyfile(checkpoint, folder / MODEL)
@@ -88,6 +92,7 @@ def export_bundle(
         specs = model.graphs()
         ways = _routes(model, routes)
         needed = {name for way in ways.values() for name in graphs_of(way)} | ({"bound"} if bound else set())
+        needed |= specs.keys() & {"features"} if bound else set()
         if missing := sorted(needed - specs.keys()):
             raise BundleError(f"the {metadata['family']} family has no {missing[0]} graph")
         if "forward" in ways:  # the graphs of other spaces serve interpolation
@@ -234,15 +239,18 @@ def _reported(manifest: Manifest, report: dict[str, Any], key: str | None = None
 def _write_other(
     model: LatentModel, metadata: dict[str, Any], path: Path, half: bool, view: View | None
 ) -> tuple[LatentModel, dict[str, Any]]:
-    """Write the model with half-precision weights or another view of its images; that model, and what its file says."""
+    """Write the model that was changed, perhaps with half-precision weights or another view of its images.
+
+    Returns that model and what its file says.
+    """
     state = model.state_dict()
     extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
     if half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
         extra["weights"] = HALF
-    for name, value in state.items():
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
+        for name, value in state.items():
+            if not bool(value.isfinite().all()):
+                raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
     if view is not None:
         model = build_model(metadata["family"], seen_at(model.config, view))
     save_model(path, metadata["family"], model, state, extra)

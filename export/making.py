@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.assets import demo_images, pretrained
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
+from hflow_rt.export.calibration import KEY, parse_calibration
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
 from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, Routes, read_manifest, routes_of
@@ -67,6 +68,7 @@ class GraphOptions:
     half: bool | None = None
     precision: Literal["fp32", "mixed"] | None = None
     tune: Literal["any", "cpu"] | None = None
+    calibrate: str | None = None  # as `export.calibration` reads it; "none" for what training left
     resolution: int | None = None
     region: str | None = None
 
@@ -80,10 +82,10 @@ class GraphOptions:
 
     def filled(self, there: Manifest | None) -> "GraphOptions":
         """With all that was not asked for as it is in the bundle that is there, else by default."""
-        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any")
+        known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any", "none")
         if there is not None:
-            told_view = there.config.get("view")
-            view = None if told_view is None else View.model_validate(told_view)
+            said = there.config.get("view")
+            view = None if said is None else View.model_validate(said)
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
                 route="both" if whole else next(iter(there.routes)),
@@ -92,10 +94,13 @@ class GraphOptions:
                 half=there.checkpoint.get("weights") == HALF,
                 precision=there.precision,
                 tune=there.tuning,
+                calibrate=there.checkpoint.get(KEY, "none"),
                 resolution=None if view is None else view.resolution,
                 region=None if view is None else view.typed,
             )
         asked = {name: value for name, value in vars(self).items() if value is not None}
+        if self.calibrate not in (None, "none") and self.std is None:
+            asked["std"] = list(parse_calibration(self.calibrate).std)  # what it is for
         return replace(known, **asked)
 
     def words(self) -> str:
@@ -200,6 +205,7 @@ def export_graphs(
         std=wanted.std or (),
         precision=wanted.precision or "fp32",
         tuning=wanted.tune or "any",
+        calibration=None if wanted.calibrate == "none" else wanted.calibrate,
         view=wanted.view(config),
     )
     gone = [] if there is None else [key for key in there.engines if key not in manifest.engines]
@@ -253,6 +259,8 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
             alike = known.model_copy(update={"view": None}) == config.model_copy(update={"view": None})
     if options.half is False and metadata.get("weights") == HALF:
         raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
+    if options.calibrate == "none" and KEY in metadata:
+        raise ConfigError(f"{source} was calibrated at {metadata[KEY]}; export the run that it was made from")
     return options.filled(there if alike else None), there, config
 
 

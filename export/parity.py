@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from hflow_rt.manifest import graphs_of
 from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Loop, Role, Route, TensorSpec
 from hflow_rt.runtime.arrays import given
 from hflow_rt.runtime.engines.engine import Calls, looped
-from hflow_rt.runtime.loops import drawn_by_call, follow, mean_draws, row_of
+from hflow_rt.runtime.latents.round_trips import encoded, round_trip
+from hflow_rt.runtime.loops import drawn_by_call, follow, mean_draws, row_of, shortened
 from hflow_rt.runtime.session import Session
 
 __all__ = ["STDS", "run_parity"]
@@ -31,6 +32,7 @@ Array = NDArray[Any]
 STDS = (0.5, 0.7, 1.0)
 BATCHES = (1, 3)
 FEW_IMAGES = 2  # of a loop
+FEW_STEPS = 3  # of a loop that may take fewer calls
 DRAWS = 24  # in all at std 1, of a graph whose outputs are short vectors
 _Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -101,10 +103,15 @@ def run_parity(
     for route, loop in loops.items():
         progress(f"comparing {route}, {loop.steps} steps")
         cases |= _loop_cases(route, loop, pairs, session, images, seed)
-    for name, pair in pairs.items():
-        if pair.takes("image") and name not in cases:
-            progress(f"comparing {name}")
-            cases[name] = list(_image_cases(pair, session, images, seed))
+        if loop.leads_to and loop.steps > FEW_STEPS:  # whose calls lead further
+            fewer = replace(loop, schedule=shortened(loop.schedule, loop.leads_to, FEW_STEPS))
+            found = _loop_cases(route, fewer, pairs, session.in_steps(FEW_STEPS), images, seed)
+            found[f"{route} in {FEW_STEPS} steps"] = found.pop(f"{route} loop")
+            cases |= {name: cases.get(name, []) + more for name, more in found.items()}
+    of_images = [pair for name, pair in pairs.items() if pair.takes("image") and name not in cases]
+    if of_images:
+        progress(f"comparing {', '.join(pair.spec.name for pair in of_images)}")
+        cases |= _image_cases(of_images, session, images, seed)
     others = [pair for name, pair in pairs.items() if not cases.get(name)]
     if others:
         progress(f"comparing {', '.join(pair.spec.name for pair in others)}")
@@ -121,6 +128,10 @@ def run_parity(
         trips = list(_round_trips(model.routes(), pairs, session, images, cases))
         report[ROUND_TRIP] = [{"path": "image", **case.about, **_told(case)["outputs"]["image"]} for case in trips]
         if model.round_trip() == "exact":
+            if session.steps > 1:
+                few, told = _few(images), in_turn(session.conditions, range(FEW_IMAGES))
+                latents = encoded(session, few, told).latents
+                report["came_back"] = round_trip(session, few, latents).model_dump(mode="json")
             report[ROUND_TRIP].append(_latent_trip(session, seed))
             report["pooled"][ROUND_TRIP] = _pooled(trips)
     set_tolerances(report)
@@ -146,24 +157,27 @@ def _pooled(cases: Sequence[_Case]) -> dict[str, Any]:
     return entries
 
 
-def _image_cases(pair: _Pair, session: Session, images: Array, seed: int) -> Iterator[_Case]:
-    """A graph that takes images; whatever is random beside them differs in all values, which tells them apart."""
-    rng = np.random.default_rng(seed)
+def _image_cases(pairs: Sequence[_Pair], session: Session, images: Array, seed: int) -> dict[str, list[_Case]]:
+    """Graphs that take images, and what graphs before them yield; whatever is random differs in all values."""
+    cases: dict[str, list[_Case]] = {pair.spec.name: [] for pair in pairs}
+    rngs = [np.random.default_rng(seed) for _ in pairs]
     for chosen in _batches(images, seed):
         batch = len(chosen)
         values = {"image": chosen, **in_turn(session.conditions, range(batch))}
-        values |= _drawn(pair.spec.inputs, batch, rng)
-        case = pair.compared({"batch": batch}, session, values)
-        if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
-            raise DataError(
-                "the model itself overflows on these images, in torch as in any engine: they are too far from what"
-                " it was trained on; name images like those with --images"
-            )
-        if LOG_PROB in case.outputs:
-            found, exact, _ = case.outputs[LOG_PROB]
-            dimensions = chosen[0].size * math.log(2)
-            case.about["bits_per_dim_difference"] = float(finite(np.abs(found - exact)).max()) / dimensions
-        yield case
+        for pair, rng in zip(pairs, rngs, strict=True):
+            case = pair.compared({"batch": batch}, session, values | _drawn(pair.spec.inputs, batch, rng))
+            if not all(np.isfinite(plain).all() for _, _, plain in case.outputs.values()):
+                raise DataError(
+                    "the model itself overflows on these images, in torch as in any engine: they are too far from what"
+                    " it was trained on; name images like those with --images"
+                )
+            if LOG_PROB in case.outputs:
+                found, exact, _ = case.outputs[LOG_PROB]
+                dimensions = chosen[0].size * math.log(2)
+                case.about["bits_per_dim_difference"] = float(finite(np.abs(found - exact)).max()) / dimensions
+            cases[pair.spec.name].append(case)
+            values = {name: exact.astype(np.float32) for name, (_, exact, _) in case.outputs.items()} | values
+    return cases
 
 
 def _latent_cases(pairs: Sequence[_Pair], session: Session, seed: int) -> dict[str, list[_Case]]:
@@ -235,10 +249,10 @@ def _followed(
     """A loop by a reference; `watched` gets the inputs of those calls that it has already."""
     number = itertools.count()
 
-    def call(given: dict[str, Array]) -> Mapping[str, Array]:
+    def call(given: Mapping[str, Array]) -> Mapping[str, Array]:
         if (index := next(number)) in (watched or ()):
-            watched[index] = given  # type: ignore[index]
-        return step(given)
+            watched[index] = dict(given)  # type: ignore[index]
+        return step(dict(given))
 
     def calls(first: dict[str, Array]) -> Iterator[Mapping[str, Array]]:
         rows = (row_of(loop.schedule, drawn, values, index) for index in range(loop.steps))
@@ -256,7 +270,7 @@ def _drawn(tensors: Sequence[TensorSpec], batch: int, rng: np.random.Generator) 
             values[tensor.name] = rng.normal(size=shape).astype(np.float32)
         elif tensor.role == "uniform":
             values[tensor.name] = rng.uniform(size=shape).astype(np.float32)
-        elif tensor.role == "control":
+        elif tensor.role in ("control", "grid"):
             values[tensor.name] = np.full(shape, tensor.default, np.float32)
     return values
 
@@ -295,7 +309,7 @@ def _by_torch(way: str | Loop, pairs: Mapping[str, _Pair], values: dict[str, Arr
     drawn = drawn_by_call(described.inputs)
     values |= mean_draws(described, way.steps, values)
     for tensor in described.inputs:
-        if tensor.role == "control":
+        if tensor.role in ("control", "grid"):
             values.setdefault(tensor.name, given(tensor, values, count))
     return _followed(way, start.plain_outputs, step.plain_outputs, drawn, values, session)
 

@@ -49,6 +49,7 @@ def export(
     half: bool | None = None,
     precision: Literal["fp32", "mixed"] | None = None,
     tune: Literal["any", "cpu"] | None = None,
+    calibrate: str | None = None,
     resolution: int | None = None,
     region: Sequence[float] | None = None,
     flavor: Literal["tensorrt", "rtx"] | None = None,
@@ -76,7 +77,7 @@ def export(
     engines = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, engines)
     paths = None if images is None else [Path(path) for path in images]
-    options = GraphOptions(paths, route, bound, std, half, precision, tune, resolution, typed_region(region))
+    options = GraphOptions(paths, route, bound, std, half, precision, tune, calibrate, resolution, typed_region(region))
     run, out = (None if path is None else Path(path) for path in (run, out))
 
     with _heard() as warn:

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hflow_rt.data.colour import to_srgb
+from hflow_rt.data.lmdb_sets import lmdb_parts, lmdb_values
 from hflow_rt.errors import DataError
 
 __all__ = ["ImageSource", "Skipped", "looks_like_image", "open_source", "read_file", "short", "to_rgb"]
@@ -88,13 +89,17 @@ class _Entry:
 
 @contextmanager
 def open_source(source: Path | str) -> Iterator[ImageSource]:
-    """List a folder (recursively, sorted), a zip (sorted) or a tar (in its own order; any compression).
+    """List a folder (recursively, sorted), a zip (sorted), a tar (in its own order; any compression) or an LMDB set.
 
     Hidden files and macOS leftovers (`.name`, `__MACOSX/`) do not count as files; links to folders are not
     followed, but counted. A backslash in a name is a separator, as in archives made on Windows. Raises
-    `DataError` if the source does not exist, cannot be read, is none of the three, or is a damaged archive.
+    `DataError` if the source does not exist, cannot be read, is none of these, or is a damaged archive.
     """
     path = Path(source)
+    if parts := lmdb_parts(path):
+        with lmdb_values(parts) as values:
+            yield _source([_Entry(name, opener) for name, opener in values])
+        return
     if os.path.isdir(path):
         yield _source(_folder_entries(path))
         return

@@ -61,14 +61,16 @@ class LatentBits:
 
 @dataclass(frozen=True)
 class BoundBits:
-    """Bits per dimension and how they divide into latents, coarse to fine."""
+    """Bits per dimension and how they divide into latents, coarse to fine. quoted: `total` in the bound's own unit."""
 
     total: Estimate
     latents: tuple[LatentBits, ...]
+    quoted: Figure
 
     def dump(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return self.total.dump() | {"latents": {latent.name: latent.dump() for latent in self.latents}}
+        """As plain JSON values, in bits per dimension, beside the figure in another unit."""
+        other = {} if self.quoted.unit == BITS else {self.quoted.unit: self.quoted.estimate.dump()}
+        return self.total.dump() | other | {"latents": {latent.name: latent.dump() for latent in self.latents}}
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,21 @@ def bits_per_dim(
     if model.conditions() and len(names or ()) != len(images):
         raise DataError("a model of classes is measured on images in folders named after them; found none")
 
-    def terms(inputs: dict[str, torch.Tensor]) -> Parts:
+    def features(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        moved = ready(inputs)
         if session is None:
-            found = model.bound_terms({name: value.to(device) for name, value in inputs.items()})
+            return dict(model.bound_features(moved))
+        return session.run_graph("features", moved) if "features" in session.manifest.graphs else {}
+
+    def terms(inputs: dict[str, torch.Tensor], once: dict[str, Any]) -> Parts:
+        if session is None:
+            found = model.bound_terms(ready(inputs) | once)
             return {name: values.cpu().double().numpy() for name, values in found.items()}  # some GPUs lack float64
-        arrays = {name: value.numpy() for name, value in inputs.items()}
-        return {name: values.astype(np.float64) for name, values in session.run_graph("bound", arrays).items()}
+        bound = session.run_graph("bound", ready(inputs) | once)
+        return {name: values.astype(np.float64) for name, values in bound.items()}
+
+    def ready(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {name: value.to(device) if session is None else value.numpy() for name, value in inputs.items()}
 
     def drawn(bound: str, draw: int, part: range) -> dict[str, torch.Tensor]:
         pixels = torch.from_numpy(np.ascontiguousarray(pixels_of(images, part)))
@@ -153,8 +164,10 @@ def bits_per_dim(
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def work(bound: str, part: range) -> Parts:
-        claim = claims[bound]
-        found = [terms(drawn(bound, draw, part)) for draw in range(1 if claim.claim == "published" else draws)]
+        claim, first = claims[bound], drawn(bound, 0, part)
+        once, found = features(first), []
+        for draw in range(1 if claim.claim == "published" else draws):
+            found.append(terms(drawn(bound, draw, part) if draw else first, once))
         return _combined(found, claim, dimensions)
 
     claims, dimensions = model.bounds(), model.channels * model.resolution**2
@@ -177,7 +190,7 @@ def bits_per_dim(
             if infinite:
                 reasons[name] = f"it is not finite on {infinite} of {len(images)} images"
                 continue
-            bounds[name] = _bound(values, model.latent_shapes(), dimensions)
+            bounds[name] = _bound(values, model.latent_shapes(), dimensions, claims[name])
     return BitsReport(claims, bounds, reasons, model.noise_scales())
 
 
@@ -196,7 +209,7 @@ def bits_figures(
     if len(pixels) == 0:
         return Evaluation(images, reason="there are no held-out images")
     found = bits_per_dim(model, pixels, seed, draws, batch, names=names)
-    figures = {name: Figure(found.claims[name].title, bound.total, BITS) for name, bound in found.bounds.items()}
+    figures = {name: bound.quoted for name, bound in found.bounds.items()}
     return Evaluation(images, figures, found.reasons)
 
 
@@ -222,7 +235,7 @@ def _combined(draws: list[Parts], bound: Bound, image: int) -> Parts:
     return means | {"image.weighting": total - np.sum(list(means.values()), axis=0)}
 
 
-def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> BoundBits:
+def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int, claim: Bound) -> BoundBits:
     """From the parts of every image, named `LATENT.WHAT`."""
     latents = []
     for name in dict.fromkeys(key.partition(".")[0] for key in values):
@@ -233,7 +246,9 @@ def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int) -> 
         latents.append(
             LatentBits(name, dimensions, estimates, Estimate.of(total), Estimate.of(total * (image / dimensions)))
         )
-    return BoundBits(Estimate.of(np.sum(list(values.values()), axis=0)), tuple(latents))
+    total = np.sum(list(values.values()), axis=0)
+    quoted = total if claim.unit == BITS else total * (image * math.log(2))
+    return BoundBits(Estimate.of(total), tuple(latents), Figure(claim.title, Estimate.of(quoted), claim.unit))
 
 
 def pixels_of(images: Pixels | Selection, part: range) -> Pixels:

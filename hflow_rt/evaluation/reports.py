@@ -32,7 +32,7 @@ def bits_lines(found: BitsReport, chosen: Selection, metadata: dict[str, Any], s
             lines.append(f"{claim.title}: none, because {found.reasons[name]}")
             continue
         bound = found.bounds[name]
-        lines += [f"{claim.title}: {_estimate(bound.total)} bits/dim", *_table(bound)]
+        lines += [f"{claim.title}: {_estimate(bound.quoted.estimate)} {bound.quoted.unit}", *_table(bound)]
     if found.noise:
         scales = (
             f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()

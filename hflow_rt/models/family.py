@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hflow_rt.conditions import Options, by_folder
-from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
+from hflow_rt.errors import ConfigError
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Route, Way
 from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ __all__ = [
     "Route",
     "Space",
     "TensorSpec",
+    "Unknown",
+    "Way",
     "conditions_by_folder",
 ]
 
@@ -56,12 +59,13 @@ class Bound:
 
     claim: the exact figure, a true upper bound, or what the family's authors published, which need not bound anything
     and takes one draw. combine: how draws of an image become one: their mean, or the logarithm of the mean of their
-    likelihoods, which is the importance-weighted bound where each draw is of one weight.
+    likelihoods, which is the importance-weighted bound where each draw is of one weight. unit: what it is quoted in.
     """
 
     title: str
     claim: Literal["exact", "upper", "published"]
     combine: Literal["mean", "logmeanexp"] = "mean"
+    unit: Literal["bits/dim", "nats"] = "bits/dim"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,14 @@ class NoiseScale(NamedTuple):
     def std(self) -> float:
         """The noise itself."""
         return self.relative * self.spread
+
+
+class Unknown(NamedTuple):
+    """What published files lack, in words; how many images tell it well; what is so for want of it."""
+
+    what: str
+    images: int
+    without: str
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,8 @@ class Loop:
     draw of its own for each call (roles noise and uniform, `[B, K, *shape]` as inputs of the route), what `start`
     yielded, or what the route was given. The route yields outputs of the `last` call by name, those of `every` call
     stacked `[B, K, *shape]` under the names of this mapping, and what of `start` is a latent. K is never unrolled.
+    leads_to: tables that say where a call leads. Where there are any, a loop may be of fewer calls than K: of rows
+    evenly chosen, in each of which these tables have the row before the next one that was chosen.
     """
 
     start: str
@@ -149,6 +163,7 @@ class Loop:
     carry: Mapping[str, str]
     last: tuple[str, ...] = ()
     every: Mapping[str, str] = field(default_factory=dict)
+    leads_to: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> tuple[str, str]:
@@ -165,19 +180,22 @@ class Loop:
 class Space:
     """Another space than the latents' own, by the graphs into it, back, and from it straight to the image.
 
-    One without `back` is left through `decode` only; one without `into` is reached by projection only. slots: its
-    tensor is `[S, D]` for S layers, coarse to fine, whose rows are equal where `into` leads and need not be.
+    One without `back` is left through `decode` only; one without `into` is reached by projection only. draw: of a space
+    of distributions, the graph that draws an image by its inputs of roles noise and uniform, where the latents' own
+    image is the mean.
+    slots: its tensor is `[S, D]` for S layers, coarse to fine, whose rows are equal where `into` leads and need not be.
     """
 
     into: str | None = None
     back: str | None = None
     decode: str | None = None
+    draw: str | None = None
     slots: bool = False
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """Those that it has."""
-        return tuple(name for name in (self.into, self.back, self.decode) if name is not None)
+        return tuple(name for name in (self.into, self.back, self.decode, self.draw) if name is not None)
 
 
 class LatentModel(nn.Module, ABC):
@@ -234,11 +252,18 @@ class LatentModel(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    def bound_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the graph `features` computes of the images in `bound_inputs`: more inputs of `bound_terms` by name.
+
+        It is computed once for all draws of an image; most families have nothing of the kind, and no such graph.
+        """
+        return {}
+
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the graph `bound` computes of `bound_inputs`, whichever bound they are of: parts `[B]` that sum to it.
 
-        All are in bits per dimension of the image. A part is called `LATENT.WHAT`, such as `z0.prior`;
-        `image.bits` where a family tells no parts apart.
+        inputs: `bound_features` too. All are in bits per dimension of the image. A part is called `LATENT.WHAT`, such
+        as `z0.prior`; `image.bits` where a family tells no parts apart.
         """
         raise NotImplementedError
 
@@ -253,12 +278,23 @@ class LatentModel(nn.Module, ABC):
         """Running scale of every posterior by latent name; empty for a family that has none."""
         return {}
 
-    def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        """Set the running noise scales, which published files lack, from uint8 images `[B, C, R, R]`.
+    def unknown(self) -> Unknown | None:
+        """What a published file of this model lacks, and images tell; None where nothing."""
+        return None
 
-        Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
+    def learn(self, batches: Iterable[Tensor]) -> int:
+        """Set what is `unknown` from uint8 images `[B, C, R, R]`; returns how many it saw.
+
+        Raises `DataError` for too few. Families with anything `unknown` have it.
         """
         raise NotImplementedError
+
+    def calibrate(self, latents: Iterable[Mapping[str, Tensor]]) -> None:
+        """Move to those of samples, once before export, what statistics training left; latents `[B, *shape]` a step.
+
+        Raises `ConfigError` in a family that has none.
+        """
+        raise ConfigError("models of this family have nothing to calibrate; omit --calibrate")
 
     def routes(self) -> Mapping[Route, str | Loop]:
         """What leads from latents to image, `forward`, and from image to latents, `inverse`: a graph or a loop."""
@@ -276,6 +312,10 @@ class LatentModel(nn.Module, ABC):
         """Where each latent of a sample comes from, by name; normal where nothing is said."""
         return {}
 
+    def ways(self) -> Mapping[str, Way]:
+        """How interpolations take latents from one image to another, by name; by their mode where nothing is said."""
+        return {}
+
     def bank(self) -> Mapping[str, Tensor]:
         """Latents of real images, `[rows, *shape]`, of those whose prior is a bank; a sample takes one row of all."""
         return {}
@@ -284,7 +324,8 @@ class LatentModel(nn.Module, ABC):
     def graphs(self) -> dict[str, GraphSpec]:
         """What export can write, by name: those of `routes`, of `spaces`, and on request `bound`, see `bound_inputs`.
 
-        Everything that does not depend on the input is folded in float64; a graph contains nothing random.
+        Everything that does not depend on the input is folded in float64; a graph contains nothing random. One that
+        takes values which another yields comes after it.
         """
 
     def spaces(self) -> Mapping[str, Space]:

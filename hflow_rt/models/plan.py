@@ -91,6 +91,10 @@ class TrainingPlan(nn.Module, ABC):
         terms: by phase that took part, the `LossTerms.terms`, averaged over micro-batches and processes.
         """
 
+    def remedies(self) -> tuple[str, ...]:
+        """What else to try where a loss stops being finite, beside what training settings can do."""
+        return ()
+
     def warning(self, means: Mapping[str, float]) -> str | None:
         """One line, with what to do, if training goes wrong; asked at every evaluation.
 

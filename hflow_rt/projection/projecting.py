@@ -99,7 +99,7 @@ def project(
         if slots:
             return {names[0]: flat.expand(-1, *shapes[names[0]])}
         parts = torch.split(flat, [int(np.prod(shapes[name])) for name in names], 1)
-        return {name: part.unflatten(1, shapes[name]) for name, part in zip(names, parts, strict=True)}
+        return {name: part.reshape(len(part), *shapes[name]) for name, part in zip(names, parts, strict=True)}
 
     def unlike(flat: Tensor) -> Tensor:
         known = given | values(flat)

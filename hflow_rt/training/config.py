@@ -68,6 +68,8 @@ class TrainingConfig(BaseModel):
     frozen: tuple[str, ...] = ()  # names of parameters that stay as they are, with * for any part
     grad_clip: _Positive | None = 50.0  # global norm of the gradient of an optimizer; null for any
 
+    skipped_steps: Annotated[int, Field(ge=0, le=1000)] = 0  # in a row, whose loss or gradient is not finite
+
     ema_weight: Annotated[float, Field(gt=0, le=1)] = 0.005  # of the new weights, each step
     ema_growing: bool = False  # the new weights of step n have a weight of at least 9 / (10 + n)
     ema_half_life_images: _Positive | None = None  # instead of `ema_weight`: when former weights count half

@@ -1,7 +1,7 @@
 """When a loss or a gradient is no longer a number: say where, and what to try."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -29,10 +29,12 @@ def diverged(
     place: Place,
     config: TrainingConfig,
     checkpoint: Path | None,
+    remedies: Sequence[str] = (),
 ) -> TrainingError:
     """The error for a step that was not taken, with its number, the level at fault and a remedy.
 
     Where only the gradient is broken, its parameters are named. checkpoint: the last one, which is good.
+    remedies: the family's own, beside those of the training settings.
     """
     what = ", ".join(broken[:4])
     if broken[0].startswith("gradient_norm"):
@@ -47,5 +49,5 @@ def diverged(
     return TrainingError(
         f"loss and gradients must stay finite: at step {place.step} ({place.images} images) {what}; "
         f"{after} and try lower training.learning_rates (now {rates}), a smaller training.grad_clip (now "
-        f"{clip}){precision}"
+        f"{clip}){precision}{''.join(f', {remedy}' for remedy in remedies)}"
     )

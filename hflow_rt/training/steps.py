@@ -7,6 +7,7 @@ that is stopped and resumed is the run that was never stopped.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +84,16 @@ class Steps:
         for trained in self.phases:
             if place.step % trained.phase.every:
                 continue
+            former = _kept(self.plan.buffers()) if self.settings.skipped_steps else []
             gradients = self._accumulate(trained, None if terms else stop)
             if gradients is None:
                 self._undo_buffers(before)
                 return None
             values = self._descend(trained, gradients)
+            if values is None:
+                _put_back(former)
+                logged["skipped_steps"] = 1.0
+                continue
             prefix = "" if trained.index == 0 else f"{trained.phase.name}/"
             logged |= {f"{prefix}{tag}": value for tag, value in values.items()}
             named = {tag.removeprefix(TERM): value for tag, value in values.items() if tag.startswith(TERM)}
@@ -121,8 +127,8 @@ class Steps:
         assert sums is not None
         return tags, sums / settings.accumulate
 
-    def _descend(self, trained: _Trained, found: tuple[list[str], Tensor]) -> dict[str, float]:
-        """Move the parameters of a phase against their gradients; its values by tag."""
+    def _descend(self, trained: _Trained, found: tuple[list[str], Tensor]) -> dict[str, float] | None:
+        """Move the parameters of a phase against their gradients; its values by tag, None for a step not taken."""
         tags, means = found
         gradients = [parameter.grad for parameter in trained.parameters if parameter.grad is not None]
         self.processes.average([*gradients, *self.plan.buffers(), means])
@@ -131,23 +137,27 @@ class Steps:
         # the one place a phase waits for the device
         numbers = torch.cat([means, norm.float().reshape(1)]).tolist()
         logged = dict(zip([*tags, "gradient_norm"], numbers, strict=True))
-        self._check_finite(trained, logged)
-        if self.settings.grad_clip is not None:
+        skipped = self._is_skipped(trained, logged)
+        if not skipped and self.settings.grad_clip is not None:
             nn.utils.clip_grads_with_norm_(trained.parameters, self.settings.grad_clip, norm)
-        trained.optimizer.step()
-        return logged
+        if not skipped or self.processes.accelerator.scaler is not None:  # which has to see every gradient
+            trained.optimizer.step()
+        return None if skipped else logged
 
-    def _check_finite(self, trained: _Trained, logged: dict[str, float]) -> None:
-        """Stop before a step that would spoil the weights. Raises `TrainingError`."""
+    def _is_skipped(self, trained: _Trained, logged: dict[str, float]) -> bool:
+        """Whether a step would spoil the weights. Raises `TrainingError` for one too many in a row."""
         broken = broken_values(logged)
         only_gradient = len(broken) == 1 and not math.isfinite(logged["gradient_norm"])
         trained.overflows = trained.overflows + 1 if broken else 0
         if not broken:
-            return
+            return False
         if only_gradient and self.processes.accelerator.scaler is not None and trained.overflows < _OVERFLOWS:
-            return  # the scaler skips this step and tries a smaller scale
-        last = checkpoints(self.run.out)[-1:]
-        raise diverged(broken, named_parameters(self.plan), self.run.place, self.settings, last[0] if last else None)
+            return False  # the scaler skips this step and tries a smaller scale
+        if trained.overflows <= self.settings.skipped_steps:
+            return True
+        last, remedies = checkpoints(self.run.out)[-1:], self.plan.remedies()
+        parameters = named_parameters(self.plan)
+        raise diverged(broken, parameters, self.run.place, self.settings, last[0] if last else None, remedies)
 
     def _may_stop(self) -> bool:
         """Within a step. Several processes must not part ways there; they stop together between steps."""
@@ -156,13 +166,21 @@ class Steps:
     def _own_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers that are not the model's, whose former values the average has."""
         ours = {id(buffer) for buffer in self.plan.model.buffers()}
-        return [(buffer, buffer.clone()) for buffer in self.plan.buffers() if id(buffer) not in ours]
+        return _kept(buffer for buffer in self.plan.buffers() if id(buffer) not in ours)
 
     def _undo_buffers(self, own: list[tuple[Tensor, Tensor]]) -> None:
         """Take back what the losses of a half step did to running statistics."""
         models = zip(self.plan.model.buffers(), self.run.average.buffers(), strict=True)
-        for buffer, former in (*models, *own):
-            buffer.copy_(former)
+        _put_back((*models, *own))
+
+
+def _kept(buffers: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(buffer, buffer.clone()) for buffer in buffers]
+
+
+def _put_back(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for buffer, former in kept:
+        buffer.copy_(former)
 
 
 def _values(found: LossTerms) -> tuple[list[str], Tensor]:

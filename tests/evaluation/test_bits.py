@@ -30,6 +30,9 @@ class UniformModel(torch.nn.Module):
     def bounds(self) -> dict[str, Bound]:
         return {"strict": Bound("strict bound", "upper"), "paper": Bound("paper's bound", "published")}
 
+    def bound_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}
+
     def bound_inputs(self, bound: str, pixels: torch.Tensor, generator: torch.Generator, conditions: Any) -> Any:
         assert not self.training
         if bound == "paper":

@@ -179,6 +179,9 @@ class Plain(torch.nn.Module):
     def bounds(self) -> dict[str, Bound]:
         return {"strict": Bound("strict bound", "upper"), "paper": Bound("paper's bound", "published")}
 
+    def bound_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {}
+
     def bound_inputs(self, bound: str, pixels: torch.Tensor, generator: torch.Generator, conditions: Any) -> Any:
         return {"image": pixels.float()}
 

@@ -2,21 +2,18 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from golden_cases import Listed, Quantities, compute
+from golden_cases import Quantities, compute
+from nvae_case import Case, bound, rms, sizes
 from torch import Tensor
-from torch.nn import functional as F
 
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.checkpoint import load_state
-from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.convolution import convolutions
-from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.network import Group, Inferred, Network, packed
 from hflow_rt.models.nvae.objective import (
     active_units,
@@ -34,7 +31,6 @@ from hflow_rt.models.nvae.objective import (
 from hflow_rt.models.nvae.output import Bernoulli, Mixture, NormalPixels, pixels
 from hflow_rt.models.nvae.plan import NVAEPlan
 from hflow_rt.models.nvae.published import read_published
-from hflow_rt.models.nvae.published_settings import settings_of_options
 from hflow_rt.models.nvae.regularisers import (
     FIRST_ROUNDS,
     ROUNDS,
@@ -44,85 +40,11 @@ from hflow_rt.models.nvae.regularisers import (
     matrices,
     singular_values,
 )
-from hflow_rt.models.nvae.weights import from_original, our_names
 from hflow_rt.models.plan import Batch, Place
 from hflow_rt.training.config import TrainingConfig
 from hflow_rt.training.schedule import learning_rates
 
 FAMILY = "nvae"
-
-
-class Case:
-    """A network built from a golden case's settings and weights, and the means to compute what it lists."""
-
-    def __init__(self, golden: Any) -> None:
-        self.golden = golden
-        self.description = golden.description()
-        self.described = self.description["config"]
-        self.train = self.described["train"]
-        self.steps = self.train["epochs"] * self.train["iterations_per_epoch"]
-        self.stored = Listed(golden.tensors(), self.description["io"])
-        self.weights = golden.weights()
-        self.names = our_names(self.weights)
-        self.dtype = golden.dtype
-        self.listed = {
-            entry["name"]: entry
-            for entry in self.description["io"]
-            if entry["role"] == "output" and not entry["name"].endswith(".f64")
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.stored[name]
-        return value.to(self.dtype) if value.is_floating_point() else value
-
-    def config(self) -> NVAEConfig:
-        values = settings_of_options(self.description["original_args"], str(self.golden))
-        return NVAEConfig(**values, likelihood="published")
-
-    def network(self) -> NVAE:
-        network = NVAE(self.config())
-        load_state(network, from_original(self.weights), "golden weights")
-        return network.to(self.dtype).eval()
-
-    def groups(self, name: str, index: int | None = None) -> list[Tensor]:
-        found = [self[f"{name}.{group}"] for group in range(self.described["G"])]
-        return found if index is None else [tensor[index] for tensor in found]
-
-    def images(self, prefix: str = "", index: int | None = None) -> Tensor:
-        """On the canvas, float32 as the original made them, widened."""
-        pixels, config = self.stored[f"{prefix}x_u8"], self.config()
-        if config.output == "bernoulli":
-            uniform = self.stored[f"{prefix}x_bin_u"]
-            found = (uniform < F.pad(pixels, (config.padding,) * 4) / 255).float()
-        else:
-            found = public_levels(pixels, config.bits)
-        return (found if index is None else found[index]).to(self.dtype)
-
-    def left_vectors(self) -> dict[Shape, Tensor]:
-        """Where power iteration starts, by shape."""
-        starts = {}
-        for shape in self.description["sr_groups"]:
-            u = self[f"sr.u0.{shape}"]
-            rows, columns = shape.split("x")
-            starts[int(rows), int(columns)] = u / u.norm(dim=1, keepdim=True)
-        return starts
-
-    def in_order(self, network: Network, values: dict[Shape, Tensor]) -> Tensor:
-        """Values by shape as one vector in the order of all convolutions."""
-        groups = by_shape(network)
-        by_conv = {
-            conv: value for shape, convs in groups.items() for conv, value in zip(convs, values[shape], strict=True)
-        }
-        return torch.stack([by_conv[conv] for conv in convolutions(network).values()])
-
-    def statistics(self, network: Network, name: str) -> Tensor:
-        state = network.state_dict()
-        return torch.cat([state[self.names[f"{norm}.{name}"]] for norm in self.description["bns"]])
-
-    def parameters(self, network: Network) -> dict[str, Tensor]:
-        """Under published names, sorted."""
-        ours = dict(network.named_parameters())
-        return {name: ours[self.names[name]] for name in sorted(self.description["parameter_order"])}
 
 
 def infer(network: Network, images: Tensor, noise: list[Tensor]) -> Inferred:
@@ -136,24 +58,6 @@ def divergences(inferred: Inferred) -> Tensor:
 def log_px(network: Network, logits: Tensor, images: Tensor) -> Tensor:
     found = pixels(network.config, logits).log_prob(images)
     return found[:, None] if network.config.channels == 1 else found
-
-
-def rms(value: Tensor) -> Tensor:
-    return value.square().flatten(1).mean(1).sqrt()
-
-
-@contextmanager
-def sizes(case: Case, network: Network) -> Iterator[dict[str, Tensor]]:
-    """Root mean squares of what modules yield, by published name."""
-    found: dict[str, Tensor] = {}
-    hooks = []
-    for name in (*case.description["enc_stages"], *case.description["dec_stages"]):
-        ours = our_names([f"{name}.x"])[f"{name}.x"].removesuffix(".x")
-        module = network.get_submodule(ours)
-        hooks.append(module.register_forward_hook(lambda _, args, out, name=name: found.__setitem__(name, rms(out))))
-    yield found
-    for hook in hooks:
-        hook.remove()
 
 
 def inputs(case: Case) -> Quantities:
@@ -274,12 +178,12 @@ def spectra(case: Case) -> Quantities:
 
 @torch.no_grad()
 def readjusted(case: Case) -> Quantities:
-    network, temperature = case.network().train(), 0.6
-    for index in range(len(case.groups("readjust.eps_p")[0])):
-        network.generate([temperature * tensor for tensor in case.groups("readjust.eps_p", index)])
+    network, temperature = case.network(), 0.6
+    steps = [case.groups("readjust.eps_p", index) for index in range(len(case.groups("readjust.eps_p")[0]))]
+    network.calibrate(packed(network.config, "z", [temperature * noise for noise in step]) for step in steps)
     yield "readjust.running_mean", case.statistics(network, "running_mean")
     yield "readjust.running_var", case.statistics(network, "running_var")
-    logits = network.eval().generate([temperature * tensor for tensor in case.groups("eps_p")]).logits
+    logits = network.generate([temperature * tensor for tensor in case.groups("eps_p")]).logits
     yield "readjust.mean", pixels(network.config, logits).mean()
     yield "readjust.logits_rms", logits.square().mean((2, 3)).sqrt()
 
@@ -395,18 +299,6 @@ GROUPS: dict[str, Callable[[Any], Quantities]] = {
     r"steps\.": updates,
     r"dist\.": distributions,
 }
-
-
-def bound(case: Case, entry: dict[str, Any], name: str) -> tuple[Tensor, float]:
-    """What an output must be, and how far it may be off (README of the golden cases)."""
-    expected = case.stored[name].double()
-    if entry["dtype"] == "float64":
-        return expected, 1e-10 * entry["max_value"]
-    if "max_abs_err" not in entry:  # integers, and the image itself
-        return expected, 0.0
-    if case.dtype == torch.float64 and f"{name}.f64" in case.stored:
-        return case.stored[f"{name}.f64"], 1e-10 * max(1.0, entry["max_value"])
-    return expected, 4 * max(entry["max_abs_err"], entry["rerun_max_abs"]) + 2e-6 * entry["max_value"]
 
 
 def test_golden_nvae(golden: Any) -> None:

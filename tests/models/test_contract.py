@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from hflow_rt.errors import ConfigError, DataError, NoInverse
 from hflow_rt.evaluation.bits import BitsReport, bits_per_dim
 from hflow_rt.evaluation.steps import bits_by_step
 from hflow_rt.export.bundle import export_bundle
+from hflow_rt.export.mixed_precision import to_mixed_precision
 from hflow_rt.manifest import Manifest, graphs_of, read_manifest
 from hflow_rt.models.checkpoint import load_model, save_model
 from hflow_rt.models.family import LatentModel, Loop
@@ -135,7 +138,11 @@ def test_graphs_are_described(made: Made) -> None:
             assert (tensor.role == "condition") == (tensor.name in conditions)
             assert (tensor.role == "image") == (tensor.name == "image")
             assert (tensor.role == "score") <= (tensor.shape == ())
-            assert (tensor.role == "control") <= (tensor.default is not None) <= (tensor.role in ("control", "noise"))
+            assert (
+                (tensor.role == "control")
+                <= (tensor.default is not None)
+                <= (tensor.role in ("control", "noise", "grid"))
+            )
     enter = {"forward": "latent", "inverse": "image"}
     for route, way in routes.items():
         first, last = (graphs[graphs_of(way)[place]] for place in (0, -1))
@@ -175,6 +182,19 @@ def test_every_graph_is_proved(made: Made) -> None:
     for name, graph in manifest.graphs.items():
         spec = specs[name]
         assert [tensor.role for tensor in graph.inputs] == [tensor.role for tensor in spec.inputs]
+
+
+def test_nets_may_be_in_half_precision(made: Made, session: Session) -> None:
+    spec, graph = made.model.graphs().get("forward"), made.manifest.graphs.get("forward")
+    if spec is None or graph is None or not spec.nets:
+        return
+    proto = onnx.load(str(made.folder / "bundle" / graph.file))
+    assert to_mixed_precision(proto, spec.nets, spec.heads) > 4
+    (latents,) = session.draw([0, 1], std=1.0)
+    engine = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (image,) = engine.run(None, {tensor.name: latents[tensor.name] for tensor in graph.inputs})
+    difference = image - session.forward(latents)
+    assert 0 < np.square(difference).mean() < 1e-5  # 50 dB
 
 
 def test_an_image_of_a_seed_is_the_same_in_any_batch(made: Made, session: Session) -> None:
@@ -217,6 +237,38 @@ def test_spaces_lead_to_the_same_image(session: Session) -> None:
         values = session.into_space(space, latents)
         assert {name: tuple(value.shape[1:]) for name, value in values.items()} == session.space_shapes(space)
         np.testing.assert_allclose(session.decode(space, values), image, atol=1e-4)
+
+
+def test_pixels_are_drawn_or_refused(session: Session) -> None:
+    (latents,) = session.draw([0, 1, 2])
+    if not any(space.draw for space in session.manifest.spaces.values()):
+        with pytest.raises(DataError, match="no distributions to draw pixels from"):
+            session.drawn_pixels(latents)
+        return
+    drawn = session.drawn_pixels(latents, seed=1)
+    np.testing.assert_array_equal(session.sample(3, seed=0, pixels=True), session.drawn_pixels(latents, seed=0))
+    np.testing.assert_array_equal(
+        session.drawn_pixels({n: z[2:] for n, z in latents.items()}, seed=1, first=2), drawn[2:]
+    )
+    many = np.mean([session.drawn_pixels(latents, seed=seed) for seed in range(200)], axis=0)
+    mean = session.forward(latents)
+    assert np.abs(many - mean).mean() < 0.1 < np.abs(drawn - mean).mean()  # clipped draws have another mean
+
+
+def test_latents_of_a_posterior_are_drawn_or_refused(made: Made, session: Session) -> None:
+    if "inverse" not in made.model.routes():
+        return
+    told = in_turn(session.conditions, range(3))
+    if all(tensor.default is None for tensor in session.drawing.inputs("noise", route="inverse")):
+        with pytest.raises(DataError, match="no posterior to draw latents from"):
+            session.inverse(made.images, told, posterior=True)
+        return
+    drawn = [session.inverse(made.images, told, seed=seed, posterior=True).latents for seed in (1, 2)]
+    rest = {name: values[1:] for name, values in told.items()}
+    part = session.inverse(made.images[1:], rest, seed=1, first=1, posterior=True).latents
+    for name, mean in session.inverse(made.images, told).latents.items():
+        np.testing.assert_allclose(part[name], drawn[0][name][1:], atol=1e-4)
+        assert min(np.abs(a - b).mean() for a, b in ((mean, drawn[0][name]), (drawn[0][name], drawn[1][name]))) > 0.1
 
 
 def test_controls(session: Session) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hflow_rt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from hflow_rt.models.checkpoint import load_model, read_metadata
+from hflow_rt.models.flow import FlowPlan
 from hflow_rt.runs import checkpoints, read_run
 from hflow_rt.training.config import load_config
 from hflow_rt.training.log import Progress
@@ -240,6 +242,34 @@ def test_a_gradient_that_is_not_finite_names_its_parameters(
     monkeypatch.setattr(toy_family.ToyFlow, "loss", broken)
     with pytest.raises(TrainingError, match=r"step 0 .* the gradient of mean is not finite"):
         train(load_config("toy"), images, tmp_path / "run")
+
+
+def test_steps_that_would_spoil_the_weights_are_skipped(
+    images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many in a row as the settings allow; the statistics that they moved are put back."""
+    loss, remedies = FlowPlan.loss, ("another family",)
+
+    def broken(self: Any, phase: str, batch: Any, place: Any) -> Any:
+        found = loss(self, phase, batch, place)
+        return replace(found, loss=found.loss * math.nan) if place.step in (1, 2) else found
+
+    monkeypatch.setattr(FlowPlan, "remedies", lambda self: remedies)
+
+    def run(name: str, skipped: int, count: int) -> dict[str, Tensor]:
+        config = load_config("toy", overrides=[f"training.skipped_steps={skipped}", "training.ema_warmup_images=0"])
+        train(config, images, tmp_path / name, images=count)
+        return _state(tmp_path / name)
+
+    one = run("one", 0, 8)
+    monkeypatch.setattr(FlowPlan, "loss", broken)
+    three = run("three", 2, 24)
+    kept = [name for name in one if name.startswith(("model/", "optimizer/"))]
+    assert all(torch.equal(one[name], three[name]) for name in kept)
+    four = run("four", 2, 32)
+    assert not torch.equal(four["model/log_scale"], three["model/log_scale"])
+    with pytest.raises(TrainingError, match=r"at step 2 .* loss is nan.*, another family"):
+        run("few", 1, 32)
 
 
 def test_a_run_is_never_overwritten(images: Any, tmp_path: Path) -> None:

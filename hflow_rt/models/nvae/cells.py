@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hflow_rt.models.nvae.convolution import NormedConv2d, batch_norm
+from hflow_rt.models.nvae.batch_norm import BatchNorm
+from hflow_rt.models.nvae.convolution import NormedConv2d
 
 __all__ = [
     "SHIFTS",
@@ -45,11 +46,13 @@ class DownSkip(nn.Module):
         super().__init__()
         quarter = channels // 2
         widths = (quarter, quarter, quarter, 2 * channels - 3 * quarter)
-        self.convs = nn.ModuleList(NormedConv2d(channels, width, 1, stride=2) for width in widths)
+        self.convs = nn.ModuleList(NormedConv2d(channels, width, 1) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(x)
-        shifted = (conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(self.convs, SHIFTS, strict=True))
+        # Copies of every second pixel: convolutions of stride 2 on such a view, channels last, write beyond the end of
+        # their memory on a CPU (torch 2.13).
+        shifted = (conv(x[:, :, dy::2, dx::2].clone()) for conv, (dy, dx) in zip(self.convs, SHIFTS, strict=True))
         return torch.cat(list(shifted), 1)
 
 
@@ -70,7 +73,7 @@ class Unit(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
-        self.norm = batch_norm(inputs)
+        self.norm = BatchNorm(inputs)
         self.conv = NormedConv2d(inputs, outputs, 3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,13 +88,13 @@ class InvertedResidual(nn.Module):
         super().__init__()
         self.up = up
         hidden, outputs = expansion * channels, channels // 2 if up else channels
-        self.norm_in = batch_norm(channels)
+        self.norm_in = BatchNorm(channels)
         self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
-        self.norm_expanded = batch_norm(hidden)
+        self.norm_expanded = BatchNorm(hidden)
         self.depthwise = nn.Conv2d(hidden, hidden, _KERNEL, padding=_KERNEL // 2, groups=hidden, bias=False)
-        self.norm_depthwise = batch_norm(hidden)
+        self.norm_depthwise = BatchNorm(hidden)
         self.project = nn.Conv2d(hidden, outputs, 1, bias=False)
-        self.norm_out = batch_norm(outputs)
+        self.norm_out = BatchNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:

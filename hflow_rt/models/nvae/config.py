@@ -47,6 +47,9 @@ class NVAEConfig(ModelConfig):
     squeeze_excite: bool = True
     residual_posterior: bool = Field(default=True, description="the posterior is told relative to the prior")
 
+    recompute: bool = Field(
+        default=False, description="cells' activations in training, when they are needed again, instead of keeping them"
+    )
     kl_warmup: _Share = Field(default=0.3, description="share of the run over which the weight of the KL grows to 1")
     kl_constant: _Share = Field(default=1e-4, description="share of the run before that")
     kl_floor: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="smallest weight of the KL")

@@ -1,9 +1,9 @@
-"""Convolutions whose weights have a trained norm for each output channel (spec 2), and batch norm as NVAE sets it."""
+"""Convolutions whose weights have a trained norm for each output channel (spec 2)."""
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NormedConv2d", "batch_norm", "convolutions", "effective_weight"]
+__all__ = ["NormedConv2d", "convolutions", "effective_weight"]
 
 _SMALLEST_NORM = 1e-5
 
@@ -49,11 +49,6 @@ class NormedConv2d(nn.Conv2d):
 def _norm(weight: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
     return norm
-
-
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Running statistics move by 0.05 a step."""
-    return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
 
 
 def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Space
 from hflow_rt.models.nvae.config import NVAEConfig
-from hflow_rt.models.nvae.graphs import graphs, noise_specs
-from hflow_rt.models.nvae.network import Network
+from hflow_rt.models.nvae.graphs import SPACES, feature_specs, graphs, noise_specs
+from hflow_rt.models.nvae.network import Network, unpacked
 from hflow_rt.models.nvae.objective import bound_parts
 from hflow_rt.models.plan import draw
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from hflow_rt.models.plan import TrainingPlan
@@ -52,9 +53,10 @@ class NVAE(Network, LatentModel):
             return {}
         if self.config.likelihood == "published":
             return {"published": Bound("published evidence bound", "published")}
+        unit: Literal["bits/dim", "nats"] = "nats" if self.config.output == "bernoulli" else "bits/dim"
         return {
-            "elbo": Bound("evidence bound", "upper"),
-            "importance": Bound("importance-weighted bound", "upper", "logmeanexp"),
+            "elbo": Bound("evidence bound", "upper", unit=unit),
+            "importance": Bound("importance-weighted bound", "upper", "logmeanexp", unit),
         }
 
     def bound_inputs(
@@ -63,9 +65,23 @@ class NVAE(Network, LatentModel):
         image = public_levels(pixels, self.config.bits)
         return {"image": image, **draw(noise_specs(self.config), len(pixels), generator)}
 
+    def bound_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self.bottom_up(self.pad(inputs["image"].to(self.top)))
+        return {spec.name: value for spec, value in zip(feature_specs(self.config), found, strict=True)}
+
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = {name: value.to(self.top) for name, value in inputs.items()}
-        return bound_parts(self, given.pop("image"), given)
+        return bound_parts(self, {name: value.to(self.top) for name, value in inputs.items()})
+
+    @torch.no_grad()
+    def calibrate(self, latents: Iterable[Mapping[str, Tensor]]) -> None:
+        """Statistics of the decoder's batch norms; the encoder keeps those of images."""
+        self.train()
+        for drawn in latents:
+            self.generate([noise.to(self.top) for noise in unpacked(self.config, "z", drawn)])
+        self.eval()
 
     def graphs(self) -> dict[str, GraphSpec]:
         return graphs(self)
+
+    def spaces(self) -> dict[str, Space]:
+        return SPACES

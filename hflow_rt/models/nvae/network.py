@@ -1,12 +1,16 @@
 """The two towers (spec 3): features go bottom-up, latents and the image come top-down, group by group."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from hflow_rt.models.nvae.batch_norm import standing_still
 from hflow_rt.models.nvae.cells import (
     DecoderCombiner,
     EncoderCombiner,
@@ -110,13 +114,13 @@ class Network(nn.Module):
         """What inference needs of an image `[B, C, canvas, canvas]`, a feature map for each group, top first."""
         x = self.stem(2 * image - 1)
         for cell in self.before:
-            x = cell(x)
+            x = self._run(cell, x)
         stored: list[Tensor] = []
         for element in self.encoder:
             if isinstance(element, EncoderCombiner):
                 stored.append(x)
             else:
-                x = element(x)
+                x = self._run(element, x)
         return [self.encoder_end(x), *reversed(stored)]
 
     def top_down(self, choose: Choose, batch: int) -> Tensor:
@@ -128,11 +132,20 @@ class Network(nn.Module):
                 state = element(state, choose(group, state, prior))
                 group += 1
             else:
-                state = element(state)
+                state = self._run(element, state)
         for cell in self.after:
-            state = cell(state)
+            state = self._run(cell, state)
         logits: Tensor = self.head(state)
         return logits
+
+    def _run(self, cell: nn.Module, x: Tensor) -> Tensor:
+        """What a cell makes of x, in training by the way that the settings say."""
+        if not (self.config.recompute and self.training and torch.is_grad_enabled()):
+            out: Tensor = cell(x)
+            return out
+        contexts = partial(_contexts, cell)
+        again: Tensor = checkpoint(cell, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return again
 
     def infer(self, features: Sequence[Tensor], noise: Sequence[Tensor]) -> Inferred:
         """Latents of an image by its features, drawn by standard normal noise for each group, top first."""
@@ -151,6 +164,10 @@ class Network(nn.Module):
 
         logits = self.top_down(choose, features[0].shape[0])
         return Inferred(tuple(groups), logits)
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Parameters of the distribution of pixels for latents of each group, top first. No prior is asked."""
+        return self.top_down(lambda group, state, prior: latents[group], latents[0].shape[0])
 
     def generate(self, noise: Sequence[Tensor]) -> Generated:
         """Latents that noise for each group, top first, stands for under the prior. A temperature scales the noise."""
@@ -171,6 +188,11 @@ class Network(nn.Module):
         """The inverse of `pad`; the last two axes are those of pixels."""
         padding = self.config.padding
         return canvas[..., padding : padding + self.config.resolution, padding : padding + self.config.resolution]
+
+
+def _contexts(cell: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the first pass through a cell and of the second, whose batch is counted already."""
+    return nullcontext(), standing_still(cell)
 
 
 def packed(config: NVAEConfig, name: str, groups: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -97,13 +97,15 @@ def part_names(config: NVAEConfig) -> tuple[str, ...]:
     return ("image.bits", *(f"{name}.divergence" for name in config.packed_shapes("z")))
 
 
-def bound_parts(network: Network, image: Tensor, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def bound_parts(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One draw of the bound in bits per dimension, `[B]` each: minus the logarithm of its importance weight, in parts.
 
-    image: `[B, C, R, R]` in [0, 1], at levels. noise: standard normal, as `NVAEConfig.packed_shapes("noise")`.
+    inputs: `image`, `[B, C, R, R]` in [0, 1] at levels, its features `feature0`, ..., and standard normal noise, as
+    `NVAEConfig.packed_shapes("noise")`.
     """
-    config, canvas = network.config, network.pad(image)
-    inferred = network.infer(network.bottom_up(canvas), unpacked(config, "noise", noise))
+    config, canvas = network.config, network.pad(inputs["image"])
+    features = [inputs[f"feature{group}"] for group in range(len(config.group_scales))]
+    inferred = network.infer(features, unpacked(config, "noise", inputs))
     groups = inferred.by_group(Group.log_q) - inferred.by_group(Group.log_p)
     counts = [config.groups[scale] for scale in reversed(range(len(config.groups)))]
     costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in torch.split(groups, counts, 1)))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hflow_rt.models.family import TensorSpec
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.normal import Normal, at_least_single
 
-__all__ = ["Bernoulli", "Mixture", "NormalPixels", "Pixels", "pixels"]
+__all__ = ["Bernoulli", "Mixture", "NormalPixels", "Pixels", "draw_specs", "pixels"]
 
 _SMALLEST_LOG_SCALE = -7.0
 _BOTTOM, _PUBLISHED_TOP = -0.999, 0.99  # in [-1, 1], where edge levels begin
@@ -27,6 +29,20 @@ class Pixels(Protocol):
 
     def mean(self) -> Tensor:
         """The image that stands for all, `[B, C, H, W]`."""
+
+    def at(self, draws: Sequence[Tensor]) -> Tensor:
+        """One image, by what `draw_specs` lists."""
+
+
+def draw_specs(config: NVAEConfig) -> tuple[TensorSpec, ...]:
+    """What `Pixels.at` takes, on the image without padding."""
+    image = config.image_shape
+    if config.output == "normal":
+        return (TensorSpec("pixel_noise", image, "noise"),)
+    uniform = TensorSpec("pixel_uniform", image, "uniform", (0.0, 1.0))
+    if config.output == "bernoulli":
+        return (uniform,)
+    return TensorSpec("pixel_choice", (config.mixtures, *image[1:]), "uniform", (0.0, 1.0)), uniform
 
 
 def pixels(config: NVAEConfig, logits: Tensor) -> Pixels:
@@ -103,7 +119,16 @@ class Mixture:
 
     def _draw(self, mixture_uniform: Tensor, uniform: Tensor, temperature: float, spread: float) -> Tensor:
         gumbel = -(-mixture_uniform.log()).log()
-        chosen = (self.weights / temperature + gumbel).argmax(1)[:, None, None].expand(*uniform.shape[:2], 1, -1, -1)
+        return self._of((self.weights / temperature + gumbel).argmax(1), uniform, spread)
+
+    def at(self, draws: Sequence[Tensor]) -> Tensor:
+        choice, uniform = draws
+        scores = _steps(self.weights) + _GUMBEL.to(choice.device)[_level(choice)]
+        return self._of(scores.argmax(1), _inside(uniform), 1.0)
+
+    def _of(self, chosen: Tensor, uniform: Tensor, spread: float) -> Tensor:
+        """Of the logistic that was `chosen` for each pixel, `[B, H, W]`."""
+        chosen = chosen[:, None, None].expand(*uniform.shape[:2], 1, -1, -1)
 
         def of(values: Tensor) -> Tensor:
             return values.gather(2, chosen[:, : values.shape[1]]).squeeze(2)
@@ -144,6 +169,10 @@ class Bernoulli:
         """One image, by uniform numbers of its shape."""
         return (uniform < self.mean()).to(self.logits)
 
+    def at(self, draws: Sequence[Tensor]) -> Tensor:
+        (uniform,) = draws
+        return (_LOGIT.to(uniform.device)[_level(uniform)] < _steps(self.logits)).to(self.logits)
+
 
 class NormalPixels:
     """A density on [-1, 1], no masses of levels. logits: C means, then C logarithms of deviations."""
@@ -164,3 +193,32 @@ class NormalPixels:
     def draw(self, noise: Tensor) -> Tensor:
         """One image, by standard normal noise of its shape."""
         return 0.5 * self.normal.at(noise).clamp(-1.0, 1.0) + 0.5
+
+    def at(self, draws: Sequence[Tensor]) -> Tensor:
+        (noise,) = draws
+        return self.draw(noise)
+
+
+# A choice by rounded numbers would turn on the last bit of a logarithm, and pixels would differ from one engine to the
+# next. What is compared is therefore a multiple of a small step, of which every arithmetic makes the same sums: draws
+# are one of so many levels, whose logarithms are constants, and logits move by less than half a step.
+_LEVELS, _STEP = 1 << 16, 1 / 1024
+
+
+def _level(uniform: Tensor) -> Tensor:
+    """Numbers in [0, 1) as one of `_LEVELS`."""
+    return (uniform * _LEVELS).floor().clamp(0, _LEVELS - 1).long()
+
+
+def _steps(values: Tensor) -> Tensor:
+    """In whole steps."""
+    return (values.float() / _STEP).round()
+
+
+_MIDDLES = (torch.arange(_LEVELS, dtype=torch.float64) + 0.5) / _LEVELS
+_GUMBEL, _LOGIT = _steps(-(-_MIDDLES.log()).log()), _steps(torch.logit(_MIDDLES))
+
+
+def _inside(uniform: Tensor) -> Tensor:
+    """Numbers in [0, 1) moved into the published range, which has neither end."""
+    return 1e-5 + (1 - 2e-5) * uniform

@@ -1,0 +1,74 @@
+"""LMDB sets of images: keys in decimal text, values raw RGB of square images or encoded ones."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from hflow_rt.errors import DataError
+from hflow_rt.extras import needed
+
+__all__ = ["Value", "lmdb_parts", "lmdb_values"]
+
+_FILE = "data.mdb"  # of a set that is a folder
+_SUFFIXES = (".lmdb", ".mdb")
+_ENCODED = (b"\xff\xd8\xff", b"\x89PNG")  # how files begin whose length might be that of raw pixels
+
+# name, and what opens it
+Value = tuple[str, partial[IO[bytes]]]
+
+
+def lmdb_parts(path: Path) -> dict[str, Path]:
+    """Sets by the folder that names of their images begin with; none where `path` is something else.
+
+    A path is one set, or a folder of several, such as `train.lmdb` and `validation.lmdb`.
+    """
+    if path.suffix.lower() in _SUFFIXES and path.is_file():
+        return {"": path}
+    if (path / _FILE).is_file():
+        return {"": path}
+    if not path.is_dir():
+        return {}
+    found = [child for child in sorted(path.iterdir()) if child.suffix.lower() in _SUFFIXES]
+    return {f"{child.stem}/": child for child in found}
+
+
+@contextmanager
+def lmdb_values(parts: dict[str, Path]) -> Iterator[list[Value]]:
+    """Every value of all sets, by number. Raises `DataError`, and `BackendUnavailable` without the package."""
+    with needed("lmdb", "reading LMDB needs lmdb: pip install 'hflow-rt[train]'"):
+        import lmdb
+    with ExitStack() as stack:
+        values: list[Value] = []
+        for folder, path in parts.items():
+            try:
+                opened = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+                environment = stack.enter_context(opened)
+                transaction = stack.enter_context(environment.begin())
+                keys = sorted((_number(key, path), key) for key in transaction.cursor().iternext(values=False))
+            except lmdb.Error as error:
+                raise DataError(f"{path} is not a whole LMDB ({str(error).splitlines()[0]}); copy it again") from error
+            if not keys:
+                raise DataError(f"{path} has no keys; it must hold images under the keys 0, 1, ...")
+            # .ppm is what raw values are read as, and says that all are images
+            values += [(f"{folder}{number}.ppm", partial(_open, transaction, key)) for number, key in keys]
+        yield values
+
+
+def _number(key: bytes, path: Path) -> int:
+    if not key.isdigit():
+        raise DataError(f"keys of {path} must be decimal numbers, as in sets of images; found {key[:40]!r}")
+    return int(key)
+
+
+def _open(transaction: Any, key: bytes) -> IO[bytes]:
+    value: bytes = transaction.get(key)
+    side = math.isqrt(len(value) // 3)
+    if side and 3 * side * side == len(value) and not value.startswith(_ENCODED):
+        value = b"P6 %d %d 255\n" % (side, side) + value
+    return io.BytesIO(value)

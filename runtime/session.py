@@ -267,7 +267,7 @@ class Session(Runner):
         beside = self._set(controls or {}, pixels, "inverse")
         if posterior and self.drawing.beside("inverse") == self.drawing.beside("inverse", every=True):
             raise DataError(
-                f"this {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'"
+                f"a {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'"
             )
         drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse", posterior)
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
@@ -315,7 +315,7 @@ class Session(Runner):
         ways = [(space.into, space.draw) for space in self.manifest.spaces.values() if space.into and space.draw]
         if not ways:
             raise DataError(
-                f"this {self.manifest.family} model tells no distributions to draw pixels from; omit 'pixels'"
+                f"a {self.manifest.family} model tells no distributions to draw pixels from; omit 'pixels'"
             )
         ((into, draw),) = ways
         arrays, restore = self._checked(latents, controls)

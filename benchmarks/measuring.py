@@ -5,7 +5,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ __all__ = [
 RESULTS = Path(__file__).parent / "results"
 
 
-def trained_like(preset: str) -> Any:
-    """A model of `preset` with nothing at zero and its actnorms fitted to smooth images, seeded.
+def trained_like(preset: str, overrides: Sequence[str] = ()) -> Any:
+    """A model of `preset` with nothing at zero, started on smooth images as training would, seeded.
 
     The heads that start at zero get little, so that the flow stays as well conditioned as a trained one: with
     large random heads a few bits of rounding decide the image.
@@ -41,24 +41,26 @@ def trained_like(preset: str) -> Any:
     from hflow_rt.training.config import load_config
 
     torch.manual_seed(0)
-    settings = load_config(preset)
+    settings = load_config(preset, overrides=list(overrides))
     model = build_model(settings.family, settings.model)
     for parameter in model.parameters():
         if parameter.detach().abs().max() == 0:
             parameter.data = 1e-3 * torch.randn(parameter.shape)
     small = torch.rand(8, model.channels, 4, 4)
     pixels = torch.nn.functional.interpolate(small, size=model.resolution, mode="bilinear") * 255
-    model.initialize(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
+    model.plan(settings.training).start(pixels.to(torch.uint8), torch.Generator().manual_seed(0))
     return model.eval()
 
 
-def exported_like(preset: str, folder: Path, route: Any = "both", **options: Any) -> tuple[Any, Path]:
-    """`trained_like(preset)` and its verified bundle, `folder`/bundle; options: of `export_bundle`."""
+def exported_like(
+    preset: str, folder: Path, route: Any = "both", overrides: Sequence[str] = (), **options: Any
+) -> tuple[Any, Path]:
+    """`trained_like(preset, overrides)` and its verified bundle, `folder`/bundle; options: of `export_bundle`."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
     from hflow_rt.training.config import load_config
 
-    model, weights = trained_like(preset), folder / "model.safetensors"
+    model, weights = trained_like(preset, overrides), folder / "model.safetensors"
     save_model(weights, load_config(preset).family, model, model.state_dict(), {})
     ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
     images = np.broadcast_to(ramp, (2, model.channels, model.resolution, model.resolution)).copy()

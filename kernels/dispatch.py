@@ -64,7 +64,16 @@ else:
 
 SWITCH, OFF_SWITCH = "HFLOW_RT_KERNELS", "HFLOW_RT_KERNELS_OFF"
 CHOICES = ("reference", "auto", "triton")
-OPERATORS = ("blur_down", "blur_up", "coupling", "instance_norm_act", "mixing")  # each with its gradient
+# each with its gradient
+OPERATORS = (
+    "blur_down",
+    "blur_up",
+    "coupling",
+    "group_norm_silu",
+    "instance_norm_act",
+    "mixing",
+    "sampler_update",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)
 INTERPRETED = INSTALLED and bool(triton.knobs.runtime.interpret)

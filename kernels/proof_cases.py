@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hflow_rt.kernels import blur, coupling, instance_norm, mixing
+from hflow_rt.kernels import blur, coupling, group_norm, instance_norm, mixing, sampler_update
 from hflow_rt.kernels.coupling import Form, Region
 from hflow_rt.kernels.moments import moments_reference
 
@@ -170,6 +170,52 @@ def _norms() -> tuple[Case, ...]:
     )
 
 
+def _group_norms() -> tuple[Case, ...]:
+    """One tensor and two, whose groups may lie in both; without a level, with one for all samples and one for each."""
+
+    def case(
+        dtype: torch.dtype, size: tuple[int, ...], groups: int, *, skip: int = 0, level: tuple[int, ...] = ()
+    ) -> Case:
+        def inputs(draw: Draw) -> tuple[Any, ...]:
+            batch, first, *sides = size
+            channels = first + skip
+            more = (2 + draw(batch, skip, *sides)).to(dtype) if skip else None
+            moved = draw(*level, channels, dtype=dtype) if level or not skip else None
+            return (2 + draw(*size)).to(dtype), more, moved, 1 + 0.3 * draw(channels), draw(channels), groups
+
+        two = f" and {skip} channels" if skip else ""
+        return Case(f"{_name(dtype)} {list(size)}{two}, {groups} groups, level {list(level)}", inputs)
+
+    side = math.isqrt(group_norm.PART) + 1  # the smallest plane that is cut in parts
+    return (
+        case(torch.float32, (5, 6, 3, 5), 3, level=(5,)),
+        case(torch.float32, (1, 4, side, side), 2, skip=2),
+        case(HALF, (2, 5, 5, 7), 4, skip=3, level=(2,)),
+        case(BRAIN, (2, 4, 16, 16), 2),
+    )
+
+
+def _group_norm_reference(
+    x: Tensor, skip: Tensor | None, level: Tensor | None, weight: Tensor, bias: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    moments = group_norm.moments_of_groups(*(t if t is None else t.detach() for t in (x, skip, level)), groups)
+    return group_norm.group_norm_silu_reference(x, skip, level, weight, bias, groups), moments
+
+
+def _updates() -> tuple[Case, ...]:
+    def case(dtype: torch.dtype, size: tuple[int, ...]) -> Case:
+        def inputs(draw: Draw) -> tuple[Any, ...]:
+            tensors = tuple(draw(*size, dtype=dtype) for _ in range(4))
+            return *tensors, draw(size[0], dtype=dtype), draw(size[0], dtype=dtype)
+
+        return Case(f"{_name(dtype)} {list(size)}", inputs)
+
+    return tuple(
+        case(dtype, size)
+        for dtype, size in ((torch.float32, (3, 3, 19, 21)), (HALF, (2, 1, 5, 7)), (BRAIN, (2, 4, 16, 16)))
+    )
+
+
 def _norm_reference(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, moments: Tensor | None, leaky: bool
 ) -> tuple[Tensor, Tensor]:
@@ -254,6 +300,10 @@ PROOFS = {
         ("x", "log_scale", "shift", "weight", "bias", "undo", "post shift", "post log_scale"), ("result", "log_det"),
         _couplings(),
     ),
+    "group_norm_silu": Proof(
+        group_norm._norm, group_norm._remember, group_norm._differentiate, _group_norm_reference,
+        ("x", "skip", "level", "weight", "bias"), ("result", "moments"), _group_norms(),
+    ),
     "instance_norm_act": Proof(
         instance_norm._norm, instance_norm._remember, instance_norm._differentiate, _norm_reference,
         ("x", "scale", "shift", "residual", "moments"), ("result", "moments"), _norms(),
@@ -261,5 +311,10 @@ PROOFS = {
     "mixing": Proof(
         mixing._mixing, mixing._remember, mixing._differentiate, mixing._mixing_aten,
         ("x", "weight", "bias", "pre shift", "pre log_scale"), ("result",), _mixings(),
+    ),
+    "sampler_update": Proof(
+        sampler_update._update, sampler_update._remember, sampler_update._differentiate,
+        sampler_update.sampler_update_reference, ("state", "change", "noise", "rest", "noise_weight", "rest_weight"),
+        ("result", "image"), _updates(),
     ),
 }  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
-from hflow_rt.kernels import blur, coupling_kernels, dispatch, instance_norm, mixing
+from hflow_rt.kernels import blur, coupling_kernels, dispatch, group_norm, instance_norm, mixing, sampler_update
 from hflow_rt.kernels.channels import SUMMED
 from hflow_rt.kernels.dispatch import Launch, recorded
 
@@ -85,6 +85,19 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             yield f"norm {what} {side}", lambda x=x, options=options: instance_norm._norm_triton(x, *options)
             backward = (x, x, *style, moments, more is not None, more is not None)
             yield f"norm_backward {what} {side}", lambda a=backward: instance_norm._norm_backward_triton(*a)
+    # a plane of several parts, a whole one, several a program; alone with a level, and beside another tensor
+    for side in (64,) if half else (64, 28, 7):
+        x, skip = tensor(2, 128, side, side), tensor(2, 64, side, side)
+        for what, more, level in (("level", None, tensor(128)), ("skip", skip, None)):
+            weight = torch.empty(192 if more is not None else 128, device="meta")
+            rest = (more, level, weight, weight)
+            moments = torch.empty(2, 32, 2, device="meta")
+            yield f"group_norm {what} {side}", lambda x=x, rest=rest: group_norm._norm_triton(x, *rest, 32)
+            backward = (tensor(2, len(weight), side, side), x, *rest, moments)
+            yield f"group_norm_backward {what} {side}", lambda a=backward: group_norm._backward_triton(*a)
+    image, numbers = tensor(2, 3, 64, 64), tensor(2)
+    update = (image, image, image, image, numbers, numbers)
+    yield "sampler_update", lambda: sampler_update._update_triton(*update)
     yield from _coupling_calls(dtype)
 
 

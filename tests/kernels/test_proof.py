@@ -21,11 +21,13 @@ from hflow_rt.kernels import (
     coupling,
     coupling_kernels,
     dispatch,
+    group_norm,
     instance_norm,
     mixing,
     proof,
     proof_records,
     report,
+    sampler_update,
 )
 from hflow_rt.kernels.blur import blur_down
 from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference, tolerance
@@ -42,7 +44,7 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
     assert tuple(PROOFS) == dispatch.OPERATORS == tuple(sorted(PROOFS))
     registered = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name[:8] == "hflow_rt"}
     gradients = {"blur_down_adjoint", "blur_up_adjoint"}
-    gradients |= {f"{name}_backward" for name in ("coupling", "instance_norm_act", "mixing")}
+    gradients |= {f"{name}_backward" for name in ("coupling", "group_norm_silu", "instance_norm_act", "mixing")}
     assert registered == {*PROOFS, *gradients}
     for name, of in PROOFS.items():
         schema = torch._C._get_schema(f"hflow_rt::{name}", "")
@@ -59,14 +61,17 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(blur, "_down_adjoint", blur._down_adjoint_triton)
     monkeypatch.setattr(blur, "_up_adjoint", blur._up_adjoint_triton)
     monkeypatch.setattr(coupling, "_coupling_backward", coupling_kernels.couple_backward)
+    monkeypatch.setattr(group_norm, "_backward", group_norm._backward_triton)
     monkeypatch.setattr(instance_norm, "_norm_backward", instance_norm._norm_backward_triton)
     monkeypatch.setattr(mixing, "_mixing_backward", mixing._mixing_backward_triton)
     operators = {
         "blur_down": blur._down_triton,
         "blur_up": blur._up_triton,
         "coupling": coupling_kernels.couple,
+        "group_norm_silu": group_norm._norm_triton,
         "instance_norm_act": instance_norm._norm_triton,
         "mixing": mixing._mixing_triton,
+        "sampler_update": sampler_update._update_triton,
     }
     found: dict[str, dispatch.Launch] = {}
     for name, of in PROOFS.items():
@@ -74,7 +79,7 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
             largest_difference(dataclasses.replace(of, operator=operators[name]), torch.device("cpu"))
         found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
     kernels = [name for name in found if report._first(found, name)]
-    assert len(kernels) == 46
+    assert len(kernels) == 69
     for at, name in enumerate(kernels):
         capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
         compiled = report.compiled(name, found[name], capability)
@@ -102,7 +107,7 @@ def test_tensors_of_a_cpu_are_never_proved() -> None:
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_unknown", ["blur"])
-    line = "HFLOW_RT_KERNELS_OFF must list some of blur_down, blur_up, .*, mixing; found 'blur'; unset it"
+    line = "HFLOW_RT_KERNELS_OFF must list some of blur_down, blur_up, .*, sampler_update; found 'blur'; unset it"
     with dispatch.using("triton"), pytest.raises(ConfigError, match=line):
         blur_down(torch.zeros(1, 1, 2, 2))
 

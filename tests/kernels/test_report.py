@@ -12,20 +12,39 @@ LAUNCHES = report.launches()
 
 
 def test_every_kernel_of_every_file_is_compiled() -> None:
-    from hflow_rt.kernels import blur, channels, coupling_kernels, instance_norm, mixing, moments
+    from hflow_rt.kernels import (
+        blur,
+        channels,
+        coupling_kernels,
+        group_norm,
+        instance_norm,
+        mixing,
+        moments,
+        sampler_update,
+    )
 
     kernels = {launch.kernel.fn.__name__ for launch in LAUNCHES.values()}
-    planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient"}
+    planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
+    planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
     assert kernels == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}
     entry = {
         name
-        for module in (blur, channels, coupling_kernels, instance_norm, mixing, moments)
+        for module in (
+            blur,
+            channels,
+            coupling_kernels,
+            group_norm,
+            instance_norm,
+            mixing,
+            moments,
+            sampler_update,
+        )
         for name, value in vars(module).items()
         if type(value).__name__ == "JITFunction" and value.fn.__module__ == module.__name__
     }
     helpers = {"_plane", "_welford", "_emit", "_halved_row", "_doubled_row", "_pixels_at", "_style_at", "pooled"}
     helpers |= {"_cells", "_coupled", "_entered", "_leave", "_net_slopes", "_net_terms", "_uncouple", "_unenter"}
-    helpers |= {"_unleave", "mapped", "outer", "pixels_at"}
+    helpers |= {"_load_either", "_hat_at", "_unleave", "mapped", "outer", "pixels_at"}
     assert entry == kernels | helpers
 
 

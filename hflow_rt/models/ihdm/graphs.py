@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hflow_rt.kernels.sampler_update import sampler_update
 from hflow_rt.models.family import GraphSpec, Loop, Route, TensorSpec
 from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
@@ -61,9 +62,7 @@ class Step(nn.Module):
         self, u: Tensor, noise: Tensor, residual: Tensor, level: Tensor, goes_on: Tensor, delta: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Images `[B, C, R, R]`, `[1, W]`, `[1]` and `[B]` to the next state, and the same as an image in [0, 1]."""
-        mean = u + self.network.walk(u, level)
-        u_next = mean + _wide(goes_on * delta) * noise + _wide(1 - goes_on) * residual
-        return u_next, u_next.clamp(0, 1)
+        return sampler_update(u, self.network.walk(u, level), noise, residual, goes_on * delta, 1 - goes_on)
 
 
 class BlurStart(nn.Module):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hflow_rt.kernels.dispatch import takes
+from hflow_rt.kernels.group_norm import group_norm_silu
 from hflow_rt.models.ihdm.config import GROUPS, IHDMConfig
 
 __all__ = ["Attention", "Element", "ResidualBlock", "UNet", "sinusoid"]
@@ -35,6 +37,11 @@ def _zeroed(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return module
 
 
+def normed(x: Tensor, norm: nn.GroupNorm, skip: Tensor | None = None, level: Tensor | None = None) -> Tensor:
+    """SiLU of `norm` of `group_norm_silu`'s other arguments."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, skip=skip, level=level)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions beside a skip; the level's bias stands between them."""
 
@@ -49,11 +56,25 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
         self.width = c_out
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """`[B, c_in, H, W]` and the level's bias, `[c_out]` or `[B, c_out]`, to `[B, c_out, H, W]`."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x))) + bias[..., None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.skip is None else self.skip(x))
+    def forward(self, x: Tensor, bias: Tensor, beside: Tensor | None = None) -> Tensor:
+        """`[B, c_in, H, W]` and the level's bias, `[c_out]` or `[B, c_out]`, to `[B, c_out, H, W]`.
+
+        beside: the last of the input's channels, where `x` are only the first.
+        """
+        if beside is not None and not takes(x):
+            x, beside = torch.cat([x, beside], 1), None
+        h: Tensor = self.conv1(normed(x, self.norm1, skip=beside))
+        h = self.conv2(self.dropout(normed(h, self.norm2, level=bias)))
+        return h + self._shortcut(x, beside)
+
+    def _shortcut(self, x: Tensor, beside: Tensor | None) -> Tensor:
+        if self.skip is None:
+            return x
+        if beside is None:
+            whole: Tensor = self.skip(x)
+            return whole
+        first, last = self.skip.weight.split([x.shape[1], beside.shape[1]], 1)
+        return F.conv2d(x, first, self.skip.bias) + F.conv2d(beside, last)
 
 
 class Attention(nn.Module):
@@ -82,10 +103,10 @@ class Element(nn.Module):
         self.block, self.attention, self.conv = block, attention, conv
         self.doubles = conv is not None and block is not None
 
-    def forward(self, h: Tensor, bias: Tensor | None) -> Tensor:
-        """`bias` is the block's."""
+    def forward(self, h: Tensor, bias: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        """`bias` and `beside` are the block's."""
         if self.block is not None:
-            h = self.block(h, bias)
+            h = self.block(h, bias, beside)
         if self.attention is not None:
             h = self.attention(h)
         if self.conv is not None:
@@ -162,12 +183,11 @@ class UNet(nn.Module):
         h = u
         for part in (self.down, self.middle, self.up):
             for element in part:
-                if part is self.up:
-                    h = torch.cat([h, pushed.pop()], 1)
-                h = element(h, None if element.block is None else next(rows))
+                beside = pushed.pop() if part is self.up else None
+                h = element(h, None if element.block is None else next(rows), beside)
                 if part is self.down:
                     pushed.append(h)
-        found: Tensor = self.head(F.silu(self.norm(h)))
+        found: Tensor = self.head(normed(h, self.norm))
         return found
 
     def forward(self, u: Tensor, level: Tensor) -> Tensor:

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
-from hflow_rt.kernels import blur, coupling_kernels, dispatch, instance_norm, mixing, moments, proof
+from hflow_rt.kernels import (
+    blur,
+    coupling_kernels,
+    dispatch,
+    group_norm,
+    instance_norm,
+    mixing,
+    moments,
+    proof,
+    sampler_update,
+)
 from hflow_rt.kernels.blur import blur_down
 from hflow_rt.kernels.mixing import mixing_reference
 from hflow_rt.kernels.proof_cases import PROOFS, Draw
@@ -18,8 +28,10 @@ MODULES = {
     "blur_down": blur,
     "blur_up": blur,
     "coupling": coupling_kernels,
+    "group_norm_silu": group_norm,
     "instance_norm_act": instance_norm,
     "mixing": mixing,
+    "sampler_update": sampler_update,
 }
 
 
@@ -36,7 +48,8 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
         on_new_gpu.harms(module, lambda kernel, arguments: launched.add(kernel), monkeypatch)
     for operator in PROOFS:
         proof.prove(operator, torch.device(device))
-    planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient"}
+    planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
+    planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
     assert launched == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}  # as in test_report.py
     assert on_new_gpu.proofs == list(PROOFS)
     assert sorted(kept["operator"] for kept in on_new_gpu.kept()) == list(PROOFS)
@@ -59,10 +72,17 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "coupling's gradient": ("coupling", ("_couple_gradient", "d_x"), "the gradient by x"),
     "coupling's net": ("coupling", ("_couple_gradient", "d_log_scale"), "the gradient by log_scale"),
     "coupling's map": ("coupling", ("_couple_gradient", "parts"), "the gradient by (weight|bias)"),
+    "group norm": ("group_norm_silu", ("_norm_silu", "y"), "result"),
+    "group norm's moments": ("group_norm_silu", ("_gather_groups", "moments"), "(result|moments|the gradient by .*)"),
+    "group norm's gradient": ("group_norm_silu", ("_norm_silu_gradient", "d_x"), "the gradient by x"),
+    "group norm's other gradient": ("group_norm_silu", ("_norm_silu_gradient", "d_skip"), "the gradient by skip"),
+    "group norm's sums": ("group_norm_silu", ("_norm_silu_gradient", "sums"), "the gradient by .*"),
     "mixing": ("mixing", ("_mix", "y"), "result"),
     "mixing's gradient": ("mixing", ("_mix_gradient", "d_x"), "the gradient by x"),
     "mixing's outer map": ("mixing", ("_mix_gradient", "d_shift"), "the gradient by pre shift"),
     "mixing's map": ("mixing", ("_mix_gradient", "parts"), "the gradient by (weight|bias)"),
+    "update": ("sampler_update", ("_update_kernel", "made"), "result"),
+    "update's image": ("sampler_update", ("_update_kernel", "image"), "image"),
 }
 
 

@@ -39,7 +39,7 @@ def make(
     session = asked.open()
     where = find_tensor(session, tensor)
     sides = [asked.read(session, [source]) for source in (positive, negative)]
-    a, b = (points(session, asked.encode(session, *side).latents, where) for side in sides)
+    a, b = (points(session, asked.encode(session, *side, only=where.only).latents, where) for side in sides)
     found = measure_attribute(session, where, a, b, (str(positive), str(negative)))
     save_attribute(asked.output, found)
     about = found.about

@@ -1,13 +1,13 @@
 """`hflow-rt encode` and `hflow-rt decode`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hflow_rt.cli.latents import Asked, latent_command
+from hflow_rt.cli.latents import Asked, latent_command, set_by
 from hflow_rt.cli.opening import named
-from hflow_rt.cli.options import GRID
+from hflow_rt.cli.options import GRID, ControlOption, StepsOption
 from hflow_rt.cli.terminal import note, tracked
 from hflow_rt.names import quoted
 
@@ -22,36 +22,50 @@ def encode(
     posterior: Annotated[
         bool, typer.Option("--posterior", help="Draw latents of a model that tells a distribution, not its mean.")
     ] = False,
+    control: ControlOption = None,
+    steps: StepsOption = None,
 ) -> None:
     """Map images to latents, exactly, with their log-probability.
+
+    Latents of a model of many steps are decoded at once, and each image is marked exact or not.
 
     Example: hflow-rt encode photo.png -o latents.safetensors --picture reconstruction.png
     """
     from hflow_rt.manifest import LOG_PROB
     from hflow_rt.runtime.images.pictures import check_picture_name, labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
-    from hflow_rt.runtime.latents.latent_views import select
+    from hflow_rt.runtime.latents.round_trips import decoded, round_trip, together
+    from hflow_rt.runtime.noise import parse_controls
 
     output = asked.output
     check_latents_name(output)
     if picture is not None:
         check_picture_name(picture)
-    session = asked.open()
+    session, controls = asked.open(), parse_controls(control or [])
+    session = session if steps is None else session.in_steps(steps)
     unused: dict[str, str] = {}
-    found = asked.encode(session, *asked.read(session, images, unused=unused), posterior=posterior)
-    about: dict[str, Any] = {"images": found.names, "skipped": unused}
+    found = asked.encode(session, *asked.read(session, images, unused=unused), controls=controls, posterior=posterior)
+    count = len(found.names)
+    about = {"images": found.names, "skipped": unused} | set_by(controls, steps)
     about |= {"posterior": True, "seed": asked.seed} if posterior else {}
+    trip = None
+    if session.steps > 1:
+        trip = round_trip(
+            session, found.pixels, found.latents, controls, lambda parts: tracked(parts, count, len, "decoding")
+        )
+        about["round_trip"] = trip.model_dump(mode="json")
     scores = {name: values.tolist() for name, values in found.scores.items()}
     save_latents(output, found.latents, about_model(session) | about | scores)
     if picture is not None:
-        again = to_uint8(session.forward(select(found.latents, 0, _SHOWN)))
+        again = to_uint8(next(decoded(session, found.latents, controls, together(session, count))))[:_SHOWN]
         save_image(picture, labelled_rows([("original", to_uint8(found.pixels[:_SHOWN])), ("decoded", again)]))
     measured = LOG_PROB in scores
     bits = session.bits_per_dim(found.scores[LOG_PROB]).tolist() if measured else []
     lines = [f"{name}: {value:.3f} bits/dim (plug-in estimate)" for name, value in zip(found.names, bits, strict=False)]
-    what = f"latents of {len(found.names)} images: {output}" + (f"; reconstruction: {picture}" if picture else "")
+    lines = lines[:_SHOWN] + ([] if trip is None else [trip.words([Path(name).name for name in found.names])])
+    what = f"latents of {count} images: {output}" + (f"; reconstruction: {picture}" if picture else "")
     report = about | ({"bits_per_dim": bits} if measured else {})
-    asked.finish(report, [*lines[:_SHOWN], what], f"hflow-rt decode {quoted(output)}{asked.again} -o decoded.png")
+    asked.finish(report, [*lines, what], f"hflow-rt decode {quoted(output)}{asked.again} -o decoded.png")
 
 
 @latent_command("decoded.png", about=GRID, panel=None)
@@ -66,19 +80,23 @@ def decode(
     import numpy as np
 
     from hflow_rt.runtime.images.pictures import check_pictures, to_uint8, write_pictures
-    from hflow_rt.runtime.latents import latent_views as views
-    from hflow_rt.runtime.latents.files import load_latents
+    from hflow_rt.runtime.latents.files import how_made, load_latents
     from hflow_rt.runtime.latents.operations import check_latents
+    from hflow_rt.runtime.latents.round_trips import decoded, together
 
     session = asked.open()
     values, about = load_latents(latents)
+    made = how_made(about, str(latents))
+    session = session if made.steps is None else session.in_steps(made.steps)
     check_latents(values, session.input_shapes, str(latents))
-    if about.get("model") not in (None, session.manifest.checkpoint["sha256"]):
+    if made.model not in (None, session.manifest.checkpoint["sha256"]):
         note(f"warning: {latents} was made by another training state of this kind of model")
-    controls = about.get("controls", {})  # which the latents may depend on
-    count = views.count(values)
+    trip, count = made.round_trip, len(next(iter(values.values())))
+    if trip is not None and trip.backend != session.backend:
+        note(f"note: what {latents} says of exactness holds on {trip.backend}, and this is {session.backend}")
     check_pictures(asked.output, range(count), session.resolution)
-    parts = tracked(views.batches(values), count, views.count, "decoding")
-    where = write_pictures(asked.output, np.concatenate([to_uint8(session.forward(part, controls)) for part in parts]))
+    batch = together(session, count) if trip is None else trip.batch
+    parts = decoded(session, values, made.controls, batch, lambda parts: tracked(parts, count, len, "decoding"))
+    where = write_pictures(asked.output, np.concatenate([to_uint8(part) for part in parts]))
     report = {"images": count, "output": where}
     asked.finish(report, [f"{count} images: {where}"], f"hflow-rt sample{named(asked.model)}")

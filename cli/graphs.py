@@ -41,6 +41,8 @@ def export_graphs(source: Path, folder: Path, options: "GraphOptions", quiet: bo
 
 def print_report(report: dict[str, Any]) -> None:
     """The parity report as a table: by output, each statistic of its error and how much of the tolerance it takes."""
+    from hflow_rt.runtime.latents.round_trips import RoundTrip
+
     mixed = report.get("mixed")
     say("error against float64, % of tolerance   rms          p99.9            max  torch max")
     for graph, outputs in report["pooled"].items():
@@ -64,6 +66,8 @@ def print_report(report: dict[str, Any]) -> None:
     changed = report["pooled"].get("round_trip", {}).get("image")
     again = f"; {changed['uint8_differs']:.2%} of 8-bit values differ after a round trip" if changed else ""
     say(f"  ({report['images']} images{again})")
+    if "came_back" in report:
+        say(f"  read off in sequence, {RoundTrip(**report['came_back']).words()}")
     say("verified: the engines are the model" if report["passed"] else "NOT VERIFIED")
 
 

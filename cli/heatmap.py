@@ -15,7 +15,12 @@ def heatmap(
     asked: Asked,
     images: ImagesArgument = None,
     draws: Annotated[int, typer.Option(help="Redraws of each latent.")] = 32,
-    redraw_std: Annotated[float, typer.Option(help="Std of the redraws, as a multiple of the prior's.")] = 1.0,
+    redraw_std: Annotated[
+        float | None,
+        typer.Option(
+            help="Std of the redraws, as a multiple of the prior's; 1 where there is any.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Show which pixels each latent decides: redraw one at a time and colour how much the image changes.
 
@@ -28,9 +33,9 @@ def heatmap(
 
     session = asked.open_for_picture()
     if not images:
-        asked.check_table(session, len(session.latent_shapes) + 1, asked.number)
+        asked.check_table(session, len(session.levels) + 1, asked.number)
     start = asked.start(session, images)
-    names, first = list(session.latent_shapes), len(start.names)
+    names, first = session.levels, len(start.names)
     jobs = [(views.select(start.latents, index), name) for index in range(first) for name in names]
     maps = np.stack(
         [  # redraws are images after all bases, so that none is its own redraw
@@ -39,7 +44,7 @@ def heatmap(
         ]
     ).reshape(first, len(names), session.resolution, session.resolution)
     top = float(maps.max())
-    captions = [f"{name}\n{'x'.join(map(str, shape))}" for name, shape in session.latent_shapes.items()]
+    captions = [f"{name}\n{'x'.join(map(str, session.input_shapes[name]))}" for name in names]
     shown = np.concatenate([coloured(to_uint8(start.pixels))[:, None], heat_colours(maps / (top or 1.0))], axis=1)
     rows = [Row(row, captions=[Path(base).name, *captions]) for base, row in zip(start.names, shown, strict=True)]
     scale = np.linspace(1, 0, session.resolution)[:, None].repeat(session.resolution, 1)

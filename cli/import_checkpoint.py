@@ -30,7 +30,7 @@ def import_checkpoint(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Images (a folder or archive) to estimate the noise scales from.", show_default=False),
+        typer.Option(help="Images (a folder or archive) to estimate what FILE lacks from.", show_default=False),
     ] = None,
     part: Annotated[
         str | None,
@@ -67,11 +67,11 @@ def import_checkpoint(
     if found.dropped:
         counts = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in found.dropped.items())
         say(f"dropped because they are recomputed: {counts}")
-    if found.spreads is not None:
-        say(f"noise scales estimated from {found.spreads['images']} training images of {found.spreads['source']}")
-        say(f"  ({found.spreads['split']})")
-        if "not_used" in found.spreads:
-            say(f"  (not used: {found.spreads['not_used']})")
+    if (learned := found.learned) is not None:
+        say(f"{learned['what']} estimated from {learned['images']} training images of {learned['source']}")
+        say(f"  ({learned['split']})")
+        if "not_used" in learned:
+            say(f"  (not used: {learned['not_used']})")
     for note in found.notes:
         say(f"note: {note}")
     say_next(f"hflow-rt export {quoted(run)}")

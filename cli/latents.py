@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 
     from hflow_rt.runtime.session import Session
 
-__all__ = ["LATENTS", "Asked", "Start", "latent_command"]
+__all__ = ["LATENTS", "Asked", "Start", "latent_command", "set_by"]
 
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
+
+
+def set_by(controls: Mapping[str, float], steps: int | None) -> dict[str, Any]:
+    """What the options --control and --steps set, as a latents file says it, which decodes by it."""
+    return ({"controls": controls} if controls else {}) | ({} if steps is None else {"steps": steps})
 
 
 @dataclass(frozen=True)
@@ -119,14 +124,20 @@ class Asked:
         names: list[str],
         pixels: "NDArray[np.float32]",
         conditions: "Mapping[str, NDArray[np.float32]] | None" = None,
+        controls: "Mapping[str, float] | None" = None,
+        only: str | None = None,
         posterior: bool = False,
     ) -> Start:
-        """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names."""
-        from hflow_rt.runtime.latents.latent_views import encoded
+        """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names.
+
+        only: as of `Session.inverse`.
+        """
+        from hflow_rt.runtime.latents.round_trips import encoded
 
         known = self.conditions(session, names) if conditions is None else conditions
+        count, drawn = len(pixels), (self.seed, posterior)
         found = encoded(
-            session, pixels, known, lambda parts: tracked(parts, len(pixels), len, "encoding"), self.seed, posterior
+            session, pixels, known, controls, lambda parts: tracked(parts, count, len, "encoding"), only, *drawn
         )
         return Start(names, pixels, found.latents, found.scores)
 

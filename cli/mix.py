@@ -34,7 +34,8 @@ def mix(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The finest latent that rows give; by default they give the coarser half.",
+            help="The finest latent that rows give, or NAME:COUNT for the first calls of a loop; by default they give"
+            " the coarser half.",
             show_default=False,
         ),
     ] = None,
@@ -68,7 +69,7 @@ def mix(
         cells = np.concatenate([to_uint8(down.pixels[index : index + 1]), to_uint8(mixed)])
         grid.append(Row(cells, down.names[index]))
     save_image(asked.output, table(grid))
-    rest = [name for name in session.latent_shapes if name not in names]
+    rest = [name for name in session.levels if name not in names]
     given = f"{' '.join(names)} of the row, {' '.join(rest) or 'nothing'} of the column"
     finest = list(session.latent_shapes)[-2:][0]  # the last but one: with the last all is the row's
     asked.finish(

@@ -61,19 +61,19 @@ def neighbours(
     found, seen = [(class_folder(session.conditions, data) if data else "") + name for name in searched.names], 0
     known = _of_set(asked, session, found)
     if images:
-        start = asked.encode(session, *asked.read(session, images))
+        start = asked.encode(session, *asked.read(session, images), only=where.only)
     else:
         drawn = replace(asked, number=samples).start(session, None)
         # as they would be read from a file, so that samples and images are encoded alike
         conditions = {name: drawn.latents[name] for name in session.conditions}
-        start = asked.encode(session, drawn.names, from_uint8(to_uint8(drawn.pixels)), conditions)
+        start = asked.encode(session, drawn.names, from_uint8(to_uint8(drawn.pixels)), conditions, only=where.only)
     nearest = {
         where.name: Nearest(points(session, start.latents, where), count),
         "pixels": Nearest(start.pixels, count),
     }
     for pixels in tracked(_batches(searched), len(searched), len, "encoding"):
         part = {name: rows[seen : seen + len(pixels)] for name, rows in known.items()}
-        nearest[where.name].add(points(session, session.inverse(pixels, part).latents, where))
+        nearest[where.name].add(points(session, session.inverse(pixels, part, only=where.only).latents, where))
         seen += len(pixels)
         nearest["pixels"].add(pixels)
     rows, report = [], []

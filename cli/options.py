@@ -21,6 +21,7 @@ __all__ = [
     "SeedOption",
     "SplitOption",
     "StdOption",
+    "StepsOption",
     "TensorOption",
 ]
 
@@ -63,6 +64,13 @@ ControlOption = Annotated[
         "--control",
         metavar="NAME=VALUE",
         help="Set a number that the model can be given; 'hflow-rt info' lists them. Repeatable.",
+        show_default=False,
+    ),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Of a model of many steps: how many to take, fewer being faster and worse; all by default.",
         show_default=False,
     ),
 ]

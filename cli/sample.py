@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hflow_rt.cli.latents import Asked, latent_command
-from hflow_rt.cli.options import GRID, ControlOption, CudaGraphOption, ModelArgument
+from hflow_rt.cli.latents import Asked, latent_command, set_by
+from hflow_rt.cli.options import GRID, ControlOption, CudaGraphOption, ModelArgument, StepsOption
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
@@ -27,6 +27,7 @@ def sample(
     latents: Annotated[Path | None, typer.Option(help="Also save the latents (.safetensors).")] = None,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 16,
     control: ControlOption = None,
+    steps: StepsOption = None,
     same_start: Annotated[bool, typer.Option(help="All images have the latents of the first; noise differs.")] = False,
     share_noise: Annotated[bool, typer.Option(help="All images have the noise of the first; latents differ.")] = False,
     trajectory: Annotated[
@@ -62,6 +63,7 @@ def sample(
     if latents is not None:
         check_latents_name(latents)
     session = asked.open(cuda_graph)
+    session = session if steps is None else session.in_steps(steps)
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)
     if latents is not None:
@@ -94,13 +96,13 @@ def sample(
         if latents is not None:
             kept.append(part)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
-    drawn = {"seed": asked.seed, "std": stds} | ({"controls": controls} if controls else {})
+    drawn = {"seed": asked.seed, "std": stds} | set_by(controls, steps)
     if latents is not None:
         save_latents(latents, concatenate(kept), about_model(session) | drawn)
     if trajectory is not None:
         (few,) = session.draw(indices[:batch], stds, asked.seed, batch, asked.label, **drawn_alike)
-        steps = tracked(session.trajectory(few, controls), session.steps, lambda _: 1, "following")
-        save_trajectory(trajectory, steps, session.steps)
+        states = tracked(session.trajectory(few, controls), session.steps, lambda _: 1, "following")
+        save_trajectory(trajectory, states, session.steps)
     about = {"images": number, "output": where, **drawn, "backend": session.backend}
     asked.finish(
         about | {"bundle": str(session.bundle.path)},

@@ -33,7 +33,7 @@ def zeroing(
         raise DataError("images and --samples both say what to start from; keep one of them")
     asked.check_std(samples, "ask for samples with --samples or omit it")
     session = asked.open_for_picture()
-    steps = len(session.latent_shapes) + 1
+    steps = len(session.levels) + 1
     if samples:
         asked.check_table(session, asked.number, steps)
     if images or samples:

@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from hflow_rt.manifest import graphs_of
 from hflow_rt.models.family import LOG_PROB, GraphSpec, LatentModel, Loop, Role, Route, TensorSpec
 from hflow_rt.runtime.arrays import given
 from hflow_rt.runtime.engines.engine import Calls, looped
-from hflow_rt.runtime.loops import drawn_by_call, follow, mean_draws, row_of
+from hflow_rt.runtime.latents.round_trips import encoded, round_trip
+from hflow_rt.runtime.loops import drawn_by_call, follow, mean_draws, row_of, shortened
 from hflow_rt.runtime.session import Session
 
 __all__ = ["STDS", "run_parity"]
@@ -31,6 +32,7 @@ Array = NDArray[Any]
 STDS = (0.5, 0.7, 1.0)
 BATCHES = (1, 3)
 FEW_IMAGES = 2  # of a loop
+FEW_STEPS = 3  # of a loop that may take fewer calls
 DRAWS = 24  # in all at std 1, of a graph whose outputs are short vectors
 _Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -101,6 +103,11 @@ def run_parity(
     for route, loop in loops.items():
         progress(f"comparing {route}, {loop.steps} steps")
         cases |= _loop_cases(route, loop, pairs, session, images, seed)
+        if loop.leads_to and loop.steps > FEW_STEPS:  # whose calls lead further
+            fewer = replace(loop, schedule=shortened(loop.schedule, loop.leads_to, FEW_STEPS))
+            found = _loop_cases(route, fewer, pairs, session.in_steps(FEW_STEPS), images, seed)
+            found[f"{route} in {FEW_STEPS} steps"] = found.pop(f"{route} loop")
+            cases |= {name: cases.get(name, []) + more for name, more in found.items()}
     of_images = [pair for name, pair in pairs.items() if pair.takes("image") and name not in cases]
     if of_images:
         progress(f"comparing {', '.join(pair.spec.name for pair in of_images)}")
@@ -121,6 +128,10 @@ def run_parity(
         trips = list(_round_trips(model.routes(), pairs, session, images, cases))
         report[ROUND_TRIP] = [{"path": "image", **case.about, **_told(case)["outputs"]["image"]} for case in trips]
         if model.round_trip() == "exact":
+            if session.steps > 1:
+                few, told = _few(images), in_turn(session.conditions, range(FEW_IMAGES))
+                latents = encoded(session, few, told).latents
+                report["came_back"] = round_trip(session, few, latents).model_dump(mode="json")
             report[ROUND_TRIP].append(_latent_trip(session, seed))
             report["pooled"][ROUND_TRIP] = _pooled(trips)
     set_tolerances(report)
@@ -259,7 +270,7 @@ def _drawn(tensors: Sequence[TensorSpec], batch: int, rng: np.random.Generator) 
             values[tensor.name] = rng.normal(size=shape).astype(np.float32)
         elif tensor.role == "uniform":
             values[tensor.name] = rng.uniform(size=shape).astype(np.float32)
-        elif tensor.role == "control":
+        elif tensor.role in ("control", "grid"):
             values[tensor.name] = np.full(shape, tensor.default, np.float32)
     return values
 
@@ -298,7 +309,7 @@ def _by_torch(way: str | Loop, pairs: Mapping[str, _Pair], values: dict[str, Arr
     drawn = drawn_by_call(described.inputs)
     values |= mean_draws(described, way.steps, values)
     for tensor in described.inputs:
-        if tensor.role == "control":
+        if tensor.role in ("control", "grid"):
             values.setdefault(tensor.name, given(tensor, values, count))
     return _followed(way, start.plain_outputs, step.plain_outputs, drawn, values, session)
 

@@ -31,6 +31,7 @@ __all__ = [
     "Space",
     "Tensor",
     "Tuning",
+    "Way",
     "graphs_of",
     "read_manifest",
     "routes_of",
@@ -52,12 +53,16 @@ Tuning = Literal["any", "cpu"]
 #   value      what another graph yields: another space, or what a loop carries
 #   schedule   `[1, *shape]`, a row of a loop's table, the same for all images of a call
 #   score      one number an image, such as its log-probability
-Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score"]
+#   grid       what a value that is read off becomes a multiple of, so that it takes few bits; 0 for not at all
+Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score", "grid"]
 Route = Literal["forward", "inverse"]  # latents to image, image to latents
 Routes = Literal["forward", "inverse", "both"]  # one by name, or all that a model has
 # where a latent of a sample comes from: standard normal numbers times its std, the same without a temperature, or a row
 # of a table of latents of real images
 Prior = Literal["normal", "unscaled", "bank"]
+# how a latent goes from one image to another, whatever mode is asked for: in a line, or by cosine and sine, which keeps
+# the variance of noise
+Way = Literal["line", "arc"]
 
 
 class _Entry(BaseModel):
@@ -98,6 +103,7 @@ class Latent(_Entry):
     shape: tuple[int, ...]
     prior_std: float
     prior: Prior = "normal"
+    way: Way | None = Field(default=None, description="of interpolations; None: by their mode")
 
 
 class Loop(_Entry):
@@ -110,6 +116,7 @@ class Loop(_Entry):
     carry: dict[str, str]
     last: tuple[str, ...] = ()
     every: dict[str, str] = {}
+    leads_to: tuple[str, ...] = Field(default=(), description="tables that let it be of fewer calls")
 
     @property
     def graphs(self) -> tuple[str, str]:

@@ -198,7 +198,8 @@ def _group_norms() -> tuple[Case, ...]:
 def _group_norm_reference(
     x: Tensor, skip: Tensor | None, level: Tensor | None, weight: Tensor, bias: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
-    moments = group_norm.moments_of_groups(*(t if t is None else t.detach() for t in (x, skip, level)), groups)
+    still = (None if t is None else t.detach() for t in (skip, level))
+    moments = group_norm.moments_of_groups(x.detach(), next(still), next(still), groups)
     return group_norm.group_norm_silu_reference(x, skip, level, weight, bias, groups), moments
 
 

@@ -1,15 +1,17 @@
 """What is random in the samples of a bundle: latents by their priors, noise beside them and in every call of a loop."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.errors import DataError
+from hflow_rt.limits import check_count
 from hflow_rt.manifest import Graph, Loop, Role, Route, Tensor, graphs_of
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.loops import drawn_by_call
+from hflow_rt.runtime.loops import drawn_by_call, shortened
 from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows
 
 __all__ = ["Draw", "Drawing"]
@@ -76,8 +78,8 @@ class Drawing:
             drawn |= {name: table[rows] for name, table in bank.items()}
         if missing := [latent.name for latent in self._manifest.latents if latent.name not in drawn]:
             raise DataError(
-                f"samples take '{missing[0]}' from a bank of training images, and this model has none; train it, or"
-                " decode latents of images"
+                f"samples take '{missing[0]}' from a bank of training images, and this model has none; give it one"
+                " with 'hflow-rt import FILE --images IMAGES', or decode latents of images"
             )
         return {latent.name: drawn[latent.name] for latent in self._manifest.latents}
 
@@ -104,6 +106,29 @@ class Drawing:
         if file not in self._tables:
             self._tables[file] = self._bundle.table(file)
         return self._tables[file]
+
+    def schedule(self, loop: Loop) -> dict[str, Array]:
+        """The tables `[steps, *shape]` of a loop, which may take fewer calls than its file has. Raises as `table`."""
+        return shortened(self.table(loop.schedule), loop.leads_to, loop.steps)
+
+    def in_steps(self, steps: int) -> Bundle:
+        """The bundle with loops of so many calls. Raises `DataError` where that is not possible."""
+        loops = {name: way for name, way in self._manifest.routes.items() if isinstance(way, Loop)}
+        what = f"this {self._manifest.family} model"
+        if not loops:
+            raise DataError(f"the number of steps is for models of many, and {what} takes one; omit it")
+        most = min(len(next(iter(self.table(loop.schedule).values()))) for loop in loops.values())
+        check_count("the number of steps", steps)
+        if steps > most:
+            raise DataError(f"the number of steps must be at most {most}, of {what}; found {steps}")
+        if steps < most and not all(loop.leads_to for loop in loops.values()):
+            raise DataError(
+                f"fewer than {most} steps need the mean and variance of training images, and {what} lacks them;"
+                " omit the number, or import it again with --images"
+            )
+        fewer = {name: loop.model_copy(update={"steps": steps}) for name, loop in loops.items()}
+        manifest = self._manifest.model_copy(update={"routes": self._manifest.routes | fewer})
+        return replace(self._bundle, manifest=manifest)
 
     def _graphs(self, route: Route) -> list[Graph]:
         way = self._manifest.routes.get(route)

@@ -12,7 +12,7 @@ from hflow_rt.runtime.engines.engine import Calls, Engine
 from hflow_rt.runtime.in_flight import in_flight
 from hflow_rt.runtime.noise import Stream
 
-__all__ = ["calls_of", "drawn_by_call", "first_inputs", "follow", "mean_draws", "row_of"]
+__all__ = ["calls_of", "drawn_by_call", "first_inputs", "follow", "mean_draws", "row_of", "shortened"]
 
 Values = Mapping[str, Any]
 
@@ -42,6 +42,19 @@ class _Tensor(Protocol):
 def drawn_by_call(step: Iterable[_Tensor]) -> list[str]:
     """Of the inputs of a loop's `step` those that every call has a draw of its own of."""
     return [tensor.name for tensor in step if tensor.role in ("noise", "uniform")]
+
+
+def shortened(
+    schedule: Mapping[str, NDArray[np.float32]], leads_to: Collection[str], steps: int
+) -> dict[str, NDArray[np.float32]]:
+    """The schedule of a loop of `steps` calls, of all down to 1: rows evenly chosen, the first and the last among them.
+
+    Tables that say where a call leads, `leads_to`, have there the row before the next one that was chosen.
+    """
+    calls = len(next(iter(schedule.values())))
+    rows = np.linspace(0, calls - 1, steps).round().astype(int)
+    ends = np.append(rows[1:] - 1, calls - 1)
+    return {name: table[ends if name in leads_to else rows] for name, table in schedule.items()}
 
 
 def row_of(

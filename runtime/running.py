@@ -26,12 +26,17 @@ class Runner:
         self.drawing = Drawing(bundle)
         self._engine = engine
 
-    def run(self, route: Route, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none."""
+    def run(self, route: Route, values: Mapping[str, Any], only: str | None = None) -> dict[str, Any]:
+        """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none.
+
+        only: the one output that is wanted; of a loop whose start has it, that alone runs.
+        """
         self._check_route(route)
         found = self.manifest.routes.get(route, route)
         if isinstance(found, str):
             return self.run_graph(found, values)
+        if only in [tensor.name for tensor in self._graph(found.start).outputs]:
+            return self.run_graph(found.start, values)
         largest = min(self._largest(name) for name in found.graphs)
         count = len(next(iter(values.values())))
         parts = [
@@ -56,7 +61,7 @@ class Runner:
 
     def _begun(self, loop: Loop, values: Mapping[str, Any], every: Collection[str]) -> tuple[Any, Any, Any]:
         """What a loop is given, what its start makes of it, and its calls, with the outputs wanted of every one."""
-        step, schedule = self._graph(loop.step), self.drawing.table(loop.schedule)
+        step, schedule = self._graph(loop.step), self.drawing.schedule(loop)
         values = {**mean_draws(step, loop.steps, values), **values}
         return values, self.run_graph(loop.start, values), calls_of(self._engine, loop, step, schedule, values, every)
 

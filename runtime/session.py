@@ -14,7 +14,7 @@ from hflow_rt.conditions import Options, check_conditions, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import LOG_PROB, Loop, Precision, Route, Space
+from hflow_rt.manifest import LOG_PROB, Loop, Precision, Route, Space, Way
 from hflow_rt.memory import need
 from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, filled, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, check_backend
@@ -25,12 +25,15 @@ from hflow_rt.runtime.loops import first_inputs
 from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.running import Runner
 
-__all__ = ["LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
+__all__ = ["GRID", "LATENT_SPACE", "Array", "Encoded", "Session", "Stds", "load", "open_bundle"]
 
 Array = NDArray[np.float32]
 Stds = float | str | Sequence[str] | Mapping[str, float]  # see `parse_std`
 
 LATENT_SPACE = "z"  # the space of the latents themselves
+# What noise that is read off in sequence is rounded to, because what follows makes up for it: half precision then holds
+# it to 128 stds.
+GRID = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,18 @@ class Session(Runner):
         route = self.manifest.routes.get("forward")
         return route.steps if isinstance(route, Loop) else 1
 
+    def in_steps(self, steps: int) -> "Session":
+        """This model with fewer calls of its network an image, both ways; it shares what runs with this session.
+
+        Latents of so many steps have so many noises. Raises `DataError` where that is not possible.
+
+        >>> import hflow_rt
+        >>> hflow_rt.load().in_steps(1).steps
+        Traceback (most recent call last):
+        hflow_rt.errors.DataError: the number of steps is for models of many, and this ... model takes one; omit it
+        """
+        return Session(self.drawing.in_steps(steps), self._engine)
+
     @property
     def std(self) -> list[str]:
         """The std to draw samples at by default, in the form that `sample` and `draw` take."""
@@ -178,6 +193,17 @@ class Session(Runner):
         replaced = {tensor.name for tensor in into.inputs}
         others = {name: shape for name, shape in shapes.items() if name not in replaced}
         return {tensor.name: tensor.shape for tensor in into.outputs} | others
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """What decides an image, coarse to fine: the latents, and what is random beside them in the calls of a loop."""
+        return (*self.latent_shapes, *self.drawing.beside())
+
+    def ways(self, way: Way) -> list[str]:
+        """What interpolations take from one image to another in this way, whatever their mode."""
+        told = [latent.name for latent in self.manifest.latents if latent.way == way]
+        drawn = [name for name, draw in self.drawing.beside().items() if draw.kind == "noise"]
+        return told + (drawn if way == "arc" else [])
 
     def joined(self, space: str = LATENT_SPACE) -> tuple[tuple[str, ...], ...]:
         """Groups of the tensors of `space` that are one vector in it or in another, which slerp turns together."""
@@ -236,14 +262,16 @@ class Session(Runner):
         *,
         seed: int = 0,
         first: int = 0,
+        only: str | None = None,
         posterior: bool = False,
     ) -> Encoded:
         """Images, float32 `[B, C, R, R]` in [0, 1] or uint8 `[B, R, R, C]`, to latents and log-probability.
 
         conditions: one-hot `[B, options]` for every condition of the model. controls: as of `forward`, which must have
         the same. seed, first: of what is random in the latents of an image, which most models have not; the first
-        image is number `first` of `seed`. posterior: draw latents that could be the image's, where the model tells a
-        distribution of them, instead of its mean. Raises `DataError`, and `NoInverse` where there is none.
+        image is number `first` of `seed`. only: the one latent that is wanted, if a loop need not be run for it.
+        posterior: draw latents that could be the image's, where the model tells a distribution of them, instead of its
+        mean. Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
         >>> session = hflow_rt.load()
@@ -269,7 +297,9 @@ class Session(Runner):
             raise DataError(f"a {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'")
         drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse", posterior)
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
-        outputs = self.run("inverse", {"image": pixels, **arrays, **beside}) | arrays
+        grids = self.drawing.inputs("grid", route="inverse")
+        beside |= {tensor.name: filled(pixels, (len(pixels), *tensor.shape), GRID) for tensor in grids}
+        outputs = self.run("inverse", {"image": pixels, **arrays, **beside}, only) | arrays
         latents = {name: restore(outputs[name]) for name in self.input_shapes if name in outputs}
         return Encoded(latents, {name: restore(values) for name, values in outputs.items() if values.ndim == 1})
 
@@ -281,26 +311,28 @@ class Session(Runner):
         *,
         option: str | None = None,
         controls: Mapping[str, float] | None = None,
+        steps: int | None = None,
         pixels: bool = False,
     ) -> Array:
         """`n` images float32 `[n, C, R, R]`; image i depends on `seed` and i alone. Raises `DataError`.
 
-        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`. pixels:
-        as of `drawn_pixels`.
+        std: by default what the bundle says, `Session.std`. option: as of `draw`. controls: as of `forward`. steps: as
+        of `in_steps`. pixels: as of `drawn_pixels`.
 
         >>> import hflow_rt
         >>> hflow_rt.load().sample(2, std=0.7, seed=1).shape
         (2, 3, 64, 64)
         """
         check_count("the number of images", n)
+        session = self if steps is None else self.in_steps(steps)
         size = 4 * n * self.channels * self.resolution**2
         need(size, f"{n:,} images", "ask for fewer together, with `draw` and `forward`")
         parts: list[Array] = []
-        for latents in self.draw(range(n), std, seed, option=option):
+        for latents in session.draw(range(n), std, seed, option=option):
             if pixels:
-                parts.append(self.drawn_pixels(latents, controls, seed=seed, first=sum(map(len, parts))))
+                parts.append(session.drawn_pixels(latents, controls, seed=seed, first=sum(map(len, parts))))
             else:
-                parts.append(self.forward(latents, controls))
+                parts.append(session.forward(latents, controls))
         return np.concatenate(parts)
 
     def drawn_pixels(

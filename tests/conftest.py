@@ -158,3 +158,19 @@ def tiny_run(tiny_model: Any, common: Path) -> Path:
             run.parent.mkdir()
             made.rename(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def many_steps(tiny: Callable[[Family], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, as `tiny_run`, of a model that takes 4 steps each way, its prior a bank, and can take fewer."""
+    from hflow_rt.export.bundle import export_bundle
+    from hflow_rt.models.checkpoint import save_model
+    from hflow_rt.models.registry import family
+
+    run = tmp_path_factory.mktemp("runs") / "many"
+    model = tiny(family("ihdm"))
+    save_model(run / "model.safetensors", "ihdm", model, model.state_dict(), {"images": 0})
+    images = photographs(3, 8, seed=1).astype(np.float32) / 255
+    manifest = export_bundle(run / "model.safetensors", run / "bundle", images)
+    assert manifest.verified, manifest.parity
+    return run

@@ -19,27 +19,22 @@ from hflow_rt.files import atomic_directory, sha256
 from hflow_rt.foreign.parts import WHOLE
 from hflow_rt.manifest import MODEL
 from hflow_rt.models.checkpoint import build_model, check_state, load_state, save_model, skeleton
-from hflow_rt.models.family import LatentModel
+from hflow_rt.models.family import LatentModel, Unknown
 from hflow_rt.models.registry import DEFAULT_PRESET, FAMILIES, Published, family
 
 __all__ = ["Imported", "import_published"]
 
-# A spread is a mean over thousands of elements: a few hundred images pin it to about a percent.
-_IMAGES, _BATCH = 512, 16
+_BATCH = 16
 # Bytes of masks, which a model makes itself: those of the presets are below a hundredth of the weights'.
 _FEW_MASKS, _MOST_MASKS = 64 << 20, 1 << 30
-_UNKNOWN_SCALES = (
-    "noise scales are not in published files and stay at 1, which makes bits/dim meaningless but changes no image; "
-    "estimate them with --images"
-)
 
 
 @dataclass(frozen=True)
 class Imported:
     """What was read. parameters: tensors of the model, of `values` numbers. dropped: others, by kind.
 
-    part, prefix, passed_over: where in the file they lie, see `Part`. spreads: the images that noise scales were
-    estimated from (held_out: those of the source left out), or None.
+    part, prefix, passed_over: where in the file they lie, see `Part`. learned: what the file lacks and was estimated,
+    and from which images (held_out: those of the source left out), or None.
     """
 
     run: str
@@ -52,7 +47,7 @@ class Imported:
     part: str
     prefix: str
     passed_over: Mapping[str, str]
-    spreads: Mapping[str, Any] | None
+    learned: Mapping[str, Any] | None
     notes: tuple[str, ...]
     sha256: str
 
@@ -73,9 +68,9 @@ def import_published(
     """Read the checkpoint at `path` and write the run folder `run`, which must not exist.
 
     family_name: by default the one whose reader takes the file. settings: the original's settings, where the checkpoint
-    does not hold them. images: a folder or archive whose training part noise scales are estimated from. part: which
-    weights, where the checkpoint holds several. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing is
-    written then.
+    does not hold them. images: a folder or archive, of whose training part what the file lacks is estimated. part:
+    which weights, where the checkpoint holds several. Raises `CheckpointError`, `ConfigError` and `DataError`; nothing
+    is written then.
     """
     if lexists(run):  # False for a path that cannot be asked, which writing reports
         raise ConfigError(f"{run} exists already; choose another --output")
@@ -89,23 +84,24 @@ def import_published(
     load_state(model, published.state, str(path))
     parameters = sum(1 for _ in model.parameters())
     values = sum(parameter.numel() for parameter in model.parameters())
-    notes, spreads = published.notes, None
-    has_scales = bool(model.noise_scales())
+    notes, learned, unknown = published.notes, None, model.unknown()
     if images is not None:
-        if not has_scales:
-            raise ConfigError(f"this {family_name} model has no noise scales to estimate; omit --images")
-        spreads = _estimate_spreads(model, images, str(path), progress)
-        if held_out := spreads["held_out"]:
-            notes += (f"noise scales are of the training part of {images}; {held_out} held-out images were left out",)
-    elif has_scales:
-        notes += (_UNKNOWN_SCALES,)
+        if unknown is None:
+            raise ConfigError(f"this {family_name} model lacks nothing that images tell; omit --images")
+        learned = _learn(model, unknown, images, str(path), progress)
+        if held_out := learned["held_out"]:
+            what = f"{unknown.what} are of the training part of {images}"
+            notes += (f"{what}; {held_out} held-out images were left out",)
+    elif unknown is not None:
+        what = f"{unknown.what} are not in published files and {unknown.without}"
+        notes += (f"{what}; estimate them with --images",)
     digest = sha256(path)
     where = {"part": published.part} if published.part != WHOLE else {}
     where |= {"prefix": published.prefix} if published.prefix else {}
     about = {
         "imported_from": {"file": path.name, "sha256": digest, "bytes": path.stat().st_size} | where,
         "notes": list(notes),
-        "spreads": spreads,
+        "learned": learned,
     }
     progress(f"writing {run}")
     with atomic_directory(run, replace=False) as folder:
@@ -121,7 +117,7 @@ def import_published(
         part=published.part,
         prefix=published.prefix,
         passed_over=published.passed_over,
-        spreads=spreads,
+        learned=learned,
         notes=notes,
         sha256=digest,
     )
@@ -160,24 +156,26 @@ def _check_masks(skeleton: nn.Module, state: Mapping[str, Tensor], source: str) 
         )
 
 
-def _estimate_spreads(model: LatentModel, images: Path, source: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Set the noise scales by the training part of `images`; what is held out measures models, and stays unseen."""
+def _learn(
+    model: LatentModel, unknown: Unknown, images: Path, source: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Set what is unknown by the training part of `images`; what is held out measures models, and stays unseen."""
     pixels = open_dataset(images, model.resolution, channels=model.channels)
     training, held_out = pixels.split()
     if len(training) < 2:
         raise DataError(
-            f"a spread needs at least 2 images, not {len(training)}; give more "
+            f"{unknown.what} need at least 2 images, not {len(training)}; give more "
             f"({images} has {len(pixels)}, {len(held_out)} held out)"
         )
-    chosen = training[np.unique(np.linspace(0, len(training) - 1, min(_IMAGES, len(training))).astype(int))]
-    progress(f"estimating noise scales from {len(chosen)} images")
+    chosen = training[np.unique(np.linspace(0, len(training) - 1, min(unknown.images, len(training))).astype(int))]
+    progress(f"estimating {unknown.what} from {len(chosen)} images")
     batches = np.split(chosen, range(_BATCH, len(chosen), _BATCH))
-    count = model.estimate_spreads(torch.from_numpy(pixels.pixels(batch)) for batch in batches)
+    count = model.learn(torch.from_numpy(pixels.pixels(batch)) for batch in batches)
     wild = [name for name, scale in model.noise_scales().items() if not math.isfinite(scale.spread)]
     if wild:
         raise CheckpointError(
             f"{source}: noise scales must be finite, and those of {', '.join(wild)} are not on {images}; "
             "its weights overflow, so omit --images or give an intact file"
         )
-    about = {"source": str(images), "images": count, "held_out": len(held_out), "split": pixels.split_by}
-    return about | ({"not_used": pixels.left_out} if pixels.left_out else {})
+    about = {"what": unknown.what, "source": str(images), "images": count, "held_out": len(held_out)}
+    return about | {"split": pixels.split_by} | ({"not_used": pixels.left_out} if pixels.left_out else {})

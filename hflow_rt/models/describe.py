@@ -48,9 +48,11 @@ def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str,
 
 def latents_of(model: LatentModel) -> tuple[manifest.Latent, ...]:
     """The latents and their priors."""
-    stds, prior = model.prior_std(), model.prior()
+    stds, prior, ways = model.prior_std(), model.prior(), model.ways()
     return tuple(
-        manifest.Latent(name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"))
+        manifest.Latent(
+            name=name, shape=shape, prior_std=stds[name], prior=prior.get(name, "normal"), way=ways.get(name)
+        )
         for name, shape in model.latent_shapes().items()
     )
 
@@ -75,4 +77,5 @@ def _loop(route: Route, loop: Loop) -> manifest.Loop:
         carry=dict(loop.carry),
         last=loop.last,
         every=dict(loop.every),
+        leads_to=loop.leads_to,
     )

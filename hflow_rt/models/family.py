@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hflow_rt.conditions import Options, by_folder
 from hflow_rt.errors import ConfigError
-from hflow_rt.manifest import LOG_PROB, Prior, Role, Route
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Route, Way
 from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ __all__ = [
     "Route",
     "Space",
     "TensorSpec",
+    "Unknown",
+    "Way",
     "conditions_by_folder",
 ]
 
@@ -90,6 +92,14 @@ class NoiseScale(NamedTuple):
     def std(self) -> float:
         """The noise itself."""
         return self.relative * self.spread
+
+
+class Unknown(NamedTuple):
+    """What published files lack, in words; how many images tell it well; what is so for want of it."""
+
+    what: str
+    images: int
+    without: str
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,8 @@ class Loop:
     draw of its own for each call (roles noise and uniform, `[B, K, *shape]` as inputs of the route), what `start`
     yielded, or what the route was given. The route yields outputs of the `last` call by name, those of `every` call
     stacked `[B, K, *shape]` under the names of this mapping, and what of `start` is a latent. K is never unrolled.
+    leads_to: tables that say where a call leads. Where there are any, a loop may be of fewer calls than K: of rows
+    evenly chosen, in each of which these tables have the row before the next one that was chosen.
     """
 
     start: str
@@ -151,6 +163,7 @@ class Loop:
     carry: Mapping[str, str]
     last: tuple[str, ...] = ()
     every: Mapping[str, str] = field(default_factory=dict)
+    leads_to: tuple[str, ...] = ()
 
     @property
     def graphs(self) -> tuple[str, str]:
@@ -263,10 +276,14 @@ class LatentModel(nn.Module, ABC):
         """Running scale of every posterior by latent name; empty for a family that has none."""
         return {}
 
-    def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
-        """Set the running noise scales, which published files lack, from uint8 images `[B, C, R, R]`.
+    def unknown(self) -> Unknown | None:
+        """What a published file of this model lacks, and images tell; None where nothing."""
+        return None
 
-        Returns how many images it saw. Raises `DataError` for fewer than two. Families with `noise_scales` have it.
+    def learn(self, batches: Iterable[Tensor]) -> int:
+        """Set what is `unknown` from uint8 images `[B, C, R, R]`; returns how many it saw.
+
+        Raises `DataError` for too few. Families with anything `unknown` have it.
         """
         raise NotImplementedError
 
@@ -291,6 +308,10 @@ class LatentModel(nn.Module, ABC):
 
     def prior(self) -> Mapping[str, Prior]:
         """Where each latent of a sample comes from, by name; normal where nothing is said."""
+        return {}
+
+    def ways(self) -> Mapping[str, Way]:
+        """How interpolations take latents from one image to another, by name; by their mode where nothing is said."""
         return {}
 
     def bank(self) -> Mapping[str, Tensor]:

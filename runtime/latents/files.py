@@ -7,17 +7,40 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_file
 from hflow_rt.runtime.latents.operations import Latents
+from hflow_rt.runtime.latents.round_trips import RoundTrip
 from hflow_rt.runtime.session import Session
 
-__all__ = ["about_model", "check_latents_name", "load_latents", "save_latents"]
+__all__ = ["Made", "about_model", "check_latents_name", "how_made", "load_latents", "save_latents"]
 
 _METADATA_KEY = "hflow_rt.latents"
+
+
+class Made(BaseModel):
+    """How latents were made, as far as decoding them depends on it; the rest of a file's metadata is ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str | None = None
+    controls: dict[str, float] = {}
+    steps: int | None = None
+    round_trip: RoundTrip | None = None
+
+
+def how_made(metadata: Mapping[str, Any], source: str) -> Made:
+    """What the metadata of the latents file `source` say. Raises `DataError` for what cannot be."""
+    try:
+        return Made.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{source} says {where} that cannot be ({first['msg']}); encode it again") from error
 
 
 def about_model(session: Session) -> dict[str, Any]:
@@ -34,10 +57,11 @@ def check_latents_name(path: Path) -> None:
 def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]) -> None:
     """Write latents and what is known of them (family, model hash, seed, ...: JSON values) as safetensors.
 
+    An array of numbers that half precision holds is stored so, which loses nothing.
     Raises `DataError` if the file cannot be written.
     """
     # contiguous because safetensors writes the memory as it lies; the order because it sorts the names
-    arrays = {name: np.ascontiguousarray(values) for name, values in latents.items()}
+    arrays = {name: np.ascontiguousarray(_small(values)) for name, values in latents.items()}
     header = json.dumps({"order": list(latents), "metadata": dict(metadata)})
     content = save(arrays, {_METADATA_KEY: header})
     with atomic_file(path) as temporary:
@@ -62,7 +86,16 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
             order, metadata = described["order"], described["metadata"]
             if sorted(order) != sorted(file.keys()) or not isinstance(metadata, dict):
                 raise ValueError("names differ from the header's")
-            return {name: file.get_tensor(name) for name in order}, metadata
+            arrays = {name: file.get_tensor(name) for name in order}
+            halves = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype == np.float16}
+            return arrays | halves, metadata
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is not a whole latents file ({reason}); encode or copy it again") from error
+
+
+def _small(values: NDArray[np.float32]) -> NDArray[Any]:
+    """In half precision if that is the same."""
+    with np.errstate(over="ignore"):
+        half = np.asarray(values).astype(np.float16)
+    return half if (half == values).all() else np.asarray(values)

@@ -6,7 +6,7 @@ memory stays flat. Latents are those of `hflow_rt.runtime.latents.operations`.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -16,7 +16,8 @@ from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
 from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, random_walk
-from hflow_rt.runtime.session import LATENT_SPACE, Array, Encoded, Session, Stds
+from hflow_rt.runtime.latents.round_trips import BATCH
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Session, Stds
 
 __all__ = [
     "RunningStd",
@@ -24,7 +25,6 @@ __all__ = [
     "between",
     "coarse_down_to",
     "count",
-    "encoded",
     "heat_map",
     "latents_of_seeds",
     "parse_seeds",
@@ -37,7 +37,6 @@ __all__ = [
     "zeroing",
 ]
 
-_BATCH = 16  # images per call: more is hardly faster on a CPU, and this fits beside a large model
 _MANY = 4096  # seeds, more than any picture shows
 _SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
 
@@ -57,7 +56,7 @@ def count(latents: Latents) -> int:
     return len(next(iter(latents.values())))
 
 
-def batches(latents: Latents, size: int = _BATCH) -> Iterator[dict[str, Array]]:
+def batches(latents: Latents, size: int = BATCH) -> Iterator[dict[str, Array]]:
     """A batch in parts of at most `size`."""
     for start in range(0, count(latents), size):
         yield select(latents, start, start + size)
@@ -72,24 +71,6 @@ def samples(
     return concatenate(list(session.draw(range(number), std, seed, option=option)))
 
 
-def encoded(
-    session: Session,
-    pixels: Array,
-    conditions: Mapping[str, Array],
-    track: Callable[[Sequence[range]], Iterable[range]] = lambda parts: parts,
-    seed: int = 0,
-    posterior: bool = False,
-) -> Encoded:
-    """Images `[N, C, R, R]` in [0, 1], `inverse` of a batch at a time; `track` sees the parts go by."""
-    starts = range(0, len(pixels), _BATCH)
-    parts = []
-    for rows in track([range(start, min(start + _BATCH, len(pixels))) for start in starts]):
-        part = slice(rows.start, rows.stop)
-        given = {name: values[part] for name, values in conditions.items()}
-        parts.append(session.inverse(pixels[part], given, seed=seed, first=rows.start, posterior=posterior))
-    return Encoded(concatenate([part.latents for part in parts]), concatenate([part.scores for part in parts]))
-
-
 def between(
     session: Session, ends: Latents, frames: int, mode: str = "lerp", space: str = LATENT_SPACE
 ) -> Iterator[Array]:
@@ -99,7 +80,7 @@ def between(
     """
     there = session.into_space(space, ends)
     first, last = (select(there, index) for index in (0, 1))
-    path = interpolate(first, last, frames, mode, session.joined(space), session.conditions)
+    path = interpolate(first, last, frames, mode, session.joined(space), *_ways(session))
     return _decoded(session, space, path, 1)
 
 
@@ -132,12 +113,17 @@ def walk(
     for key in range(keyframes):
         drawn = concatenate(list(session.draw(range(key, paths * keyframes, keyframes), std, seed, option=option)))
         keys.append(session.into_space(space, drawn))
-    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, session.conditions)
+    frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, *_ways(session))
     return _decoded(session, space, frames, paths)
 
 
+def _ways(session: Session) -> tuple[list[str], list[str]]:
+    """What goes in a line in any mode, and what by cosine and sine."""
+    return [*session.conditions, *session.ways("line")], session.ways("arc")
+
+
 def _decoded(session: Session, space: str, frames: Iterator[dict[str, Array]], paths: int) -> Iterator[Array]:
-    together = max(1, _BATCH // paths)
+    together = max(1, BATCH // paths)
     for first in frames:
         part = [first, *islice(frames, together - 1)]
         images = session.decode(space, concatenate(part))
@@ -173,21 +159,23 @@ def heat_map(
     name: str,
     draws: int = 32,
     *,
-    std: Stds = 1.0,
+    std: Stds | None = None,
     seed: int = 0,
     first: int = 1,
-    batch: int = _BATCH,
+    batch: int = BATCH,
 ) -> NDArray[np.float64]:
     """How much each pixel depends on latent `name`: `[R, R]`, the std of its colour over `draws` redraws of that
     latent alone, averaged over the channels, all others being as in `base` (a batch of 1).
 
-    The redraws are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the same seed must be an
-    image before them, because one that is its own redraw makes the std too small. Raises `DataError`.
+    The redraws, at std 1 by default, are those of the images `first` .. `first` + draws - 1 of `seed`: a base of the
+    same seed must be an image before them, because one that is its own redraw makes the std too small. Raises
+    `DataError`.
     """
     if draws < 2:
         raise DataError(f"a heat map needs at least 2 redraws, not {draws}")
     check_count("the number of redraws", draws)
     seen = RunningStd()
+    std = 1.0 if std is None and session.drawing.scaled else std
     for drawn in session.draw(range(first, first + draws), std, seed, batch):
         seen.add(session.forward(mix(repeat(base, len(drawn[name])), drawn, [name])))
     mean: NDArray[np.float64] = seen.std.mean(0)
@@ -195,14 +183,15 @@ def heat_map(
 
 
 def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...], Array]]:
-    """The images of `latents`, then again and again with one latent more set to zero, fine to coarse.
+    """The images of `latents`, then again and again with one level more set to zero, fine to coarse.
 
-    Yields the names that are zero, finest first, with the images `[B, C, R, R]`: first none, last all.
+    What is drawn from a bank of images becomes their mean. Yields the names that are zero, finest first, with the
+    images `[B, C, R, R]`: first none, last all.
     """
     current, zero = dict(latents), tuple[str, ...]()
     yield zero, _images(session, current)
-    for name in reversed(list(session.latent_shapes)):
-        current[name] = np.zeros_like(current[name])
+    for name in reversed(session.levels):
+        current[name] = _scaled(session, name, latents[name], 0)
         zero = (*zero, name)
         yield zero, _images(session, current)
 
@@ -210,8 +199,15 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
 def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
     """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
     for factor in factors:
-        scaled = {name: np.float32(factor) * latents[name] for name in session.latent_shapes}
+        scaled = {name: _scaled(session, name, latents[name], factor) for name in session.levels}
         yield _images(session, dict(latents) | scaled)
+
+
+def _scaled(session: Session, name: str, values: Array, factor: float) -> Array:
+    """Their distance to the mean of the prior times `factor`; that of a bank is the mean of its rows."""
+    bank = {} if session.manifest.bank is None else session.drawing.table(session.manifest.bank)
+    mean = bank[name].mean(0) if name in bank else np.float32(0)
+    return np.asarray(mean + np.float32(factor) * (values - mean), np.float32)
 
 
 def latents_of_seeds(
@@ -243,23 +239,44 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
 
 
 def coarse_down_to(session: Session, cut: str | None) -> list[str]:
-    """Names of the latents from the coarsest down to `cut`; without it the coarser half. Raises `DataError`."""
-    names = list(session.latent_shapes)
+    """Names of the levels from the coarsest down to `cut`; without it the coarser half of the latents.
+
+    cut: a name, or `NAME:COUNT` for the first COUNT of what each call of a loop is given. Raises `DataError`.
+    """
+    names, latents = list(session.levels), len(session.latent_shapes)
     if cut is None:
-        return names[: max(1, len(names) // 2)]
-    if cut not in names:
-        raise DataError(f"unknown latent '{cut}'; choose among {', '.join(names)}")
-    return names[: names.index(cut) + 1]
+        return names[: max(1, latents // 2)]
+    name = _calls(session, cut)[0]
+    return [*names[: names.index(name)], cut]
+
+
+def _calls(session: Session, level: str) -> tuple[str, int | None]:
+    """The name in `NAME:COUNT`, and the count; None for the whole. Raises `DataError`."""
+    name, colon, count = level.partition(":")
+    if name not in session.levels:
+        raise DataError(f"unknown latent '{name}'; choose among {', '.join(session.levels)}")
+    steps = getattr(session.drawing.beside().get(name), "steps", None)
+    if colon and steps is None:
+        raise DataError(f"'{level}' names some calls of a loop, and '{name}' is not of every call; give its name alone")
+    if colon and not (count.isdigit() and 1 <= int(count) <= (steps or 0)):
+        raise DataError(f"'{level}' must name 1 .. {steps} calls of '{name}'")
+    return name, int(count) if colon else None
 
 
 def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
     """Images `[B, C, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
 
-    Conditions, such as a class, go with the coarsest latent. Raises `DataError` for an unknown name.
+    Conditions, such as a class, go with the coarsest latent. names: as of `coarse_down_to`. Raises `DataError` for an
+    unknown one.
     """
-    taken = list(names)
-    conditions = session.conditions if next(iter(session.latent_shapes)) in taken else ()
-    return _images(session, mix(columns, repeat(row, count(columns)), [*taken, *conditions]))
+    taken = [_calls(session, name) for name in names]
+    whole, given = [name for name, calls in taken if calls is None], repeat(row, count(columns))
+    conditions = session.conditions if next(iter(session.latent_shapes)) in whole else ()
+    mixed = mix(columns, given, [*whole, *conditions])
+    for name, calls in taken:
+        if calls is not None:
+            mixed[name] = np.concatenate([given[name][:, :calls], mixed[name][:, calls:]], 1)
+    return _images(session, mixed)
 
 
 def _images(session: Session, latents: Latents) -> Array:

@@ -20,6 +20,11 @@ class TensorAddress:
     space: str
     name: str
 
+    @property
+    def only(self) -> str | None:
+        """The one latent that it is; None for a tensor of another space."""
+        return self.name if self.space == LATENT_SPACE else None
+
 
 def find_tensor(session: Session, name: str | None = None) -> TensorAddress:
     """Where the tensor called `name` is: a latent, or a tensor of another space of the family.
@@ -50,7 +55,8 @@ def find_tensor(session: Session, name: str | None = None) -> TensorAddress:
 
 def points(session: Session, latents: Mapping[str, Array], address: TensorAddress) -> Array:
     """The tensor at `address` of these latents, as vectors `[B, D]`."""
-    values = session.into_space(address.space, latents)[address.name]
+    known = latents if address.space == LATENT_SPACE else session.into_space(address.space, latents)
+    values = known[address.name]
     return values.reshape(len(values), -1)
 
 

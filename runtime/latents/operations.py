@@ -75,15 +75,17 @@ def interpolate(
     mode: str = "lerp",
     joined: Iterable[Sequence[str]] = (),
     straight: Collection[str] = (),
+    turned: Collection[str] = (),
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """`frames` latents from `a` to `b`, both included, at equal steps; each like `a`, made one at a time.
 
-    joined, straight: see `slerp`.
+    joined, straight: see `slerp`. turned: what goes by cosine and sine in any mode, as noise does whose variance is to
+    stay.
     Raises `DataError` before the first for fewer than two frames, an unknown mode, or latents that do not match.
     """
     if frames < 2:
         raise DataError(f"an interpolation needs at least 2 frames; found {frames}; ask for more")
-    path = _path(mode, joined, straight)
+    path = _path(mode, joined, straight, turned)
     path(a, b, 0.0)  # do they fit?
     return (path(a, b, index / (frames - 1)) for index in range(frames))
 
@@ -130,12 +132,13 @@ def random_walk(
     joined: Iterable[Sequence[str]] = (),
     fixed: Iterable[str] = (),
     straight: Collection[str] = (),
+    turned: Collection[str] = (),
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """A path through the keyframes `keys`, each passed exactly and shown once, one frame like `keys[0]` at a time.
 
     Closed, the path returns to the first keyframe: len(keys) * frames_per_segment frames that loop. Open, it
     ends on the last: (len(keys) - 1) * frames_per_segment + 1. Latents named in `fixed` stay as in the first
-    keyframe; `joined`, `straight`: see `slerp`.
+    keyframe; `joined`, `straight`: see `slerp`; `turned`: see `interpolate`.
     Raises `DataError` for counts too small, an unknown mode or name, keyframes that do not match, or if every
     latent is fixed.
     """
@@ -150,7 +153,7 @@ def random_walk(
     if still == set(keys[0]):
         raise DataError("a walk must move at least one latent; found all of them fixed; leave one free")
     groups = [[name for name in group if name not in still] for group in joined]
-    path = _path(mode, [group for group in groups if group], straight)
+    path = _path(mode, [group for group in groups if group], straight, turned)
     moving = [{name: values for name, values in key.items() if name not in still} for key in keys]
     return _frames(keys[0], moving, frames_per_segment, closed, path)
 
@@ -199,11 +202,26 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
         raise DataError(f"{what}: latents do not fit the model: {shown}; use latents of this model")
 
 
-def _path(mode: str, joined: Iterable[Sequence[str]], straight: Collection[str]) -> _Path:
+def _path(mode: str, joined: Iterable[Sequence[str]], straight: Collection[str], turned: Collection[str]) -> _Path:
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)
-    return lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
+    plain: _Path = lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
+
+    def path(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
+        _check_pair(a, b)
+        first, last = ({name: end[name] for name in end if name not in turned} for end in (a, b))
+        others = plain(first, last, t)
+        return {name: others[name] if name in others else _turn(a[name], b[name], t) for name in a}
+
+    return path
+
+
+def _turn(a: NDArray[np.float32], b: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+    """By cosine and sine from `a` to `b`, `[B, ...]`; items that are the same stay."""
+    same = (a == b).reshape(len(a), -1).all(1).reshape(-1, *[1] * (a.ndim - 1))
+    angle = t * (math.pi / 2)
+    return np.where(same, a, np.float32(math.cos(angle)) * a + np.float32(math.sin(angle)) * b)
 
 
 def _arc(a: NDArray[np.float64], b: NDArray[np.float64], t: float) -> NDArray[np.float64]:

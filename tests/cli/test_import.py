@@ -103,10 +103,11 @@ def test_json_and_images(hflow: Command, container: Path) -> None:
     assert found["run"] == "made"
     assert found["resolution"] == 32
     split = "3 images to train on, 1 held out, by the folders train/ and test/"
-    assert found["spreads"] == {"source": "photos", "images": 3, "held_out": 1, "split": split}
+    known = {"what": "noise scales", "source": "photos", "images": 3, "held_out": 1, "split": split}
+    assert found["learned"] == known
     assert found["notes"] == ["noise scales are of the training part of photos; 1 held-out images were left out"]
     about = read_metadata(Path("made/model.safetensors"))
-    assert about["spreads"] == found["spreads"]
+    assert about["learned"] == found["learned"]
     assert about["imported_from"]["sha256"] == found["sha256"]
 
 

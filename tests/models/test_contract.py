@@ -137,7 +137,11 @@ def test_graphs_are_described(made: Made) -> None:
             assert (tensor.role == "condition") == (tensor.name in conditions)
             assert (tensor.role == "image") == (tensor.name == "image")
             assert (tensor.role == "score") <= (tensor.shape == ())
-            assert (tensor.role == "control") <= (tensor.default is not None) <= (tensor.role in ("control", "noise"))
+            assert (
+                (tensor.role == "control")
+                <= (tensor.default is not None)
+                <= (tensor.role in ("control", "noise", "grid"))
+            )
     enter = {"forward": "latent", "inverse": "image"}
     for route, way in routes.items():
         first, last = (graphs[graphs_of(way)[place]] for place in (0, -1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.checkpoint import parse_config
-from hflow_rt.models.ihdm.bank import coefficients, rebuilt, starts, surviving, waves
+from hflow_rt.models.ihdm.bank import coefficients, evenly, known, rebuilt, surviving, waves
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
 from hflow_rt.models.ihdm.bound import (
     bits_per_dim,
@@ -95,6 +95,9 @@ def test_blur_is_the_damping_of_cosine_waves() -> None:
     each = torch.tensor([3, 0, 4, 1])
     assert torch.equal(blur(x, each)[2], blur(x[2:3], 4)[0])
     assert torch.allclose(blur(x, 0), x, atol=1e-14)
+    for beyond in (5, -1, torch.tensor([0, 1, 5, 2])):
+        with pytest.raises(ConfigError, match=r"a level of blur must be in 0 \.\. 4; found (5|-1)"):
+            blur(x, beyond)
     assert torch.allclose(blur(torch.full_like(x, 0.3), 4), torch.full_like(x, 0.3), atol=1e-14)
 
 
@@ -195,8 +198,14 @@ def test_as_few_waves_as_rebuild_any_start() -> None:
 def test_the_bank_is_of_images_evenly() -> None:
     config = IHDMConfig(**TINY["model"])
     pixels = (images(6) * 255).round().to(torch.uint8)
-    few, many = starts(config, pixels, 3), starts(config, pixels, 8)
-    assert few.dtype == torch.float32
+    each, found = known(config, torch.split(pixels, 4))
+    few, many = evenly(each, 3), evenly(each, 8)
+    assert few.dtype == found.dtype == torch.float32
+    # in any batches, the moments of all
+    basis = cosine_basis(8)
+    coefficients_of = basis @ (pixels / 255).double() @ basis.T
+    assert torch.allclose(found[0].double(), coefficients_of.mean(0), atol=1e-6)
+    assert torch.allclose(found[1].double(), coefficients_of.var(0, correction=0), atol=1e-6)
     assert torch.equal(many[:6], many[torch.tensor([6, 7, 2, 3, 4, 5])])
     assert torch.equal(few, many[[0, 2, 4]])
 
@@ -210,6 +219,7 @@ def test_folded_graphs_are_the_model() -> None:
     delta, zero = torch.tensor([0.01, 0.02]), torch.zeros(2, 3, 8, 8)
     for index, k in ((0, 4), (3, 1)):
         rows = {name: torch.from_numpy(table[index : index + 1]) for name, table in loop.schedule.items()}
+        axes = (rows["damping"], rows["reached"])
         mean = model.mean(u, torch.tensor([k, k]))
         aim = model.blur(x, k - 1) + 0.01 * noise if k > 1 else x
         reached = mean + delta[:, None, None, None] * noise if k > 1 else mean
@@ -218,8 +228,8 @@ def test_folded_graphs_are_the_model() -> None:
             "read": ((aim - mean) / delta[:, None, None, None], zero, aim) if k > 1 else (zero, x - mean, x),
         }
         given = {
-            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta),
-            "read": (u, x, noise, rows["level"], rows["goes_on"], rows["damping"], delta),
+            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta, *axes),
+            "read": (u, x, noise, rows["level"], rows["goes_on"], axes[1], delta, torch.zeros(2), axes[0]),
         }
         for name, values in given.items():
             found = graphs[name].module(*(value.float() for value in values))
@@ -269,7 +279,7 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     """Over levels drawn evenly, the parts of one draw add up to all steps; and all is near what noise alone costs."""
     model = make(bank=3)
     pixels = (images(3, seed=11) * 255).round().to(torch.uint8)
-    model.fill_bank(pixels)
+    model.know(pixels)
     inputs = model.bound_inputs("strict", pixels[:1].expand(3, -1, -1, -1), torch.Generator().manual_seed(12))
     inputs |= {name: inputs[name][:1].expand(3, -1, -1, -1) for name in ("uniform", "noise", "pixel_noise")}
     inputs["level"] = torch.tensor([0.1, 0.5, 0.9])  # levels 2, 3 and 4
@@ -278,7 +288,7 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     x = (255 * image[:1] + draws["uniform"][:1]) / 256
     states = torch.stack([draws["pixel_noise"][0], *draws["noise"]])[None]
     costs = torch.stack([level_cost(model, x, level, states[:, level - 1]) for level in range(1, 5)], 1)
-    start = start_cost(model, x, model.bank()["start"], 0.0125) / (3 * 16 * 16 * math.log(2))
+    start = start_cost(model, x, model.bank()["start"], 0.0125) / (3 * 8 * 8 * math.log(2))
     total = start + costs.sum(1)
     assert torch.allclose(torch.stack(list(parts.values())).sum(0).mean(), total, rtol=1e-12)
     assert costs.shape == (1, 4)
@@ -286,7 +296,7 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
 
 def test_the_graph_of_the_bound() -> None:
     model = make(bank=3)
-    model.fill_bank((images(3, seed=11) * 255).round().to(torch.uint8))
+    model.know((images(3, seed=11) * 255).round().to(torch.uint8))
     inputs = model.bound_inputs("strict", (images(4) * 255).to(torch.uint8), torch.Generator().manual_seed(12))
     inputs["level"] = torch.tensor([0.1, 0.5, 0.9, 1 - 2**-24])
     graph = model.graphs()["bound"]

@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hflow_rt.errors import CheckpointError, ConfigError
-from hflow_rt.models.checkpoint import load_state
+from hflow_rt.errors import CheckpointError, ConfigError, DataError
+from hflow_rt.foreign.importing import import_published
+from hflow_rt.models.checkpoint import load_model, load_state
+from hflow_rt.models.ihdm.bank import known
 from hflow_rt.models.ihdm.model import IHDM
 from hflow_rt.models.ihdm.published import read_published, read_training_state
+from hflow_rt.runtime.in_memory import session_of
 
 CASE = Path(__file__).parents[1] / "golden" / "ihdm" / "a_rgb16"
 SETTINGS = {"resolution": 16, "steps": 8, "blur_max": 8.0}
@@ -166,3 +170,32 @@ def test_a_run_cannot_go_on_without(save: Save) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             read_training_state(save(change))
+
+
+def test_images_give_an_imported_model_its_bank(save: Save, settings: Callable[..., Path], tmp_path: Path) -> None:
+    """Of the training part alone; without it samples are refused by a line that says so."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, 16, 16, 3), np.uint8)
+    for index, image in enumerate(pixels):
+        folder = tmp_path / "images" / ("train" if index else "test")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    bare = import_published(save(), "ihdm", tmp_path / "bare", settings())
+    lacks = "a bank of starts and moments of waves are not in published files and are needed to draw samples"
+    assert bare.notes[0].startswith(lacks)
+    assert bare.notes[0].endswith("estimate them with --images")
+    with pytest.raises(DataError, match=r"this model has none; give it one with 'hflow-rt import FILE --images"):
+        session_of(load_model(tmp_path / "bare" / "model.safetensors")).sample(1)
+    found = import_published(save(), "ihdm", tmp_path / "run", settings(), tmp_path / "images")
+    assert found.learned is not None
+    assert (found.learned["images"], found.learned["held_out"]) == (4, 1)
+    model: Any = load_model(tmp_path / "run" / "model.safetensors")
+    assert (model.config.bank, model.config.moments) == (4, True)
+    training = torch.from_numpy(pixels[1:].transpose(0, 3, 1, 2).copy())
+    starts, moments = known(model.config, [training])
+    assert torch.equal(model.starts, starts)
+    assert torch.equal(model.moments, moments)
+    # numbers of each image: the waves that survive, of which these few cannot hold the image
+    assert starts[0].numel() < 192 < training[0].numel()
+    session = session_of(model)
+    assert session.sample(2, steps=3).shape == (2, 3, 16, 16)

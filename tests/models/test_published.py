@@ -170,7 +170,7 @@ def test_an_imported_run_computes_the_golden_images(
     assert about["imported_from"] == {
         "file": "model_iter_9.bin", "sha256": done.sha256, "bytes": path.stat().st_size
     }  # fmt: skip
-    assert about["spreads"] is None
+    assert about["learned"] is None
     assert "stay at 1" in about["notes"][0]
     assert {name: scale.spread for name, scale in model.noise_scales().items()} == dict.fromkeys(model.noised(), 1.0)
 
@@ -384,12 +384,13 @@ def test_spreads_are_those_of_one_large_batch_without_what_is_held_out(
     monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda *_, **options: Images(pixels, held_out))
     run, source = tmp_path / "run", GOLDEN / "tiny32.weights.safetensors"
     done = import_published(source, "hflow", run, settings_file, tmp_path / "images.npy")
-    assert done.spreads == {
-        "source": str(tmp_path / "images.npy"), "images": count - held_out, "held_out": held_out, "split": "by hand"
+    assert done.learned == {
+        "what": "noise scales", "source": str(tmp_path / "images.npy"), "images": count - held_out,
+        "held_out": held_out, "split": "by hand",
     }  # fmt: skip
     assert len(done.notes) == bool(held_out)
     assert all("5 held-out images were left out" in note for note in done.notes)
-    assert read_metadata(run / "model.safetensors")["spreads"] == done.spreads
+    assert read_metadata(run / "model.safetensors")["learned"] == done.learned
     model: Any = load_model(run / "model.safetensors")
     training = torch.from_numpy(pixels[: count - held_out].transpose(0, 3, 1, 2))
     with torch.no_grad():
@@ -426,7 +427,7 @@ def test_one_image_has_no_spread(
     pixels = np.zeros((1 + held_out, 32, 32, 3), np.uint8)
     monkeypatch.setattr("hflow_rt.foreign.importing.open_dataset", lambda *_, **options: Images(pixels, held_out))
     source = GOLDEN / "tiny32.weights.safetensors"
-    reason = rf"a spread needs at least 2 images, not 1; give more \(.* has {1 + held_out}, {held_out} held out\)"
+    reason = rf"noise scales need at least 2 images, not 1; give more \(.* has {1 + held_out}, {held_out} held out\)"
     with pytest.raises(DataError, match=reason):
         import_published(source, "hflow", tmp_path / "run", settings_file, tmp_path)
     assert not (tmp_path / "run").exists()

@@ -11,7 +11,7 @@ from hflow_rt.layers.actnorm import data_init
 from hflow_rt.layers.equalized import EqualizedConv2d
 from hflow_rt.layers.fold import folded_copy
 from hflow_rt.models.bins import to_model, to_public
-from hflow_rt.models.family import Bound, Conditions, GraphSpec, LossTerms, NoiseScale, Space
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LossTerms, NoiseScale, Space, Unknown
 from hflow_rt.models.flow import FlowModel, InversePass
 from hflow_rt.models.hflow import bound as bounding
 from hflow_rt.models.hflow.autoencoder import Decoder, Encoder
@@ -56,6 +56,10 @@ class Decoded:
     def image(self) -> Tensor:
         """x `[B, 3, R, R]`, about [-0.5, 0.5]."""
         return self.levels[0].value / IMAGE_SCALE
+
+
+# a spread is a mean over thousands of elements: a few hundred images pin it to about a percent
+_SPREAD_IMAGES = 512
 
 
 class Level(nn.Module):
@@ -292,8 +296,12 @@ class HFlow(FlowModel):
         # an element that is the same in the whole batch has no gradient instead of an infinite one
         return {name: values[name].var(0).clamp_min(1e-24).sqrt().mean() for name in self.noised()}
 
+    def unknown(self) -> Unknown | None:
+        without = "stay at 1, which makes bits/dim meaningless but changes no image"
+        return Unknown("noise scales", _SPREAD_IMAGES, without) if self.noised() else None
+
     @torch.no_grad()
-    def estimate_spreads(self, batches: Iterable[Tensor]) -> int:
+    def learn(self, batches: Iterable[Tensor]) -> int:
         count, spreads = bounding.dataset_spreads(self, batches)
         self.update_spreads(spreads, weight=1.0)
         return count

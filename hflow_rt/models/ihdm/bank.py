@@ -5,6 +5,7 @@ Starts of training images are the prior: a bank, of which every sample takes one
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,10 +13,9 @@ from torch import Tensor
 from hflow_rt.models.ihdm.blur import Blur, cosine_basis, damping
 from hflow_rt.models.ihdm.config import IHDMConfig
 
-__all__ = ["coefficients", "rebuilt", "starts", "surviving", "waves"]
+__all__ = ["coefficients", "evenly", "known", "rebuilt", "surviving", "waves"]
 
 _TOLERANCE = 1e-6  # of a pixel, for any image: far below the noise that is added to it
-_BATCH = 64
 
 
 def surviving(config: IHDMConfig) -> list[tuple[int, int]]:
@@ -55,9 +55,23 @@ def rebuilt(start: Tensor, waves: Tensor) -> Tensor:
     return (start @ waves.to(start)).reshape(*start.shape[:2], side, side)
 
 
-def starts(config: IHDMConfig, pixels: Tensor, rows: int) -> Tensor:
-    """Starts of `rows` of the uint8 images `[N, C, R, R]`, float32 `[rows, C, M]`; of fewer images, each repeatedly."""
-    blur, kept = Blur(config), waves(config)
-    chosen = torch.arange(rows) % len(pixels) if rows > len(pixels) else torch.arange(rows) * len(pixels) // rows
-    batches = (pixels[part].to(kept) / 255 for part in torch.split(chosen, _BATCH))
-    return torch.cat([coefficients(blur(images, config.steps), kept) for images in batches]).float()
+def known(config: IHDMConfig, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """What is kept of uint8 images `[B, C, R, R]`, N in all, float32: their starts, and moments of their waves.
+
+    Starts `[N, C, M]`; moments `[2, C, R, R]`, mean and variance of every cosine wave.
+    """
+    blur, kept, basis = Blur(config), waves(config), cosine_basis(config.resolution)
+    starts, sums = list[Tensor](), basis.new_zeros(2, *config.image_shape)
+    for pixels in batches:
+        images = pixels.to(basis) / 255
+        starts.append(coefficients(blur(images, config.steps), kept).float())
+        found = basis @ images @ basis.T
+        sums += torch.stack([found.sum(0), found.square().sum(0)])
+    mean, square = sums / sum(map(len, starts))
+    return torch.cat(starts), torch.stack([mean, (square - mean.square()).clamp(min=0)]).float()
+
+
+def evenly(starts: Tensor, rows: int) -> Tensor:
+    """`rows` of them, as evenly as can be; of fewer, each repeatedly."""
+    count, index = len(starts), torch.arange(rows, device="cpu")
+    return starts[index % count if rows > count else index * count // rows]

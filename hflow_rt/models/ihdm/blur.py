@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from hflow_rt.errors import ConfigError
 from hflow_rt.models.ihdm.config import IHDMConfig
 
 __all__ = ["Blur", "blur_lengths", "cosine_basis", "damped", "damping"]
@@ -57,7 +58,12 @@ class Blur:
         return self._table
 
     def __call__(self, images: Tensor, level: Tensor | int) -> Tensor:
-        """Images `[B, C, R, R]` at one level, or each at its own: int64 `[B]`."""
+        """Images `[B, C, R, R]` at one level, or each at its own: int64 `[B]`. Raises `ConfigError` for others."""
+        if isinstance(level, int) or not level.is_cuda:  # of a GPU to ask would be to wait for it
+            found = [level] if isinstance(level, int) else level.tolist()
+            if not 0 <= min(found) <= max(found) <= self.config.steps:
+                strange = next(one for one in found if not 0 <= one <= self.config.steps)
+                raise ConfigError(f"a level of blur must be in 0 .. {self.config.steps}; found {strange}")
         matrices = self.table(images)[level]
         if matrices.dim() == 3:
             matrices = matrices[:, None]

@@ -42,6 +42,9 @@ class IHDMConfig(ModelConfig):
     bank: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
         default=4096, description="training images whose starts are kept, as numbers a few a channel"
     )
+    moments: bool = Field(
+        default=False, description="mean and variance of training images' waves are kept, which fewer steps need"
+    )
     noisy_start: bool = Field(default=True, description="sampling begins with noise on the blurred image")
 
     def width(self, stage: int) -> int:

@@ -5,7 +5,10 @@ add noise to the mean; the last adds `residual`, which is zero for samples and w
 encoded.
 
 Inverse, `blur` makes the start of an image, and `read` goes down from the state that `step` will have: each call says
-which noise leads from there to the image blurred and noised at the next level, and the last what is missing.
+which noise leads from there to the image blurred and noised at the next level, and the last what is missing. Noise may
+be rounded on the way, because what follows makes up for it.
+
+A call leads one level down, or further in a loop of fewer calls, which takes `Extrapolation`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,20 @@ from hflow_rt.models.ihdm.network import UNet
 if TYPE_CHECKING:
     from hflow_rt.models.ihdm.model import IHDM
 
-__all__ = ["Begin", "BlurStart", "BoundGraph", "Read", "Step", "folded_network", "graphs", "level_table", "loops"]
+__all__ = [
+    "Begin",
+    "BlurStart",
+    "BoundGraph",
+    "Extrapolation",
+    "Read",
+    "Step",
+    "folded_network",
+    "graphs",
+    "level_table",
+    "loops",
+]
+
+_KNOWN_ABOVE = 0.5  # sigmas: what of a wave is left where the network is taken to know it (spec 14)
 
 
 def _wide(number: Tensor) -> Tensor:
@@ -51,18 +67,73 @@ class Begin(nn.Module):
         return (rebuilt(start, self.waves) + _wide(delta) * start_noise,)
 
 
-class Step(nn.Module):
-    """One level down. `level` is a row of `level_table`; `goes_on` is 0 in the last call, else 1."""
+class Extrapolation(nn.Module):
+    """From the mean one level sharper to a level beyond, for waves as far as the network can know them (spec 14).
 
-    def __init__(self, network: UNet) -> None:
+    Waves of the data with mean and variance (mu, S) are damped by E at the mean and by F where it is to lead. One of
+    which more is left than noise is amplified by F / E, one that drowned in it stays what it is on average:
+    `mu F + g (m - mu E)`, `g = 1 + (F / E - 1) w`, `w = S E^2 / (S E^2 + (sigma / 2)^2)`. One level on, F = E, this
+    adds exactly zero.
+    """
+
+    basis: Tensor
+    moments: Tensor
+
+    def __init__(self, config: IHDMConfig, moments: Tensor) -> None:
         super().__init__()
-        self.network = network
+        self.drowned = (_KNOWN_ABOVE * config.sigma) ** 2
+        self.register_buffer("basis", cosine_basis(config.resolution), persistent=False)
+        self.register_buffer("moments", moments, persistent=False)
+
+    def forward(self, mean: Tensor, damping: Tensor, reached: Tensor) -> Tensor:
+        """`[B, C, R, R]`, and the damping of both levels along an axis, `[1, R]`, to what is added, `[B, C, R, R]`."""
+        basis, (average, variance) = self.basis.to(mean), self.moments.to(mean)
+        left, further = (axis[:, :, None] * axis[:, None] for axis in (damping, reached))
+        # g - 1 without a quotient of two numbers that may both be almost zero
+        amplified = variance * left * (further - left) / (variance * left.square() + self.drowned)
+        waves = basis @ mean @ basis.T
+        added = amplified * (waves - average * left) + average * (further - left)
+        found: Tensor = basis.T @ added @ basis
+        return found
+
+
+def _change(
+    network: UNet,
+    beyond: Extrapolation | None,
+    u: Tensor,
+    level: Tensor,
+    damping: Tensor | None,
+    reached: Tensor | None,
+) -> Tensor:
+    """What a call adds to its state, before noise."""
+    change = network.walk(u, level)
+    return change if beyond is None else change + beyond(u + change, damping, reached)
+
+
+class Step(nn.Module):
+    """One call down. `level` is a row of `level_table`; `goes_on` is 0 in the last call, else 1."""
+
+    def __init__(self, network: UNet, beyond: Extrapolation | None) -> None:
+        super().__init__()
+        self.network, self.beyond = network, beyond
 
     def forward(
-        self, u: Tensor, noise: Tensor, residual: Tensor, level: Tensor, goes_on: Tensor, delta: Tensor
+        self,
+        u: Tensor,
+        noise: Tensor,
+        residual: Tensor,
+        level: Tensor,
+        goes_on: Tensor,
+        delta: Tensor,
+        damping: Tensor | None = None,
+        reached: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Images `[B, C, R, R]`, `[1, W]`, `[1]` and `[B]` to the next state, and the same as an image in [0, 1]."""
-        return sampler_update(u, self.network.walk(u, level), noise, residual, goes_on * delta, 1 - goes_on)
+        """Images `[B, C, R, R]`, `[1, W]`, `[1]` and `[B]` to the next state, and the same as an image in [0, 1].
+
+        damping, reached: of `Extrapolation`, where the model has it.
+        """
+        change = _change(self.network, self.beyond, u, level, damping, reached)
+        return sampler_update(u, change, noise, residual, goes_on * delta, 1 - goes_on)
 
 
 class BlurStart(nn.Module):
@@ -90,13 +161,13 @@ class BlurStart(nn.Module):
 
 
 class Read(nn.Module):
-    """What leads one level down. `damping` is that of the level it leads to; the others as in `Step`."""
+    """What leads one call down; the inputs as in `Step`."""
 
     basis: Tensor
 
-    def __init__(self, network: UNet, config: IHDMConfig) -> None:
+    def __init__(self, network: UNet, config: IHDMConfig, beyond: Extrapolation | None) -> None:
         super().__init__()
-        self.network, self.sigma = network, config.sigma
+        self.network, self.sigma, self.beyond = network, config.sigma, beyond
         self.register_buffer("basis", cosine_basis(config.resolution), persistent=False)
 
     def forward(
@@ -106,16 +177,28 @@ class Read(nn.Module):
         target_noise: Tensor,
         level: Tensor,
         goes_on: Tensor,
-        damping: Tensor,
+        reached: Tensor,
         delta: Tensor,
+        grid: Tensor,
+        damping: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The noise, what is missing after the last call, and the next state, each `[B, C, R, R]`."""
-        mean = u + self.network.walk(u, level)
+        """The noise, what is missing after the last call, and the next state, each `[B, C, R, R]`.
+
+        reached: damping of the level that the call leads to. grid: `[B]`, noise is rounded to its multiples; 0 for not
+        at all. damping: of `Extrapolation`, where the model has it.
+        """
+        change = _change(self.network, self.beyond, u, level, damping, reached)
         noisy, last = _wide(goes_on), _wide(1 - goes_on)
-        target = damped(image, self.basis.to(image), damping) + self.sigma * target_noise
-        gap = noisy * target + last * image - mean  # at the last, the image to the bit
-        noise, residual = noisy * gap / _wide(delta), last * gap
-        return noise, residual, mean + _wide(goes_on * delta) * noise + last * residual
+        target = damped(image, self.basis.to(image), reached) + self.sigma * target_noise
+        gap = noisy * target + last * image - (u + change)  # at the last, the image to the bit
+        noise, residual = _rounded(noisy * gap / _wide(delta), _wide(grid)), last * gap
+        # by what decoding will do, to the bit
+        u_next, _ = sampler_update(u, change, noise, residual, goes_on * delta, 1 - goes_on)
+        return noise, residual, u_next
+
+
+def _rounded(values: Tensor, grid: Tensor) -> Tensor:
+    return torch.where(grid > 0, (values / torch.where(grid > 0, grid, 1)).round() * grid, values)
 
 
 class BoundGraph(nn.Module):
@@ -172,17 +255,26 @@ def folded_network(network: UNet) -> UNet:
 
 
 def loops(model: IHDM) -> dict[Route, Loop]:
-    """Both routes, from the last level to the first."""
-    config = model.config
+    """Both routes, from the last level to the first; of fewer calls where the model knows its images' moments."""
+    config, axes = model.config, _rows(damping(model.config)[:-1])
     shared = {
         "level": _rows(level_table(model.network)[1:]),
         "goes_on": np.array([1.0] * (config.steps - 1) + [0.0], np.float32),
     }
-    target = {"damping": _rows(damping(config)[:-1])}
-    carry = {"u_next": "u"}
+    if model.moments is not None:
+        shared |= {"damping": axes, "reached": axes}
+    carry, leads_to = {"u_next": "u"}, () if model.moments is None else ("goes_on", "reached")
     return {
-        "forward": Loop("begin", "step", shared, carry, last=("image",)),
-        "inverse": Loop("blur", "read", shared | target, carry, last=("residual",), every={"z": "noise"}),
+        "forward": Loop("begin", "step", shared, carry, last=("image",), leads_to=leads_to),
+        "inverse": Loop(
+            "blur",
+            "read",
+            shared | {"reached": axes},
+            carry,
+            last=("residual",),
+            every={"z": "noise"},
+            leads_to=leads_to,
+        ),
     }
 
 
@@ -206,8 +298,10 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
     delta = TensorSpec("delta", (), "control", (1e-4, 1.0), default=config.delta)
     level = TensorSpec("level", (sum(block.width for block in model.network.blocks()),), "schedule")
     goes_on = TensorSpec("goes_on", (), "schedule", (0.0, 1.0))
-    damping_row = TensorSpec("damping", (config.resolution,), "schedule", (0.0, 1.0))
+    left, reached = (TensorSpec(name, (config.resolution,), "schedule", (0.0, 1.0)) for name in ("damping", "reached"))
+    grid = TensorSpec("grid", (), "grid", default=0.0)
     folded = folded_network(model.network)
+    beyond, axes = (None, ()) if model.moments is None else (Extrapolation(config, model.moments), (left, reached))
     made: dict[str, tuple[nn.Module, nn.Module, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "begin": (
             Begin(config).float(),
@@ -216,9 +310,9 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
             (u_next,),
         ),
         "step": (
-            Step(folded),
-            Step(model.network),
-            (u, noise, latent["residual"], level, goes_on, delta),
+            Step(folded, copy.deepcopy(beyond)).float(),
+            Step(model.network, beyond),
+            (u, noise, latent["residual"], level, goes_on, delta, *axes),
             (u_next, image),
         ),
         "blur": (
@@ -228,9 +322,9 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
             (latent["start"], latent["start_noise"], u_next),
         ),
         "read": (
-            Read(folded, config).float(),
-            Read(model.network, config),
-            (u, image, target_noise, level, goes_on, damping_row, delta),
+            Read(folded, config, copy.deepcopy(beyond)).float(),
+            Read(model.network, config, beyond),
+            (u, image, target_noise, level, goes_on, reached, delta, grid, *axes[:1]),
             (z, latent["residual"], u_next),
         ),
     }

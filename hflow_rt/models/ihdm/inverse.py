@@ -35,29 +35,20 @@ class Latents(NamedTuple):
 
 
 @torch.no_grad()
-def read_sequence(
-    model: IHDM, images: Tensor, draws: Tensor, delta: float | None = None, grid: float | None = None
-) -> Latents:
+def read_sequence(model: IHDM, images: Tensor, draws: Tensor, delta: float | None = None, grid: float = 0.0) -> Latents:
     """Read off level by level, each from the state that the levels above lead to.
 
     images: `[B, C, R, R]`. draws: standard normal, `[B, K, C, R, R]`, for the states of levels K to 1. grid: round
-    noises to its multiples, which what follows makes up for.
+    noises to its multiples, which what follows makes up for; 0 for not at all.
     """
-    parts, step = _Parts(model, images, delta), Step(model.network)
+    parts = _Parts(model, images, delta)
     start, start_noise, u = parts.blur(images, draws[:, 0], parts.delta)
-    if grid is not None:
-        start_noise = (start_noise / grid).round() * grid
-        (u,) = parts.begin(start, start_noise, parts.delta)
     noise = torch.zeros_like(draws)
     residual = torch.zeros_like(images)
-    for index, (row, row_damping) in enumerate(zip(parts.rows, parts.damping, strict=True)):
+    for index, row in enumerate(parts.rows):
         # what the last call is to reach is the image, whatever is drawn
         target = draws[:, (index + 1) % len(parts.rows)]
-        z, residual, u_next = parts.read(u, images, target, *row, row_damping, parts.delta)
-        if grid is not None:
-            z = (z / grid).round() * grid
-            u_next, _ = step(u, z, residual, *row, parts.delta)
-        noise[:, index], u = z, u_next
+        noise[:, index], residual, u = parts.read(u, images, target, *row, grid)
     return Latents(start, start_noise, residual, noise)
 
 
@@ -68,22 +59,28 @@ def read_parallel(model: IHDM, images: Tensor, draws: Tensor, delta: float | Non
     start, start_noise, u = parts.blur(images, draws[:, 0], parts.delta)
     noise = torch.zeros_like(draws)
     residual = torch.zeros_like(images)
-    for index, (row, row_damping) in enumerate(zip(parts.rows, parts.damping, strict=True)):
+    for index, row in enumerate(parts.rows):
         target = draws[:, (index + 1) % len(parts.rows)]
-        noise[:, index], residual, _ = parts.read(u, images, target, *row, row_damping, parts.delta)
-        u = damped(images, parts.read.basis.to(images), row_damping) + sigma * target
+        noise[:, index], residual, _ = parts.read(u, images, target, *row)
+        u = damped(images, parts.basis, row.reached) + sigma * target
     return Latents(start, start_noise, residual, noise)
 
 
 @torch.no_grad()
 def decoded(model: IHDM, latents: Latents, delta: float | None = None) -> Tensor:
     """Images `[B, C, R, R]`, not clamped."""
-    parts, step = _Parts(model, latents.residual, delta), Step(model.network)
+    parts, step = _Parts(model, latents.residual, delta), Step(model.network, None)
     u: Tensor
     (u,) = parts.begin(latents.start, latents.start_noise, parts.delta)
     for index, row in enumerate(parts.rows):
-        u, _ = step(u, latents.noise[:, index], latents.residual, *row, parts.delta)
+        u, _ = step(u, latents.noise[:, index], latents.residual, row.level, row.goes_on, parts.delta)
     return u
+
+
+class _Row(NamedTuple):
+    level: Tensor
+    goes_on: Tensor
+    reached: Tensor
 
 
 class _Parts:
@@ -92,10 +89,20 @@ class _Parts:
     def __init__(self, model: IHDM, like: Tensor, delta: float | None) -> None:
         config = model.config
         self.begin, self.blur = Begin(config), BlurStart(config)
-        self.read = Read(model.network, config)
+        self._read = Read(model.network, config, None)
+        self.basis = self._read.basis.to(like)
         tables = model.routes()["inverse"].schedule
-        level, goes_on, self.damping = (
-            torch.split(torch.from_numpy(tables[name]).to(like), 1) for name in ("level", "goes_on", "damping")
-        )
-        self.rows = list(zip(level, goes_on, strict=True))
+        columns = (torch.split(torch.from_numpy(tables[name]).to(like), 1) for name in _Row._fields)
+        self.rows = [_Row(*row) for row in zip(*columns, strict=True)]
         self.delta = like.new_full((len(like),), config.delta if delta is None else delta)
+
+    def read(
+        self, u: Tensor, images: Tensor, target_noise: Tensor, level: Tensor, goes_on: Tensor, reached: Tensor,
+        grid: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """As the graph."""
+        grids = torch.full_like(self.delta, grid)
+        found: tuple[Tensor, Tensor, Tensor] = self._read(
+            u, images, target_noise, level, goes_on, reached, self.delta, grids
+        )
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route
-from hflow_rt.models.ihdm.bank import starts, surviving
+from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route, Unknown, Way
+from hflow_rt.models.ihdm.bank import evenly, known, surviving
 from hflow_rt.models.ihdm.blur import Blur
 from hflow_rt.models.ihdm.bound import bound_draws, bound_terms, level_cost, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = ["IHDM"]
 
+_BATCH = 64
+_BANK_IMAGES = 4096  # that a bank is made of, for a model that came without
+
 
 class IHDM(LatentModel):
     """The network and the blur it undoes. Images are `[B, C, R, R]` in [0, 1]; levels int64 `[B]`, 1 to `steps`."""
 
     config: IHDMConfig
     starts: Tensor | None
+    moments: Tensor | None
 
     def __init__(self, config: IHDMConfig) -> None:
         super().__init__()
@@ -40,6 +44,7 @@ class IHDM(LatentModel):
         self.blur = Blur(config)
         self.start_shape = (config.channels, len(surviving(config)))
         self.register_buffer("starts", torch.zeros(config.bank, *self.start_shape) if config.bank else None)
+        self.register_buffer("moments", torch.zeros(2, *config.image_shape) if config.moments else None)
 
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         """The expected image one level sharper, given `u` at each image's `level`."""
@@ -51,10 +56,13 @@ class IHDM(LatentModel):
         u = self.blur(images, level) + self.config.sigma * noise
         return (self.blur(images, level - 1) - self.mean(u, level)).square().flatten(1).sum(1)
 
-    def fill_bank(self, pixels: Tensor) -> None:
-        """Make the bank of uint8 images `[N, C, R, R]`, as evenly of them as it has rows."""
+    def know(self, pixels: Tensor) -> None:
+        """Make the bank and the moments of uint8 images `[N, C, R, R]`, the bank as evenly of them as it has rows."""
+        found, of_waves = known(self.config, torch.split(pixels, _BATCH))
         if self.starts is not None:
-            self.starts.copy_(starts(self.config, pixels, len(self.starts)))
+            self.starts.copy_(evenly(found, len(self.starts)))
+        if self.moments is not None:
+            self.moments.copy_(of_waves)
 
     # -- the family contract
 
@@ -72,6 +80,22 @@ class IHDM(LatentModel):
 
     def prior(self) -> dict[str, Prior]:
         return {"start": "bank", "start_noise": "unscaled", "residual": "unscaled"}
+
+    def ways(self) -> dict[str, Way]:
+        """As the original's (spec 5): colours go in a line, noise keeps its variance."""
+        return {"start": "line", "start_noise": "arc", "residual": "line"}
+
+    def unknown(self) -> Unknown | None:
+        if self.starts is not None:
+            return None
+        without = "are needed to draw samples and for fewer steps; encoding and decoding go without"
+        return Unknown("a bank of starts and moments of waves", _BANK_IMAGES, without)
+
+    def learn(self, batches: Iterable[Tensor]) -> int:
+        """Make a bank with a row for every image, and the moments."""
+        self.starts, self.moments = known(self.config, batches)
+        self.config = self.config.model_copy(update={"bank": len(self.starts), "moments": True})
+        return len(self.starts)
 
     def bank(self) -> dict[str, Tensor]:
         """Starts of training images; none of a published model, which holds no images."""

@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
         if beside is None:
             whole: Tensor = self.skip(x)
             return whole
-        first, last = self.skip.weight.split([x.shape[1], beside.shape[1]], 1)
+        first, last = torch.split(self.skip.weight, [x.shape[1], beside.shape[1]], 1)
         return F.conv2d(x, first, self.skip.bias) + F.conv2d(beside, last)
 
 

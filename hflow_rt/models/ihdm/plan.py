@@ -40,7 +40,7 @@ class IHDMPlan(TrainingPlan):
         return level, TensorSpec("noise", self.model.config.image_shape, "noise")
 
     def start(self, pixels: Tensor, generator: torch.Generator) -> None:
-        self.model.fill_bank(pixels)
+        self.model.know(pixels)
 
     def loss(self, phase: str, batch: Batch, place: Place) -> LossTerms:
         """The squared error, summed over the image."""

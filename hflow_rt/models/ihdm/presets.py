@@ -30,28 +30,28 @@ def _training(batch: int, rate: float, average: float = 0.999, **changes: Any) -
 
 _FFHQ_256 = {
     "resolution": 256, "steps": 200, "blur_max": 128.0, "widths": (1, 2, 3, 4, 5), "blocks": 3,
-    "attention": (2, 3, 4), "dropout": 0.3,
+    "attention": (2, 3, 4), "dropout": 0.3, "moments": True,
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ihdm-mnist": {
         "model": {
             "resolution": 28, "channels": 1, "steps": 100, "blur_max": 20.0, "widths": (1, 2, 2), "blocks": 4,
-            "attention": (2,),
+            "attention": (2,), "moments": True,
         },
         "training": _training(128, 2e-4),
     },
     "ihdm-mnist-small": {
         "model": {
             "resolution": 28, "channels": 1, "steps": 50, "blur_max": 20.0, "base_width": 64, "widths": (1, 1, 1),
-            "blocks": 4, "attention": (2,),
+            "blocks": 4, "attention": (2,), "moments": True,
         },
         "training": _training(128, 2e-4),
     },
     "ihdm-cifar": {
         "model": {
             "resolution": 32, "steps": 200, "blur_max": 24.0, "widths": (1, 2, 2, 2), "blocks": 4,
-            "attention": (2, 3),
+            "attention": (2, 3), "moments": True,
         },
         "training": _training(128, 2e-4, precision="fp16"),
     },
@@ -59,21 +59,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ihdm-afhq-64": {
         "model": {
             "resolution": 64, "steps": 200, "blur_max": 32.0, "widths": (1, 2, 3, 4), "blocks": 2,
-            "attention": (2, 3),
+            "attention": (2, 3), "moments": True,
         },
         "training": _training(128, 1e-4),
     },
     "ihdm-ffhq-128": {
         "model": {
             "resolution": 128, "steps": 200, "blur_max": 128.0, "widths": (1, 2, 3, 4, 5), "blocks": 2,
-            "attention": (2, 3, 4),
+            "attention": (2, 3, 4), "moments": True,
         },
         "training": _training(32, 2e-4, 0.9999, precision="fp16"),
     },
     "ihdm-church-128": {
         "model": {
             "resolution": 128, "steps": 400, "blur_max": 64.0, "widths": (1, 2, 3, 4, 5), "blocks": 4,
-            "attention": (2, 3, 4),
+            "attention": (2, 3, 4), "moments": True,
         },
         "training": _training(32, 2e-5, precision="fp16"),
     },
@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ihdm-demo": {
         "model": {
             "resolution": 32, "steps": 50, "blur_max": 16.0, "base_width": 32, "widths": (1, 2, 2), "blocks": 1,
-            "attention": (2,), "dropout": 0.0, "bank": 1024,
+            "attention": (2,), "moments": True, "dropout": 0.0, "bank": 1024,
         },
         "training": _training(16, 4e-4, 0.998, images=60_000, warmup_images=4000, flip=True, init_images=1024),
     },
@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ihdm-emoji": {
         "model": {
             "resolution": 64, "steps": 100, "blur_max": 32.0, "base_width": 32, "widths": (1, 2, 3, 4), "blocks": 2,
-            "attention": (2, 3), "dropout": 0.0, "bank": 3072,
+            "attention": (2, 3), "moments": True, "dropout": 0.0, "bank": 3072,
         },
         "training": _training(16, 3e-4, 0.9995, images=300_000, warmup_images=16_000, flip=True, init_images=3072),
     },
@@ -102,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     "model": {
         "resolution": 8, "steps": 4, "blur_max": 4.0, "sigma": 0.2, "delta": 0.25, "base_width": 4, "widths": (8, 16),
-        "blocks": 1, "attention": (1,), "bank": 8,
+        "blocks": 1, "attention": (1,), "bank": 8, "moments": True,
     },
     "training": _training(4, 1e-3, 0.9, images=400, warmup_images=40, init_images=8),
 }  # fmt: skip

@@ -67,7 +67,7 @@ def read_published(path: Path, settings: Path | None = None, part: str | None = 
             f"{settings}: {name} is {_plain(given[name])}, and {path} has {network[name]}; "
             "give the settings that belong to it"
         )
-    values = given | network | {"bank": 0}  # which no published file holds
+    values = given | network | {"bank": 0, "moments": False}  # which no published file holds
     if missing := [name for name in _NEEDED if name not in values]:
         raise ConfigError(
             f"{path} does not say {' and '.join(missing)}; give them in a JSON file, or a preset such as "

@@ -20,6 +20,7 @@ COMMANDS = (
     "export",
     "sample",
     "encode",
+    "project",
     "interpolate",
     "evaluate",
     "bench",

@@ -19,11 +19,11 @@ def encode(
     asked: Asked,
     images: Annotated[list[Path], typer.Argument(help="Image files, folders or archives.")],
     picture: Annotated[Path | None, typer.Option(help="Also write originals over their reconstructions.")] = None,
+    control: ControlOption = None,
+    steps: StepsOption = None,
     posterior: Annotated[
         bool, typer.Option("--posterior", help="Draw latents of a model that tells a distribution, not its mean.")
     ] = False,
-    control: ControlOption = None,
-    steps: StepsOption = None,
 ) -> None:
     """Map images to latents, exactly, with their log-probability.
 
@@ -44,9 +44,10 @@ def encode(
     session, controls = asked.open(), parse_controls(control or [])
     session = session if steps is None else session.in_steps(steps)
     unused: dict[str, str] = {}
-    found = asked.encode(session, *asked.read(session, images, unused=unused), controls=controls, posterior=posterior)
+    names, pixels = asked.read(session, images, unused=unused)
+    found = asked.encode(session, names, pixels, controls=controls, posterior=posterior)
     count = len(found.names)
-    about = {"images": found.names, "skipped": unused} | set_by(controls, steps)
+    about: dict[str, Any] = {"images": found.names, "skipped": unused} | set_by(controls, steps)
     about |= {"posterior": True, "seed": asked.seed} if posterior else {}
     trip = None
     if session.steps > 1:
@@ -71,7 +72,7 @@ def encode(
 @latent_command("decoded.png", about=GRID, panel=None)
 def decode(
     asked: Asked,
-    latents: Annotated[Path, typer.Argument(help="A latents file of encode or sample.")],
+    latents: Annotated[Path, typer.Argument(help="A latents file of encode, project or sample.")],
 ) -> None:
     """Map latents back to images.
 
@@ -88,7 +89,7 @@ def decode(
     values, about = load_latents(latents)
     made = how_made(about, str(latents))
     session = session if made.steps is None else session.in_steps(made.steps)
-    check_latents(values, session.input_shapes, str(latents))
+    check_latents(values, session.space_shapes(made.space), str(latents))
     if made.model not in (None, session.manifest.checkpoint["sha256"]):
         note(f"warning: {latents} was made by another training state of this kind of model")
     trip, count = made.round_trip, len(next(iter(values.values())))
@@ -96,7 +97,8 @@ def decode(
         note(f"note: what {latents} says of exactness holds on {trip.backend}, and this is {session.backend}")
     check_pictures(asked.output, range(count), session.resolution)
     batch = together(session, count) if trip is None else trip.batch
-    parts = decoded(session, values, made.controls, batch, lambda parts: tracked(parts, count, len, "decoding"))
+    shown = lambda parts: tracked(parts, count, len, "decoding")  # noqa: E731
+    parts = decoded(session, values, made.controls, batch, shown, made.space)
     where = write_pictures(asked.output, np.concatenate([to_uint8(part) for part in parts]))
     report = {"images": count, "output": where}
     asked.finish(report, [f"{count} images: {where}"], f"hflow-rt sample{named(asked.model)}")

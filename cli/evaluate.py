@@ -8,7 +8,7 @@ import typer
 
 from hflow_rt.cli.app import Commands, app
 from hflow_rt.cli.opening import locate, named, open_session
-from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelArgument, StdOption
+from hflow_rt.cli.options import BackendOption, ControlOption, DeviceOption, JsonOption, ModelArgument, StdOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
@@ -119,6 +119,7 @@ def distance(
     split: Annotated[str, typer.Option(help="test (the held-out images), train or all.")] = "train",
     number: Annotated[int, typer.Option("-n", "--number", help="How many samples.")] = 1000,
     std: StdOption = None,
+    control: ControlOption = None,
     seed: Annotated[int, typer.Option(help="Of the samples, and of the subsets of the kernel distance.")] = 0,
     takes: Annotated[
         str | None,
@@ -160,6 +161,7 @@ def distance(
     from hflow_rt.evaluation.features import open_features
     from hflow_rt.evaluation.reports import about_data, distance_lines
     from hflow_rt.runtime.backends import check_backend
+    from hflow_rt.runtime.noise import parse_controls
     from hflow_rt.training.processes import Processes
 
     check_backend(backend, device)
@@ -168,17 +170,20 @@ def distance(
     network = open_features(features, session.resolution, processes.device, takes)
     chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
-    stds = std or session.std
-    found = distances(network, session, chosen, number, stds, seed, batch, kept, processes, _track(processes))
+    stds, controls = std or session.std, parse_controls(control or [])
+    settings = stds, seed, batch, kept, processes, _track(processes), controls
+    found = distances(network, session, chosen, number, *settings)
     report: dict[str, Any] = {
         "model": str(session.bundle.path),
         "backend": session.backend,
         **({} if found is None else found.dump()),
         "std": stds,
+        **({"controls": controls} if controls else {}),
         "seed": seed,
         **about_data(chosen),
     }
-    lines = [] if found is None else distance_lines(found, chosen, stds, seed)
+    drawn = [*([f"std {' '.join(stds)}"] if stds else []), *(control or [])]
+    lines = [] if found is None else distance_lines(found, chosen, drawn, seed)
     _finish(processes, report, lines, output, json, f"hflow-rt eval bpd{_again(model, data)}")
 
 

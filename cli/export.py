@@ -8,7 +8,15 @@ import typer
 from hflow_rt.cli.app import app
 from hflow_rt.cli.graphs import export_graphs, print_report
 from hflow_rt.cli.opening import locate_bundle, named
-from hflow_rt.cli.options import BackendOption, CudaGraphOption, DeviceOption, JsonOption, ModelArgument
+from hflow_rt.cli.options import (
+    BackendOption,
+    CudaGraphOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RegionOption,
+    ResolutionOption,
+)
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
@@ -91,6 +99,8 @@ def export(
             show_default=False,
         ),
     ] = None,
+    resolution: ResolutionOption = None,
+    region: RegionOption = None,
     flavor: Annotated[
         Literal["tensorrt", "rtx"] | None,
         typer.Option(
@@ -145,13 +155,14 @@ def export(
     """Write the engines of a trained model and prove that they are that model.
 
     Options that are omitted stay as in the bundle that is replaced: --route, --bound, --std, --half, --precision,
-    --tune, --calibrate.
+    --tune, --calibrate, --resolution, --region. With either of the last two the bundle has a folder of its own, beside
+    RUN/bundle.
 
     Example: hflow-rt export --engine trt --compute-capability 8.9
     """
     from hflow_rt.export.making import EngineOptions, GraphOptions, check_engine, fail_on, model_and_bundle
 
-    graphs = GraphOptions(images, route, bound, std, half, precision, tune, calibrate)
+    graphs = GraphOptions(images, route, bound, std, half, precision, tune, calibrate, resolution, region)
     options = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, options)
     if engine == "trt":
@@ -159,7 +170,7 @@ def export(
 
         make_engines(run, output, graphs, options, json)
         return
-    source, folder = model_and_bundle(run, output)
+    source, folder = model_and_bundle(run, output, graphs)
     manifest = export_graphs(source, folder, graphs, json)
     report = manifest.parity
     assert report is not None
@@ -173,7 +184,8 @@ def export(
             }
         )
     else:
-        say_next("hflow-rt sample" if run is None else f"hflow-rt sample {quoted(folder)}")
+        plain = run is None and output is None and resolution is None and region is None
+        say_next("hflow-rt sample" if plain else f"hflow-rt sample {quoted(folder)}")
     fail_on(report)
 
 

@@ -22,7 +22,7 @@ from hflow_rt.cli.options import (
     StdOption,
 )
 from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
-from hflow_rt.errors import DataError
+from hflow_rt.errors import DataError, NoInverse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,9 +72,9 @@ class Asked:
         """What a next command needs to find the model again."""
         return named(self.model, "--model ")
 
-    def open(self, cuda_graph: bool | None = None) -> "Session":
+    def open(self, cuda_graph: bool | None = None, view: tuple[int | None, str | None] = (None, None)) -> "Session":
         """The session, named on stderr."""
-        return open_session(self.model, self.backend, self.device, self.json, cuda_graph)
+        return open_session(self.model, self.backend, self.device, self.json, cuda_graph, view)
 
     def open_for_picture(self) -> "Session":
         """The session, once `output` names a picture."""
@@ -130,16 +130,39 @@ class Asked:
     ) -> Start:
         """Images `[N, C, R, R]` in [0, 1] encoded in batches, with progress; conditions: else of their names.
 
-        only: as of `Session.inverse`.
+        only, posterior: as of `Session.inverse`.
         """
         from hflow_rt.runtime.latents.round_trips import encoded
 
+        if not session.can("inverse"):  # before a class is missed
+            raise NoInverse(session.manifest.absent["inverse"])
         known = self.conditions(session, names) if conditions is None else conditions
-        count, drawn = len(pixels), (self.seed, posterior)
-        found = encoded(
-            session, pixels, known, controls, lambda parts: tracked(parts, count, len, "encoding"), only, *drawn
-        )
+        how: dict[str, Any] = {"seed": self.seed, "posterior": posterior, "only": only}
+        count = len(pixels)
+        found = encoded(session, pixels, known, controls, lambda parts: tracked(parts, count, len, "encoding"), **how)
         return Start(names, pixels, found.latents, found.scores)
+
+    def values(self, session: "Session", files: Sequence[Path], space: str | None = None) -> tuple[str, Start]:
+        """What latents files hold and its space, that of the first unless one is named. Raises `DataError`."""
+        from hflow_rt.runtime.latents.files import load_latents
+        from hflow_rt.runtime.latents.operations import check_latents, concatenate
+        from hflow_rt.runtime.session import LATENT_SPACE
+
+        names: list[str] = []
+        parts = []
+        for path in files:
+            values, about = load_latents(path)
+            own = about.get("space", LATENT_SPACE)
+            space = own if space is None else space
+            if own != space:
+                raise DataError(f"{path} is in space {own}, not {space}; choose files of one space")
+            check_latents(values, session.space_shapes(space), str(path))
+            count = len(next(iter(values.values())))
+            names += about.get("images", [f"{path.stem} {index}" for index in range(count)])
+            parts.append(values)
+        assert space is not None
+        found = concatenate(parts)
+        return space, Start(names, session.decode(space, found), found)
 
     def conditions(self, session: "Session", names: Sequence[str]) -> "dict[str, NDArray[np.float32]]":
         """Conditions of the images called `names`: of `label`, or of their folders. Raises `DataError`."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hflow_rt.cli.terminal import note
+from hflow_rt.cli.terminal import note, status
 from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
@@ -36,14 +36,27 @@ def locate_bundle(model: Path | None, quiet: bool = False) -> "Bundle":
 
 
 def open_session(
-    model: Path | None, backend: str, device: str, quiet: bool = False, cuda_graph: bool | None = None
+    model: Path | None,
+    backend: str,
+    device: str,
+    quiet: bool = False,
+    cuda_graph: bool | None = None,
+    view: tuple[int | None, str | None] = (None, None),
 ) -> "Session":
-    """Open the model and say on stderr what was opened, and once if nobody has proved it yet."""
+    """Open the model and say on stderr what was opened, and once if nobody has proved it yet.
+
+    view: resolution and region of the images, if they are not those of the model; exported where nobody has yet.
+    """
     from hflow_rt.runtime.backends import check_backend
     from hflow_rt.runtime.session import open_bundle
 
     check_backend(backend, device)
     bundle = locate_bundle(model, quiet)
+    if view != (None, None):
+        from hflow_rt.export.making import viewed
+
+        with status(quiet) as progress:
+            bundle = viewed(bundle, *view, progress, note)
     session = open_bundle(bundle, backend, device, cuda_graph=cuda_graph)
     if not quiet:
         manifest = bundle.manifest

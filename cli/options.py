@@ -18,6 +18,8 @@ __all__ = [
     "ModelArgument",
     "ModelOption",
     "NumberOption",
+    "RegionOption",
+    "ResolutionOption",
     "SeedOption",
     "SplitOption",
     "StdOption",
@@ -83,6 +85,21 @@ LabelOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Image i of a seed is the same on every backend and in any batch.")]
+ResolutionOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the images of a model that knows more of them than their pixels: a multiple of its own.",
+        show_default=False,
+    ),
+]
+RegionOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="A square part of the images of such a model, in shares of the whole from the top left.",
+        show_default=False,
+    ),
+]
 TensorOption = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hflow_rt.cli.latents import Asked, latent_command, set_by
-from hflow_rt.cli.options import GRID, ControlOption, CudaGraphOption, ModelArgument, StepsOption
+from hflow_rt.cli.options import (
+    GRID,
+    ControlOption,
+    CudaGraphOption,
+    ModelArgument,
+    RegionOption,
+    ResolutionOption,
+    StepsOption,
+)
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
@@ -40,6 +48,17 @@ def sample(
     draw_pixels: Annotated[
         bool, typer.Option("--pixels", help="Draw each pixel of a model of distributions, instead of its mean.")
     ] = False,
+    centre_of: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Pull samples towards the mean of N others, in the model's first space beside its latents.",
+            show_default=False,
+        ),
+    ] = None,
+    pull: Annotated[float, typer.Option(help="With --centre-of: what is left of their way from there.")] = 0.7,
+    resolution: ResolutionOption = None,
+    region: RegionOption = None,
     cuda_graph: CudaGraphOption = None,
 ) -> None:
     """Draw images from the model.
@@ -48,21 +67,28 @@ def sample(
     """
     import numpy as np
 
+    from hflow_rt.errors import DataError
     from hflow_rt.runtime.images.pictures import check_picture_name, check_pictures, to_uint8, write_pictures
     from hflow_rt.runtime.images.trajectories import check_trajectory, save_trajectory
     from hflow_rt.runtime.in_flight import in_flight
+    from hflow_rt.runtime.latents import latent_views as views
     from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
     from hflow_rt.runtime.latents.operations import concatenate
     from hflow_rt.runtime.noise import parse_controls
+    from hflow_rt.runtime.session import LATENT_SPACE
 
     number, output = asked.number, asked.output
     check_count("the number of images", number)
     check_count("the batch", batch)
+    if draw_pixels and centre_of is not None:
+        raise DataError("--pixels and --centre-of exclude each other; keep one of them")
+    if not math.isfinite(pull):
+        raise DataError(f"--pull must be a number such as 0.7; found {pull}")
     if output.suffix:
         check_picture_name(output)
     if latents is not None:
         check_latents_name(latents)
-    session = asked.open(cuda_graph)
+    session = asked.open(cuda_graph, (resolution, region))
     session = session if steps is None else session.in_steps(steps)
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)
@@ -74,6 +100,11 @@ def sample(
     if trajectory is not None:
         check_trajectory(session, trajectory, number)
     parts = session.draw(indices, stds, asked.seed, batch, asked.label, **drawn_alike)
+    space = LATENT_SPACE
+    if centre_of is not None:
+        space = views.space_to_image(session)
+        centre = views.centre(session, space, centre_of, stds, asked.seed, asked.label)
+        parts = (views.pulled(centre, session.into_space(space, part), pull) for part in parts)
     turn = nullcontext() if session.side_by_side else Lock()
 
     def decode(item: "tuple[int, dict[str, Any]]") -> "tuple[dict[str, Any], NDArray[np.uint8]]":
@@ -82,7 +113,7 @@ def sample(
             if draw_pixels:
                 found = session.drawn_pixels(part, controls, seed=asked.seed, first=start)
             else:
-                found = session.forward(part, controls)
+                found = session.decode(space, part, controls)
         pixels = to_uint8(found)
         if not output.suffix:
             write_pictures(output, pixels, start)
@@ -97,6 +128,7 @@ def sample(
             kept.append(part)
     where = write_pictures(output, np.concatenate(images)) if output.suffix else f"{output}/"
     drawn = {"seed": asked.seed, "std": stds} | set_by(controls, steps)
+    drawn |= {} if centre_of is None else {"space": space, "centre_of": centre_of, "pull": pull}
     if latents is not None:
         save_latents(latents, concatenate(kept), about_model(session) | drawn)
     if trajectory is not None:

@@ -23,6 +23,14 @@ def temperature(
             show_default=_DEFAULT,
         ),
     ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONTROL",
+            help="Give this control the values of --at instead, such as a generator's truncation.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Encode images, multiply all their latents by one temperature after another, and decode.
 
@@ -39,7 +47,7 @@ def temperature(
     if not images:
         asked.check_table(session, len(factors) + 1, asked.number)
     start = asked.start(session, images)
-    steps = views.temperatures(session, start.latents, factors)
+    steps = views.temperatures(session, start.latents, factors, of)
     columns = [to_uint8(start.pixels)]
     columns += [to_uint8(step) for step in tracked(steps, len(factors) * len(start.names), len, "decoding")]
     captions = ["original", *(f"{factor:g}" for factor in factors)]

@@ -51,8 +51,13 @@ def status(quiet: bool = False) -> Iterator[Callable[[str], None]]:
         yield note
 
 
-def tracked(items: Iterable[T], total: int, size: Callable[[T], int], label: str) -> Iterator[T]:
-    """Yield `items`, on a terminal with rate and time left; `size` says how many of `total` an item stands for."""
+def tracked(
+    items: Iterable[T], total: int, size: Callable[[T], int], label: str, told: Callable[[T], str] | None = None
+) -> Iterator[T]:
+    """Yield `items`, on a terminal with rate and time left; `size` says how many of `total` an item stands for.
+
+    told: what to say of an item instead of images per second.
+    """
     if not sys.stderr.isatty():
         yield from items
         return
@@ -72,4 +77,5 @@ def tracked(items: Iterable[T], total: int, size: Callable[[T], int], label: str
         for item in items:
             yield item
             done += size(item)
-            bar.update(task, completed=done, rate=f"{done / max(time.monotonic() - started, 1e-9):.1f} images/s")
+            rate = f"{done / max(time.monotonic() - started, 1e-9):.1f} images/s" if told is None else told(item)
+            bar.update(task, completed=done, rate=rate)

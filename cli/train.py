@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import TrainResult
+
+_LOOKED_AT = {"held-out": "held-out images", "samples": "samples"}
 
 
 @app.command()
@@ -77,7 +80,7 @@ def train(
     """
     need_extra("train", "torch", "accelerate", "tensorboard")
     from hflow_rt.errors import ConfigError
-    from hflow_rt.runtime.training import samples_into
+    from hflow_rt.runtime.training import samples, samples_into
     from hflow_rt.training.prepare import is_main, prepare
 
     for value, name in ((minutes, "--minutes"), (images, "--images")):
@@ -94,9 +97,14 @@ def train(
         if training.other_split is not None:
             note(f"warning: {training.other_split}")
     with removed_if_empty(training.folder), _live(training.config, training.folder) as on_progress:
-        samples = samples_into(training.folder)
+        on_samples = samples_into(training.folder)
         result = training.train(
-            minutes=minutes, images=images, device=device, on_samples=samples, on_progress=on_progress
+            minutes=minutes,
+            images=images,
+            device=device,
+            on_samples=on_samples,
+            draw=samples,
+            on_progress=on_progress,
         )
     _finish(result, json)
 
@@ -111,7 +119,14 @@ def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None
         return
     note(f"training {config.preset or config.family} at {image_size(config.resolution, config.channels)} into {folder}")
     if not sys.stderr.isatty():
-        yield (lambda progress: None if progress.evaluation is None else note(_line(progress)))
+
+        def say_all(progress: Progress) -> None:
+            if progress.evaluation is not None:
+                note(_line(progress))
+            if progress.warning is not None:
+                note(f"warning: {progress.warning}")
+
+        yield say_all
         return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
@@ -120,28 +135,36 @@ def _live(config: RunConfig, folder: Path) -> Iterator[Callable[[Progress], None
     with Bar(BarColumn(24), TextColumn("{task.description}"), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         started = time.monotonic()
+        last: list[Evaluation] = []
 
         def show(progress: Progress) -> None:
+            if progress.evaluation is not None:
+                last[:] = [progress.evaluation]
             passed = time.monotonic() - started
             whole = None if progress.seconds_left is None else passed + progress.seconds_left
-            bar.update(task, completed=passed, total=whole, description=_line(progress))
+            bar.update(task, completed=passed, total=whole, description=_line(progress, *last))
             if progress.evaluation is not None:
                 bar.console.print(_line(progress), highlight=False)
+            if progress.warning is not None:
+                bar.console.print(f"warning: {progress.warning}", highlight=False, markup=False)
 
         yield show
 
 
-def _line(progress: Progress) -> str:
+def _line(progress: Progress, last: Evaluation | None = None) -> str:
+    """What is known now; between evaluations a figure of the last one, where training itself has none of its kind."""
     parts = [f"{progress.images:,} images"]
     if progress.images_per_second:
         parts.append(f"{progress.images_per_second:.1f} images/s")
     found = progress.evaluation
     if found is not None and (found.figures or found.reasons):
-        parts.append(f"held-out {_figures(found)}")
+        parts.append(f"{found.of} {_figures(found)}")
     elif not math.isnan(progress.bits_per_dim):
         parts.append(f"{progress.bits_per_dim:.3f} bits/dim (train)")
     elif not math.isnan(progress.loss):
         parts.append(f"loss {progress.loss:.4g}")
+        if last is not None and last.quoted is not None:
+            parts.append(f"{last.of} {_figures(replace(last, figures={'': last.quoted}))} at {last.images:,}")
     if progress.seconds_left is not None:
         minutes, seconds = divmod(round(progress.seconds_left), 60)
         hours, minutes = divmod(minutes, 60)
@@ -154,8 +177,9 @@ def _figures(found: Evaluation) -> str:
     parts: list[str] = []
     unit = ""
     for title, estimate, of in found.figures.values():
-        error = "" if parts or estimate.n < 2 else f" ± {estimate.standard_error:.3f}"
-        parts.append(f"{'' if of == unit else f'{of} '}{estimate.mean:.3f}{error} {title}")
+        error = "" if parts or math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:.3f}"
+        number = f"{estimate.mean:.3f}" if of else f"{estimate.mean:.4g}"
+        parts.append(f"{'' if of == unit else f'{of} '}{number}{error} {title}")
         unit = of
     return ", ".join([*parts, *(f"{name}: none, because {reason}" for name, reason in found.reasons.items())])
 
@@ -165,7 +189,7 @@ def _evaluated(result: TrainResult) -> list[str]:
     last = result.final or result.initial
     if last is not None and last.reason is not None and not last.figures:
         return [f"nothing was measured: {last.reason}"]
-    lines = [] if last is None or last.quoted is None else [f"on {last.quoted.estimate.n} held-out images:"]
+    lines = [] if last is None or last.quoted is None else [f"on {last.quoted.estimate.n} {_LOOKED_AT[last.of]}:"]
     for when, found in (("at initialisation", result.initial), ("now", result.final)):
         if found is not None and (when != "now" or found.images):
             at = f" (at {found.images:,} images)" if when == "now" and found.images != result.images else ""

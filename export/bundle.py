@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from hflow_rt import __version__
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
@@ -34,9 +33,10 @@ from hflow_rt.manifest import (
     read_manifest,
     routes_of,
 )
-from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
+from hflow_rt.models.checkpoint import build_model, load_model, read_metadata, save_model, seen_at
 from hflow_rt.models.describe import TABLES, described, latents_of, tables_of
 from hflow_rt.models.family import LatentModel, Loop
+from hflow_rt.models.registry import View
 from hflow_rt.runtime.bundle import REPORT, Bundle
 from hflow_rt.runtime.engines.cpu import threads
 from hflow_rt.runtime.engines.plans import PLANS, graph_sha256
@@ -59,6 +59,7 @@ def export_bundle(
     std: Sequence[str] = STD,
     precision: Precision = "fp32",
     tuning: Tuning = "any",
+    view: View | None = None,
 ) -> Manifest:
     """Export the model file `checkpoint` to the folder `output`, replacing a bundle that is there.
 
@@ -70,6 +71,7 @@ def export_bundle(
     and that its engines are held against. std: what samples are drawn at by default, in the form of `parse_std`.
     precision: of the arithmetic in the graphs. TensorRT engines of a bundle that is replaced stay if their graphs come
     out the same. tuning: `cpu` for graphs that run fast on the CPU of this machine, which is measured, and on no GPU.
+    view: what images are to be, by default as the model file says; `model.safetensors` then says so.
     Raises `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `NoInverse`.
     """
     _check_replaceable(output)
@@ -79,12 +81,10 @@ def export_bundle(
     parse_std(std, scaled)
     with atomic_directory(output) as folder:
         changed = None if calibration is None else calibrate(model, metadata, calibration)
-        if half and metadata.get("weights") != HALF:
-            model, metadata = _write_half(model, metadata | (changed or {}), folder / MODEL)
+        half = half and metadata.get("weights") != HALF
+        if half or view is not None or changed:
+            model, metadata = _write_other(model, metadata | (changed or {}), folder / MODEL, half, view)
             metadata["exported_from"] = sha256(checkpoint)
-        elif changed:
-            _write(folder / MODEL, metadata | changed, model, model.state_dict())
-            metadata |= changed | {"exported_from": sha256(checkpoint)}
         else:
             shutil.copyfile(checkpoint, folder / MODEL)
             metadata |= _origin(checkpoint)
@@ -236,20 +236,25 @@ def _reported(manifest: Manifest, report: dict[str, Any], key: str | None = None
     return manifest.model_copy(update={"engines": engines})
 
 
-def _write_half(model: LatentModel, metadata: dict[str, Any], path: Path) -> tuple[LatentModel, dict[str, Any]]:
-    """Write the model with its weights rounded to half precision; that model, and what its file says."""
-    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    for name, value in state.items():
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
-    _write(path, metadata | {"weights": HALF}, model, state)
-    return load_model(path), read_metadata(path)
+def _write_other(
+    model: LatentModel, metadata: dict[str, Any], path: Path, half: bool, view: View | None
+) -> tuple[LatentModel, dict[str, Any]]:
+    """Write the model that was changed, perhaps with half-precision weights or another view of its images.
 
-
-def _write(path: Path, metadata: dict[str, Any], model: LatentModel, state: dict[str, Tensor]) -> None:
-    """A model file that says all that `metadata` does."""
+    Returns that model and what its file says.
+    """
+    state = model.state_dict()
     extra = {key: value for key, value in metadata.items() if key not in ("family", "config")}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        extra["weights"] = HALF
+        for name, value in state.items():
+            if not bool(value.isfinite().all()):
+                raise CheckpointError(f"{name} exceeds the range of half precision (65504); export without --half")
+    if view is not None:
+        model = build_model(metadata["family"], seen_at(model.config, view))
     save_model(path, metadata["family"], model, state, extra)
+    return load_model(path), read_metadata(path)
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -18,9 +18,11 @@ from hflow_rt.export.calibration import KEY, parse_calibration
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
 from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, Routes, read_manifest, routes_of
+from hflow_rt.models.checkpoint import parse_config, read_metadata, seen_at
+from hflow_rt.models.registry import View, family
 from hflow_rt.runs import resolve_run
 from hflow_rt.runtime.backends import check_backend
-from hflow_rt.runtime.bundle import BUNDLE, Bundle
+from hflow_rt.runtime.bundle import BUNDLE, Bundle, find_bundle
 from hflow_rt.runtime.images.reading import read_pictures
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "model_and_bundle",
     "nobody",
     "proof_pictures",
+    "typed_region",
+    "viewed",
     "wanted_graphs",
     "went",
 ]
@@ -52,7 +56,10 @@ def nobody(line: str) -> None:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What `export` was asked for of the graphs; None where nothing was asked."""
+    """What `export` was asked for of the graphs; None where nothing was asked.
+
+    resolution, region: of the images, see `View`; region as it was typed.
+    """
 
     images: Sequence[Path] | None = None
     route: Routes | None = None
@@ -62,11 +69,23 @@ class GraphOptions:
     precision: Literal["fp32", "mixed"] | None = None
     tune: Literal["any", "cpu"] | None = None
     calibrate: str | None = None  # as `export.calibration` reads it; "none" for what training left
+    resolution: int | None = None
+    region: str | None = None
+
+    def view(self, config: Any) -> View | None:
+        """Of images of a model of these settings. Raises `ConfigError`."""
+        if self.resolution is None and self.region is None:
+            return None
+        region = {} if self.region is None else {"region": self.region}
+        side = config.resolution if self.resolution is None else self.resolution
+        return parse_config(View, {"resolution": side, **region})
 
     def filled(self, there: Manifest | None) -> "GraphOptions":
         """With all that was not asked for as it is in the bundle that is there, else by default."""
         known = GraphOptions(None, "both", False, list(STD), False, "fp32", "any", "none")
         if there is not None:
+            said = there.config.get("view")
+            view = None if said is None else View.model_validate(said)
             whole = len(there.routes) + len(there.absent) == len(routes_of("both"))
             known = GraphOptions(
                 route="both" if whole else next(iter(there.routes)),
@@ -76,6 +95,8 @@ class GraphOptions:
                 precision=there.precision,
                 tune=there.tuning,
                 calibrate=there.checkpoint.get(KEY, "none"),
+                resolution=None if view is None else view.resolution,
+                region=None if view is None else view.typed,
             )
         asked = {name: value for name, value in vars(self).items() if value is not None}
         if self.calibrate not in (None, "none") and self.std is None:
@@ -91,6 +112,11 @@ class GraphOptions:
                 for one in value if isinstance(value, (list, tuple)) else [value]:
                     words += f" --{name}" if one is True else f" --{name} {one}"
         return words
+
+
+def typed_region(region: Sequence[float] | str | None) -> str | None:
+    """A region as `GraphOptions` has it."""
+    return region if region is None or isinstance(region, str) else ",".join(f"{share:g}" for share in region)
 
 
 @dataclass(frozen=True)
@@ -139,14 +165,18 @@ def check_engine(engine: str, options: EngineOptions) -> None:
         )
 
 
-def model_and_bundle(run: Path | None, output: Path | None) -> tuple[Path, Path]:
+def model_and_bundle(run: Path | None, output: Path | None, options: GraphOptions | None = None) -> tuple[Path, Path]:
     """The model file of a run, a bundle or a path to one, the latest run's if none, and the folder of its bundle.
 
-    Raises `CheckpointError` where there is none, and `BundleError` for the bundled model's bundle.
+    A view that `options` ask for has a folder beside. Raises `CheckpointError` where there is none, and `BundleError`
+    for the bundled model's bundle.
     """
     source = run if run is not None and is_file(run) else resolve_run(run) / MODEL
     inside = source.name == MODEL and is_file(source.parent / MANIFEST)
     folder = output or (source.parent if inside else source.parent / BUNDLE)
+    if options is not None and output is None:
+        asked = (options.resolution, options.region)
+        folder = folder.with_name("-".join([folder.name, *(str(part) for part in asked if part is not None)]))
     if folder.resolve() == pretrained().resolve():
         raise BundleError(f"{folder} was installed and must stay as it is; say where the engines go with --out")
     return source, folder
@@ -162,6 +192,7 @@ def export_graphs(
     need_extra("train", "torch", "onnx", "onnxscript", what="exporting")
     from hflow_rt.export.bundle import export_bundle
 
+    _check_view(source, options)
     wanted, there, config = wanted_graphs(source, folder, options)
     manifest = export_bundle(
         source,
@@ -175,9 +206,32 @@ def export_graphs(
         precision=wanted.precision or "fp32",
         tuning=wanted.tune or "any",
         calibration=None if wanted.calibrate == "none" else wanted.calibrate,
+        view=wanted.view(config),
     )
     gone = [] if there is None else [key for key in there.engines if key not in manifest.engines]
     return manifest, gone
+
+
+def viewed(bundle: Bundle, resolution: int | None, region: str | None, progress: Tell, note: Tell = nobody) -> Bundle:
+    """The bundle of the same weights with another view of images, beside it; exported where it is not there yet.
+
+    Raises `ParityError` and as `export_graphs` does.
+    """
+    options = GraphOptions(resolution=resolution, region=region)
+    source, folder = model_and_bundle(bundle.path, None, options)
+    _check_view(source, options)
+    if not (is_file(folder / MANIFEST) and find_bundle(folder).made_of(source)):
+        progress(f"exporting {folder}, once")
+        fail_on(export_graphs(source, folder, options, progress, note)[0].parity or {})
+    return find_bundle(folder)
+
+
+def _check_view(source: Path, options: GraphOptions) -> None:
+    """Raise `ConfigError` for a view that the model file `source` has not."""
+    metadata = read_metadata(source)
+    config = parse_config(family(metadata["family"]).config, metadata["config"])
+    if (view := options.view(config)) is not None:
+        seen_at(config, view)
 
 
 def went(engines: Sequence[str]) -> str:
@@ -191,9 +245,6 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
     What `options` leave open is as in the bundle that is replaced, if that is of the same kind of model.
     Raises `CheckpointError` and `ConfigError`.
     """
-    from hflow_rt.models.checkpoint import parse_config, read_metadata
-    from hflow_rt.models.registry import family
-
     metadata = read_metadata(source)
     kind = family(metadata["family"]).config
     config = parse_config(kind, metadata["config"])
@@ -204,7 +255,8 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
     alike = False
     if there is not None and there.family == metadata["family"]:
         with contextlib.suppress(ConfigError):  # settings that this version has not
-            alike = parse_config(kind, there.config) == config  # versions before wrote fewer
+            known = parse_config(kind, there.config)  # versions before wrote fewer
+            alike = known.model_copy(update={"view": None}) == config.model_copy(update={"view": None})
     if options.half is False and metadata.get("weights") == HALF:
         raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
     if options.calibrate == "none" and KEY in metadata:

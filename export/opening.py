@@ -1,13 +1,15 @@
 """`hflow_rt.load`: a session of whatever holds a model, made a bundle first where it is none."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+from hflow_rt.assets import pretrained
 from hflow_rt.errors import DataError
 from hflow_rt.files import exists, is_file, is_folder, is_ours, sha256
 from hflow_rt.manifest import MANIFEST, MODEL
 from hflow_rt.runtime import session as runtime
-from hflow_rt.runtime.bundle import BUNDLE
+from hflow_rt.runtime.bundle import BUNDLE, find_bundle
 from hflow_rt.runtime.session import Session
 
 __all__ = ["load"]
@@ -20,6 +22,8 @@ def load(
     *,
     family: str | None = None,
     settings: Path | str | None = None,
+    resolution: int | None = None,
+    region: Sequence[float] | None = None,
     cuda_graph: bool | None = None,
 ) -> Session:
     """Open a bundle, a run, a model file or a published checkpoint; by default the bundled model, which draws emoji.
@@ -28,7 +32,9 @@ def load(
     before that, into the user's cache, where it stays. Both take a while, need `hflow-rt[train]`, and warn. family,
     settings: as of `hflow-rt import`, for a published checkpoint. backend: `onnx`, `trt` or `torch`. device: `cpu`,
     `cuda`, or `auto` for the best that works. cuda_graph: whether the work is replayed as one CUDA graph; by default
-    `trt` does and `onnx` does not.
+    `trt` does and `onnx` does not. resolution, region: of the images of a model that knows more of them than their
+    pixels, such as 512 and (0.25, 0.25, 0.75, 0.75) for what is in the middle, larger; exported once, beside the
+    bundle.
 
     Raises `BundleError` for a missing or changed bundle, `CheckpointError` and `ConfigError` for a file that holds no
     model, `EngineMismatch` for engines of another machine and `BackendUnavailable` for a backend or device that is not
@@ -41,6 +47,11 @@ def load(
     """
     if path is not None:
         path = _bundle_of(Path(path), family, None if settings is None else Path(settings))
+    if resolution is not None or region is not None:
+        from hflow_rt.export.making import nobody, typed_region, viewed
+
+        bundle = find_bundle(pretrained() if path is None else path)
+        path = viewed(bundle, resolution, typed_region(region), nobody).path
     return runtime.load(path, backend, device, cuda_graph=cuda_graph)
 
 

@@ -249,10 +249,10 @@ def _followed(
     """A loop by a reference; `watched` gets the inputs of those calls that it has already."""
     number = itertools.count()
 
-    def call(given: dict[str, Array]) -> Mapping[str, Array]:
+    def call(given: Mapping[str, Array]) -> Mapping[str, Array]:
         if (index := next(number)) in (watched or ()):
-            watched[index] = given  # type: ignore[index]
-        return step(given)
+            watched[index] = dict(given)  # type: ignore[index]
+        return step(dict(given))
 
     def calls(first: dict[str, Array]) -> Iterator[Mapping[str, Array]]:
         rows = (row_of(loop.schedule, drawn, values, index) for index in range(loop.steps))

@@ -17,6 +17,7 @@ from hflow_rt.export.making import (
     fail_on,
     model_and_bundle,
     nobody,
+    typed_region,
     went,
 )
 from hflow_rt.manifest import Routes
@@ -49,6 +50,8 @@ def export(
     precision: Literal["fp32", "mixed"] | None = None,
     tune: Literal["any", "cpu"] | None = None,
     calibrate: str | None = None,
+    resolution: int | None = None,
+    region: Sequence[float] | None = None,
     flavor: Literal["tensorrt", "rtx"] | None = None,
     capabilities: str | None = None,
     batch: str | None = None,
@@ -61,11 +64,11 @@ def export(
 
     run: a run, a bundle or a model file; by default the latest run. engine: `onnx`, or `trt` for TensorRT engines
     beside it, for the GPU that is here. out: by default RUN/bundle. images: to prove the engines on (the first 8, or 3
-    above 64x64); by default bundled ones. Everything else is as of `hflow-rt export` and, where it is None, as in the
-    bundle that is replaced; `flavor` and what follows are for TensorRT. progress: hears of each step. Raises
-    `ParityError` for engines that are not the model, and `CheckpointError`, `BundleError`, `ConfigError`, `DataError`,
-    `BackendUnavailable`; warns of images that cannot be used and of TensorRT engines that went with the graphs they
-    were built from.
+    above 64x64); by default bundled ones. resolution, region: as of `load`; then out is by default a folder beside
+    RUN/bundle. Everything else is as of `hflow-rt export` and, where it is None, as in the bundle that is replaced;
+    `flavor` and what follows are for TensorRT. progress: hears of each step. Raises `ParityError` for engines that are
+    not the model, and `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of
+    images that cannot be used and of TensorRT engines that went with the graphs they were built from.
 
     >>> import hflow_rt
     >>> hflow_rt.export("runs/my-run", route="forward").as_posix()
@@ -74,7 +77,7 @@ def export(
     engines = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, engines)
     paths = None if images is None else [Path(path) for path in images]
-    options = GraphOptions(paths, route, bound, std, half, precision, tune, calibrate)
+    options = GraphOptions(paths, route, bound, std, half, precision, tune, calibrate, resolution, typed_region(region))
     run, out = (None if path is None else Path(path) for path in (run, out))
 
     with _heard() as warn:
@@ -92,7 +95,7 @@ def export(
             if made.report is not None:
                 fail_on(made.report)
             return made.bundle.path
-        source, folder = model_and_bundle(run, out)
+        source, folder = model_and_bundle(run, out, options)
         make(source, folder, options)
         return folder
 

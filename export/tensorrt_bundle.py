@@ -117,7 +117,7 @@ def bundle_with(run: Path | None, output: Path | None, graphs: GraphOptions, mak
             output = output or ROOT / PRETRAINED
             run = output if is_file(output / MANIFEST) else run
             note(f"{line}, in {output}")
-    source, folder = model_and_bundle(run, output)
+    source, folder = model_and_bundle(run, output, graphs)
     bundle = source.parent
     if is_file(bundle / MANIFEST) and folder.resolve() != bundle.resolve():
         if not exists(folder):
@@ -171,6 +171,8 @@ def _lacking(folder: Path, graphs: GraphOptions) -> tuple[str, GraphOptions]:
         return f"--tune {wanted.tune}", wanted
     if wanted.half != known.half:
         return f"weights in {'half' if wanted.half else 'full'} precision", wanted
+    if (wanted.resolution, wanted.region) != (known.resolution, known.region):
+        return "that resolution and region", wanted
     if wanted.std != known.std:
         return f"std {' '.join(wanted.std or ())}", wanted
     return "", graphs

@@ -131,6 +131,7 @@ class Space(_Entry):
     back: str | None = None
     decode: str | None = None
     draw: str | None = Field(default=None, description="of a space of distributions: draws an image at random")
+    slots: bool = Field(default=False, description="its tensor is `[S, D]`, a row for each of S layers, coarse to fine")
 
     @model_validator(mode="before")
     @classmethod

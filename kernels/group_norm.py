@@ -95,7 +95,8 @@ def _backward_aten(
 def _means(sums: Tensor, weight: Tensor, moments: Tensor, pixels: int) -> Tensor:
     """Means over each group of the slope by hat and of its product with hat, `[B, groups, 2]`."""
     weighted = sums[..., :2] * weight[:, None]
-    return weighted.unflatten(1, (moments.shape[1], -1)).sum(2) / (sums.shape[1] // moments.shape[1] * pixels)
+    of_groups = weighted.reshape(len(sums), moments.shape[1], -1, 2).sum(2)
+    return of_groups / (sums.shape[1] // moments.shape[1] * pixels)
 
 
 # -- kernels: a tile is some planes whole, or a part of one

@@ -463,6 +463,10 @@ class Session(Runner):
         self._graph(graph)
         return str(graph)
 
+    def check_controls(self, controls: Mapping[str, float]) -> None:
+        """Raise `DataError` for a control that `forward` does not have, or a value that it cannot have."""
+        self._set(controls, np.empty(0, np.float32))
+
     def _set(self, controls: Mapping[str, float], like: Any, route: Route = "forward") -> dict[str, Any]:
         """Controls as inputs, for as many images as `like` has. Raises `DataError` for an unknown or impossible one."""
         known = {tensor.name: tensor for tensor in self.drawing.inputs("control", route=route)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from hflow_rt.training.log import Progress
     from hflow_rt.training.trainer import Samples, TrainResult
 
-__all__ = ["samples_into", "train"]
+__all__ = ["samples", "samples_into", "train"]
 
 # The std of each row of the sample grid: the whole prior, then the range where samples look best.
 _STDS = (1.0, 0.8, 0.64, 0.4, 0.24)
 _SAMPLES_A_ROW = 8
+_BATCH = 32
 
 
 def train(
@@ -62,9 +63,14 @@ def train(
     for line in filter(None, (prepared.unused, prepared.other_split)):
         warnings.warn(line, stacklevel=2)
     with removed_if_empty(prepared.folder):
-        samples = samples_into(prepared.folder)
+        on_samples = samples_into(prepared.folder)
         return prepared.train(
-            minutes=minutes, images=images, device=device, on_samples=samples, on_progress=on_progress
+            minutes=minutes,
+            images=images,
+            device=device,
+            on_samples=on_samples,
+            draw=samples,
+            on_progress=on_progress,
         )
 
 
@@ -82,3 +88,12 @@ def samples_into(folder: Path) -> Samples:
         return np.asarray(picture.convert("RGB"))
 
     return draw
+
+
+def samples(model: LatentModel, count: int) -> Iterator[NDArray[np.uint8]]:
+    """The images 0 .. count - 1 of seed 0, in batches `[n, C, R, R]`, as the model is exported."""
+    from hflow_rt.evaluation.session import sample_pixels
+
+    session = session_of(model)
+    for start in range(0, count, _BATCH):
+        yield sample_pixels(session, range(start, min(start + _BATCH, count)), None, 0)

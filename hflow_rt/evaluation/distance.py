@@ -7,6 +7,7 @@ distance (squared maximum mean discrepancy with a cubic kernel) is unbiased. Bot
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from hflow_rt.data.selection import Selection
 from hflow_rt.errors import DataError
 from hflow_rt.evaluation.batches import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.cache import FeatureCache, cache_key
+from hflow_rt.evaluation.coverage import shares_within
 from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.evaluation.session import Session, Stds, sample_pixels
 from hflow_rt.evaluation.statistics import Statistics, need_two, statistics
@@ -63,6 +65,7 @@ class DistanceReport:
     dimensions: int
     samples: int
     data: int
+    coverage: tuple[float, float] | None = None  # precision and recall, see `shares_within`
 
     @property
     def rank_deficient(self) -> bool:
@@ -76,6 +79,7 @@ class DistanceReport:
             "kernel": {"name": self.kernel_name, **self.kernel._asdict()},
             "features": {"name": self.network, "sha256": self.network_sha256, "dimensions": self.dimensions},
             "n": {"samples": self.samples, "data": self.data},
+            **({} if self.coverage is None else dict(zip(("precision", "recall"), self.coverage, strict=True))),
         }
 
 
@@ -90,20 +94,21 @@ def distances(
     cache: FeatureCache | None = None,
     shares: Shares | None = None,
     track: Track = silent,
+    controls: Mapping[str, float] | None = None,
 ) -> DistanceReport | None:
     """Both distances between `count` samples of `seed` and the data; None in all processes but the main one.
 
-    std: by default what the bundle says. The same however many processes share the work.
-    Raises `DataError` for too few images, a wrong std or features
-    that are not finite, and `BackendUnavailable` without torchmetrics.
+    std: by default what the bundle says. controls: as of `Session.forward`. The same however many processes share the
+    work. Raises `DataError` for too few images, a wrong std or control, or features that are not finite, and
+    `BackendUnavailable` without torchmetrics.
     """
     need_two(count, "the samples")
     need_two(len(data), str(data))
-    next(session.draw(range(1), std, seed))  # is the std right?
+    sample_pixels(session, range(1), std, seed, controls)  # are they right?
     _metrics()
     shares = shares or Alone()
     of_data = data_statistics(network, data, batch, cache, shares, track)
-    of_samples = sample_statistics(network, session, count, std, seed, batch, shares, track)
+    of_samples = sample_statistics(network, session, count, std, seed, batch, shares, track, controls)
     return distance_report(network, of_data, of_samples, seed) if shares.is_main and of_data is not None else None
 
 
@@ -137,11 +142,12 @@ def sample_statistics(
     batch: int = 32,
     shares: Shares | None = None,
     track: Track = silent,
+    controls: Mapping[str, float] | None = None,
 ) -> Statistics:
     """Of the images 0 .. count - 1 of `seed`, rounded to 8 bits as the data are. Raises `DataError`."""
     shares = shares or Alone()
     parts = track("samples", shares.share(batches(count, batch)))
-    mine = [network(sample_pixels(session, part, std, seed)) for part in parts]
+    mine = [network(sample_pixels(session, part, std, seed, controls)) for part in parts]
     return statistics(_joined(shares.collect(mine)), "the samples")
 
 
@@ -157,6 +163,7 @@ def distance_report(network: FeatureNetwork, data: Statistics, samples: Statisti
         dimensions=network.dimensions,
         samples=samples.n,
         data=data.n,
+        coverage=shares_within(data.rows, samples.rows),
     )
 
 

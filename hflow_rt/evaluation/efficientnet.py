@@ -89,6 +89,17 @@ class EfficientNetLite0(nn.Module):
         pooled: Tensor = F.relu6(self.head(x)).mean((2, 3))
         return pooled
 
+    def depths(self, pixels: Tensor, side: int) -> list[Tensor]:
+        """What blocks that halve their map take, and the last map, of pixels resized to `side`."""
+        x = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+        x = F.relu6(self.stem((x - 127) / 128))
+        maps = []
+        for block, (_, _, stride, _) in zip(self.blocks, _BLOCKS, strict=True):
+            if stride == 2:
+                maps.append(x)
+            x = block(x)
+        return [*maps, x]
+
     def classify(self, pixels: Tensor) -> Tensor:
         """Scores of the ImageNet classes `[B, 1000]`."""
         scores: Tensor = self.classes(self(pixels))

@@ -7,7 +7,7 @@ distance, for figures of two networks must never be compared.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hflow_rt.evaluation.efficientnet import SIDE, load_efficientnet, weights_fi
 from hflow_rt.extras import needed
 from hflow_rt.files import is_file, sha256
 
-__all__ = ["EFFICIENTNET", "INPUTS", "FeatureNetwork", "open_features"]
+__all__ = ["EFFICIENTNET", "INPUTS", "FeatureNetwork", "load_torchscript", "open_features"]
 
 Pixels = NDArray[np.uint8]
 Features = NDArray[np.float32]
@@ -112,7 +112,12 @@ def _efficientnet(device: torch.device) -> FeatureNetwork:
     return FeatureNetwork(EFFICIENTNET, "FD-EffLite0", "KD-EffLite0", digest, key, dimensions, run)
 
 
-def _torchscript(path: Path, device: torch.device, takes: str) -> Callable[[Pixels], Features]:
+def load_torchscript(
+    path: Path, device: torch.device, options: Mapping[str, Any]
+) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+    """The module of a file, whose code runs, and those of the options that its `forward` has. Raises `DataError`."""
+    if not is_file(path):
+        raise DataError(f"no feature network at {path}; give a file, or the name {EFFICIENTNET}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which such files are made with
@@ -121,12 +126,16 @@ def _torchscript(path: Path, device: torch.device, takes: str) -> Callable[[Pixe
         raise DataError(
             f"{path} is not a TorchScript file ({str(error).split('.')[0]}); save one with torch.jit.save or give .onnx"
         ) from error
-    # Inception files of the StyleGAN kind give class scores unless asked for features
     forward = getattr(module, "forward", None)  # a file may have other methods only
     if forward is None:
         raise DataError(f"{path} has no method 'forward' that takes images; save the whole network as TorchScript")
     arguments = {argument.name for argument in forward.schema.arguments}
-    options = {"return_features": True} if "return_features" in arguments else {}
+    return module, {name: value for name, value in options.items() if name in arguments}
+
+
+def _torchscript(path: Path, device: torch.device, takes: str) -> Callable[[Pixels], Features]:
+    # Inception files of the StyleGAN kind give class scores unless asked for features
+    module, options = load_torchscript(path, device, {"return_features": True})
 
     @torch.inference_mode()
     def run(pixels: Pixels) -> Features:

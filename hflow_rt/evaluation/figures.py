@@ -53,13 +53,15 @@ class Figure(NamedTuple):
 class Evaluation:
     """Figures after `images` training images, the one to quote first.
 
-    reasons: why a figure is not there, by its name. reason: why there are no bounds at all.
+    reasons: why a figure is not there, by its name. reason: why there are none at all. of: what was looked at,
+    `held-out` images or `samples`.
     """
 
     images: int
     figures: dict[str, Figure] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     reason: str | None = None
+    of: str = "held-out"
 
     @property
     def quoted(self) -> Figure | None:
@@ -72,7 +74,8 @@ class Evaluation:
             name: {"title": figure.title, "unit": figure.unit, **figure.estimate.dump()}
             for name, figure in self.figures.items()
         }
-        return {"images": self.images, "figures": figures, "reasons": self.reasons, "reason": self.reason}
+        about = {"reasons": self.reasons, "reason": self.reason, "of": self.of}
+        return {"images": self.images, "figures": figures, **about}
 
     @classmethod
     def load(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -82,7 +85,8 @@ class Evaluation:
         figures = {
             name: Figure(one["title"], Estimate.load(one), one["unit"]) for name, one in values["figures"].items()
         }
-        return cls(values["images"], figures, dict(values["reasons"]), values["reason"])
+        of = values.get("of", cls.of)  # versions before knew no other
+        return cls(values["images"], figures, dict(values["reasons"]), values["reason"], of)
 
     @classmethod
     def _former(cls, values: Mapping[str, Any]) -> Evaluation:

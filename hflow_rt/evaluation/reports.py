@@ -41,14 +41,15 @@ def bits_lines(found: BitsReport, chosen: Selection, metadata: dict[str, Any], s
     return lines + _split_lines(chosen) + _notes(found, chosen, metadata)
 
 
-def distance_lines(found: DistanceReport, chosen: Selection, std: list[str], seed: int) -> list[str]:
-    """Both distances of samples at `std` to `chosen`."""
+def distance_lines(found: DistanceReport, chosen: Selection, drawn: list[str], seed: int) -> list[str]:
+    """Both distances to `chosen`, of samples that were drawn with these settings of std and controls."""
     kernel = found.kernel
     lines = [
         f"{found.frechet_name}: {found.frechet:.3f}",
         f"{found.kernel_name}: {kernel.mean:.5f} "
         f"(std {kernel.std:.5f} over {kernel.subsets} subsets of {kernel.subset_size} images)",
-        f"{found.samples} samples at std {' '.join(std)}, seed {seed}, against {chosen}; "
+        *([] if found.coverage is None else ["precision {:.3f}, recall {:.3f}".format(*found.coverage)]),
+        f"{found.samples} samples{' at ' + ' '.join(drawn) if drawn else ''}, seed {seed}, against {chosen}; "
         f"{found.dimensions} features of {found.network}",
     ]
     lines += _split_lines(chosen)

@@ -30,7 +30,7 @@ class Session(Protocol):
     def run_graph(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs of one graph by name; all arrays are float32 `[B, ...]`."""
 
-    def forward(self, latents: Mapping[str, Any]) -> Any:
+    def forward(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Any:
         """Latents to images float32 `[B, C, R, R]` in [0, 1]."""
 
     def draw(
@@ -39,6 +39,12 @@ class Session(Protocol):
         """Prior latents of the images `indices` of `seed`, at most `batch` at a time; std: by default the bundle's."""
 
 
-def sample_pixels(session: Session, indices: range, std: Stds | None, seed: int) -> NDArray[np.uint8]:
-    """The images `indices` of `seed`, rounded to 8 bits, `[n, C, R, R]`. Raises `DataError` for NaN and a wrong std."""
-    return to_levels(np.concatenate([session.forward(part) for part in session.draw(indices, std, seed, len(indices))]))
+def sample_pixels(
+    session: Session, indices: range, std: Stds | None, seed: int, controls: Mapping[str, float] | None = None
+) -> NDArray[np.uint8]:
+    """The images `indices` of `seed`, rounded to 8 bits, `[n, C, R, R]`.
+
+    Raises `DataError` for NaN, and for a wrong std or control.
+    """
+    parts = session.draw(indices, std, seed, len(indices))
+    return to_levels(np.concatenate([session.forward(part, controls) for part in parts]))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from hflow_rt.errors import CheckpointError, ConfigError
 from hflow_rt.files import atomic_file, is_file
-from hflow_rt.models.registry import ModelConfig, family
+from hflow_rt.models.registry import ModelConfig, Settings, View, family
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,20 +29,29 @@ __all__ = [
     "read_metadata",
     "read_state",
     "save_model",
+    "seen_at",
     "skeleton",
 ]
 
 METADATA_KEY = "hflow_rt"
+_S = TypeVar("_S", bound=Settings)
 
 
-def parse_config(config_type: type[ModelConfig], values: Mapping[str, Any]) -> ModelConfig:
+def parse_config(config_type: type[_S], values: Mapping[str, Any]) -> _S:
     """Validate settings; a mistake becomes a one-line `ConfigError` that names the setting."""
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}{': ' * bool(where)}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def seen_at(config: ModelConfig, view: View) -> ModelConfig:
+    """Settings of the same model whose images are a view. Raises `ConfigError`, also where images have one size."""
+    if "view" not in type(config).model_fields:
+        raise ConfigError("images of this kind of model have one size; omit --resolution and --region")
+    return parse_config(type(config), config.model_dump() | {"view": view.model_dump()})
 
 
 def build_model(family_name: str, config: Mapping[str, Any] | ModelConfig) -> LatentModel:

@@ -183,12 +183,14 @@ class Space:
     One without `back` is left through `decode` only; one without `into` is reached by projection only. draw: of a space
     of distributions, the graph that draws an image by its inputs of roles noise and uniform, where the latents' own
     image is the mean.
+    slots: its tensor is `[S, D]` for S layers, coarse to fine, whose rows are equal where `into` leads and need not be.
     """
 
     into: str | None = None
     back: str | None = None
     decode: str | None = None
     draw: str | None = None
+    slots: bool = False
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -329,6 +331,10 @@ class LatentModel(nn.Module, ABC):
     def spaces(self) -> Mapping[str, Space]:
         """Other spaces than that of the latents, by name."""
         return {}
+
+    def unclamped(self, graph: str) -> nn.Module:
+        """A graph that yields an image, before that is held to [0, 1] if possible: beyond it nothing has a gradient."""
+        return self.graphs()[graph].module
 
 
 def conditions_by_folder(model: LatentModel, names: Sequence[str]) -> dict[str, Tensor]:

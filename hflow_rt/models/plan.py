@@ -95,6 +95,14 @@ class TrainingPlan(nn.Module, ABC):
         """What else to try where a loss stops being finite, beside what training settings can do."""
         return ()
 
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        """One line, with what to do, if training goes wrong; asked at every evaluation.
+
+        means: of all that was logged since the last one, by tag: `loss` and `terms/NAME` of the first phase,
+        `PHASE/loss` and `PHASE/terms/NAME` of the others.
+        """
+        return None
+
     def figures(self, average: LatentModel, held_out: NDArray[np.uint8]) -> dict[str, Figure]:
         """What an evaluation tells beside the bounds; held_out: uint8 images `[n, C, R, R]`."""
         return {}

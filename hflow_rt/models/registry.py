@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from hflow_rt.errors import ConfigError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from hflow_rt.models.family import LatentModel
 
-__all__ = ["DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "Settings", "family"]
+__all__ = ["DEFAULT_PRESET", "FAMILIES", "Family", "ModelConfig", "Published", "Settings", "View", "family"]
 
 
 class Settings(BaseModel):
@@ -31,10 +31,48 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class View(Settings):
+    """What is drawn of an image whose model knows more than its pixels: `resolution` a side of a square `region`.
+
+    region: left, top, right and bottom in shares of the image, from its top left.
+    """
+
+    resolution: Annotated[int, Field(ge=1, le=1 << 14)]
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    @field_validator("region", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        """Also as people type it."""
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            left, top, right, bottom = map(float, parts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a region is four numbers LEFT,TOP,RIGHT,BOTTOM; found {value}") from error
+        return left, top, right, bottom
+
+    @property
+    def typed(self) -> str | None:
+        """The region as people type it; None for all of the image."""
+        whole = type(self).model_fields["region"].default
+        return None if self.region == whole else ",".join(f"{share:g}" for share in self.region)
+
+    @model_validator(mode="after")
+    def _check(self) -> View:
+        left, top, right, bottom = self.region
+        shown = ",".join(f"{share:g}" for share in self.region)
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):  # NaN is neither
+            raise ValueError(f"a region LEFT,TOP,RIGHT,BOTTOM must rise within 0 .. 1; found {shown}")
+        if abs((right - left) - (bottom - top)) > 1e-6:
+            raise ValueError(f"a region must be as wide as high; found {shown}")
+        return self
+
+
 class ModelConfig(Settings):
     """Base of every family's settings. Beside `channels` all have `resolution`, the side of the square image.
 
-    A family of colour images alone declares `channels: Literal[3] = 3`.
+    A family of colour images alone declares `channels: Literal[3] = 3`. One that can draw an image at any pixels has
+    `view: View | None = None`, of which `LatentModel.resolution` is the side.
     """
 
     channels: Literal[1, 3] = Field(default=3, description="of the image: 3 colours, or 1 for grey")

@@ -86,6 +86,7 @@ class TrainingConfig(BaseModel):
     sample_every_images: _Images = 20_000
     evaluate_every_images: _Images = 20_000
     evaluate_images: _Images = 200  # held-out images, at most
+    evaluate_samples: Annotated[int, Field(ge=2, le=100_000)] = 200  # where nothing else is measured
     evaluate_draws: _Count = 1  # of an image, for every bound but a published one
     checkpoint_every_images: _Images = 20_000
     keep_last: _Count = 3  # checkpoints

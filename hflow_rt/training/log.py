@@ -20,7 +20,7 @@ class Progress:
     """Handed to `on_progress` after every step, and with an `evaluation` after each of these.
 
     loss: of the plan's first phase. bits_per_dim: the published bound on recent training batches; NaN where that phase
-    tells none. seconds_left: None while nobody can tell.
+    tells none. seconds_left: None while nobody can tell. warning: with an evaluation, what goes wrong and what to do.
     """
 
     step: int
@@ -31,6 +31,7 @@ class Progress:
     loss: float
     bits_per_dim: float
     evaluation: Evaluation | None = None
+    warning: str | None = None
 
 
 class Meter:
@@ -86,12 +87,17 @@ class Log:
 
     def evaluation(self, found: Evaluation) -> None:
         """Add what an evaluation found."""
-        starts = {BITS: "bits_per_dim/held_out_"}
+        of = found.of.replace("-", "_")
+        starts = {BITS: f"bits_per_dim/{of}_"}
         tags = {
-            f"{starts.get(figure.unit, 'held_out/')}{name}": figure.estimate.mean
-            for name, figure in found.figures.items()
+            f"{starts.get(figure.unit, f'{of}/')}{name}": figure.estimate.mean for name, figure in found.figures.items()
         }
         self.scalars(tags, found.images)
+
+    def warning(self, line: str, images: int) -> None:
+        """Add a line of text."""
+        if self._writer is not None:
+            self._writer.add_text("warning", line, images)
 
     def picture(self, image: NDArray[np.uint8], images: int) -> None:
         """Add a picture `[H, W, 3]`."""

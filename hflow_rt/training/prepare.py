@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hflow_rt.data.dataset import ImageSet
     from hflow_rt.training.config import RunConfig
     from hflow_rt.training.log import Progress
-    from hflow_rt.training.trainer import Samples, TrainResult
+    from hflow_rt.training.trainer import Draw, Samples, TrainResult
 
 __all__ = ["Settings", "Start", "Training", "is_main", "prepare"]
 
@@ -46,6 +46,7 @@ class Training:
         images: int | None = None,
         device: str = "auto",
         on_samples: Samples | None = None,
+        draw: Draw | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> TrainResult:
         """As the function `train` of the trainer; the folder may be left empty where that fails."""
@@ -62,6 +63,7 @@ class Training:
             device=device,
             about_data=self.about,
             on_samples=on_samples,
+            draw=draw,
             on_progress=on_progress,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import ConfigError
 from hflow_rt.evaluation.bits import bits_figures
 from hflow_rt.evaluation.figures import Evaluation
+from hflow_rt.evaluation.while_training import Distances
 from hflow_rt.memory import guarded
 from hflow_rt.models.family import LatentModel
 from hflow_rt.runs import TENSORBOARD, taken
@@ -36,6 +37,7 @@ from hflow_rt.training.stop import StopRequest
 __all__ = ["TrainResult", "train"]
 
 Samples = Callable[[LatentModel, int], NDArray[np.uint8] | None]
+Draw = Callable[[LatentModel, int], Iterator[NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def train(
     device: str = "auto",
     about_data: dict[str, Any] | None = None,
     on_samples: Samples | None = None,
+    draw: Draw | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train into the run folder `out` until `images` have been seen, `minutes` have passed, or Ctrl-C.
@@ -72,6 +75,8 @@ def train(
     weights: a model file to start from instead of from random weights and their data-dependent initialisation.
     about_data: kept in run.json (where the images came from).
     on_samples: draws a picture `[H, W, 3]` from the averaged model after so many images, to be logged.
+    draw: yields so many samples of it, always the same, in batches `[n, C, R, R]`; their distances from
+    training images are measured where nothing else is.
     Raises `ConfigError`, `DataError`, `CheckpointError`, `BackendUnavailable` and `TrainingError`.
     """
     if minutes is not None and not 0 < minutes < math.inf:
@@ -84,7 +89,7 @@ def train(
         taken(Path(out)) if processes.is_main else contextlib.nullcontext(),
         guarded(f"at training.batch_size={config.training.batch_size}", f"{lower}; what was saved stays usable"),
     ):
-        trainer = _Trainer(Run(config, data, Path(out), processes), on_samples, on_progress)
+        trainer = _Trainer(Run(config, data, Path(out), processes), on_samples, draw, on_progress)
         if resume is False:
             trainer.run.start(about_data or {}, weights)
             trainer.run.initial = trainer.evaluate()
@@ -97,16 +102,23 @@ def train(
 
 
 class _Trainer:
-    def __init__(self, run: Run, on_samples: Samples | None, on_progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        on_samples: Samples | None,
+        draw: Draw | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
         self.run, self.training, self.processes = run, run.config.training, run.processes
-        self.on_samples, self.on_progress = on_samples, on_progress
+        self.on_samples, self.draw, self.on_progress = on_samples, draw, on_progress
         self.batches = MicroBatches(run.plan, run.data, run.trained_on, self.training, self.processes)
         self.steps = Steps(run, self.batches)
         # Neighbours in the order of names look alike, so the evaluation takes every k-th.
         spread = np.linspace(0, max(len(run.held_out) - 1, 0), min(self.training.evaluate_images, len(run.held_out)))
         chosen = run.held_out[spread.round().astype(np.int64)]
         self.held_out, self.held_out_names = run.data.pixels(chosen), [run.data.names[index] for index in chosen]
-        self.meter = Meter()
+        self.distances = Distances(self._trained_on, len(run.trained_on), self.processes.device)
+        self.meter, self.since = Meter(), Meter()  # since the last line of the log, and since the last evaluation
 
     def train(self, minutes: float | None) -> TrainResult:
         """Step until the end and leave a checkpoint there."""
@@ -144,7 +156,8 @@ class _Trainer:
             if values is None:
                 return "interrupt"
             now = run.place.images
-            self.meter.add(values, now - before, time.monotonic() - started)
+            for meter in (self.meter, self.since):
+                meter.add(values, now - before, time.monotonic() - started)
             self._progress(deadline)
             if run.place.step % settings.log_every == 0:
                 log.scalars({**self.meter.means(), "images_per_second": self.meter.recent_rate}, now)
@@ -161,29 +174,40 @@ class _Trainer:
     # -- what is done between steps, by the main process
 
     def evaluate(self) -> Evaluation:
-        """Bounds and the plan's figures on the held-out images, kept as the run's last ones."""
+        """Bounds and the plan's figures on the held-out images, or else distances of samples; the run's last ones."""
         run, settings = self.run, self.training
         if self.processes.is_main:
-            found = bits_figures(
-                run.average,
-                self.held_out,
-                run.place.images,
-                settings.seed,
-                settings.evaluate_draws,
-                settings.batch_size,
-                self.held_out_names,
-            )
             with torch.no_grad():
-                figures = {**found.figures, **run.plan.figures(run.average, self.held_out)}
-            run.last = replace(found, figures=figures)
+                figures = run.plan.figures(run.average, self.held_out)
+            if run.average.bounds() or figures or self.draw is None:
+                found = bits_figures(
+                    run.average,
+                    self.held_out,
+                    run.place.images,
+                    settings.seed,
+                    settings.evaluate_draws,
+                    settings.batch_size,
+                    self.held_out_names,
+                )
+            else:
+                samples = self.draw(run.average, settings.evaluate_samples)
+                found = self.distances.evaluate(samples, run.place.images)
+            run.last = replace(found, figures={**found.figures, **figures})
         else:
             run.last = Evaluation(run.place.images, reason="only the main process evaluates")
         self.processes.wait()
         return run.last
 
+    def _trained_on(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self.run.data.pixels(self.run.trained_on[numbers])
+
     def _report(self, found: Evaluation, log: Log, deadline: float | None) -> None:
         log.evaluation(found)
-        self._progress(deadline, found)
+        warning = self.run.plan.warning(self.since.means())
+        if warning is not None:
+            log.warning(warning, found.images)
+        self._progress(deadline, found, warning)
+        self.since.reset()
 
     def _sample(self, log: Log) -> None:
         images = self.run.place.images
@@ -194,7 +218,9 @@ class _Trainer:
                 log.picture(picture, images)
         self.processes.wait()
 
-    def _progress(self, deadline: float | None, evaluation: Evaluation | None = None) -> None:
+    def _progress(
+        self, deadline: float | None, evaluation: Evaluation | None = None, warning: str | None = None
+    ) -> None:
         if not self.processes.is_main or self.on_progress is None:
             return
         place, means = self.run.place, self.meter.means()
@@ -212,5 +238,6 @@ class _Trainer:
                 means.get("loss", float("nan")),
                 means.get("bits_per_dim/train", float("nan")),
                 evaluation,
+                warning,
             )
         )

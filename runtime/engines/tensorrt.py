@@ -32,7 +32,8 @@ class TensorRTEngine(Engine):
 
     def __init__(self, bundle: Bundle, key: str, found: Product, gpu: Gpu, cuda: Cuda, cuda_graph: bool = True) -> None:
         super().__init__(bundle)
-        self.key, self._product, self._gpu, self._cuda = key, found, gpu, cuda
+        self.key = self._key = key
+        self._product, self._gpu, self._cuda = found, gpu, cuda
         self._engines = bundle.manifest.engines[key]
         self.tensors, self.largest = f"cuda:{gpu.index}", self._engines.batch[2]
         self._cuda_graph = cuda_graph
@@ -82,7 +83,7 @@ class TensorRTEngine(Engine):
             if not self._released.alive:
                 raise BackendUnavailable("this session was closed; load the model again")
             if graph not in self._plans:
-                path = plan_file(self._bundle, self.key, graph)
+                path = plan_file(self._bundle, self._key, graph)
                 again = f"build it again with {build_command(self._bundle.path, self._engines)}"
                 self._messages.clear()
                 with self._cuda.current():

@@ -15,7 +15,7 @@ from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_file
 from hflow_rt.runtime.latents.operations import Latents
 from hflow_rt.runtime.latents.round_trips import RoundTrip
-from hflow_rt.runtime.session import Session
+from hflow_rt.runtime.session import LATENT_SPACE, Session
 
 __all__ = ["Made", "about_model", "check_latents_name", "how_made", "load_latents", "save_latents"]
 
@@ -30,6 +30,7 @@ class Made(BaseModel):
     model: str | None = None
     controls: dict[str, float] = {}
     steps: int | None = None
+    space: str = LATENT_SPACE
     round_trip: RoundTrip | None = None
 
 

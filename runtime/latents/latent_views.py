@@ -6,7 +6,7 @@ memory stays flat. Latents are those of `hflow_rt.runtime.latents.operations`.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -37,6 +37,7 @@ __all__ = [
     "zeroing",
 ]
 
+_OTHERS = 1 << 40  # image numbers from here on are nobody's samples
 _MANY = 4096  # seeds, more than any picture shows
 _SEEDS = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?")
 
@@ -72,13 +73,19 @@ def samples(
 
 
 def between(
-    session: Session, ends: Latents, frames: int, mode: str = "lerp", space: str = LATENT_SPACE
+    session: Session,
+    ends: Latents,
+    frames: int,
+    mode: str = "lerp",
+    space: str = LATENT_SPACE,
+    *,
+    entered: bool = False,
 ) -> Iterator[Array]:
     """Images `[n, C, R, R]`, `frames` of them in all, from the first of two items to the second through `space`.
 
-    Raises `DataError` as `interpolate` does.
+    entered: whether the items are values of that space already. Raises `DataError` as `interpolate` does.
     """
-    there = session.into_space(space, ends)
+    there = ends if entered else session.into_space(space, ends)
     first, last = (select(there, index) for index in (0, 1))
     path = interpolate(first, last, frames, mode, session.joined(space), *_ways(session))
     return _decoded(session, space, path, 1)
@@ -196,8 +203,20 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
         yield zero, _images(session, current)
 
 
-def temperatures(session: Session, latents: Latents, factors: Iterable[float]) -> Iterator[Array]:
-    """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior."""
+def temperatures(
+    session: Session, latents: Latents, factors: Iterable[float], control: str | None = None
+) -> Iterator[Array]:
+    """The images `[B, C, R, R]` of `latents` times each of `factors`: 1 leaves them, 0 is the mean of the prior.
+
+    control: gets the factors instead. Raises `DataError` for latents that have no temperature.
+    """
+    if control is not None:
+        for factor in factors:
+            yield np.concatenate([session.forward(part, {control: factor}) for part in batches(latents)])
+        return
+    if all(latent.prior == "unscaled" for latent in session.manifest.latents):
+        have = f"; give a control the values, --of {next(iter(session.controls))}" if session.controls else ""
+        raise DataError(f"no temperature applies to the latents of this {session.manifest.family} model{have}")
     for factor in factors:
         scaled = {name: _scaled(session, name, latents[name], factor) for name in session.levels}
         yield _images(session, dict(latents) | scaled)
@@ -277,6 +296,57 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
         if calls is not None:
             mixed[name] = np.concatenate([given[name][:, :calls], mixed[name][:, calls:]], 1)
     return _images(session, mixed)
+
+
+def space_to_image(session: Session) -> str:
+    """The first space beside the latents' own that leads from them to images. Raises `DataError` where none does."""
+    found = next((name for name, space in session.manifest.spaces.items() if space.into and space.decode), None)
+    if found is None:
+        raise DataError(
+            f"this {session.manifest.family} model has no space between latents and image; omit --centre-of"
+        )
+    return found
+
+
+def centre(
+    session: Session, space: str, number: int, std: Stds | None = None, seed: int = 0, option: str | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Mean values of `number` images of `seed`, none of which anybody else draws, `[*shape]` by name."""
+    check_count("the number of images in the centre", number)
+    sums: dict[str, NDArray[np.float64]] = {}
+    for drawn in session.draw(range(_OTHERS, _OTHERS + number), std, seed, BATCH, option):
+        for name, values in session.into_space(space, drawn).items():
+            sums[name] = sums.get(name, 0) + values.astype(np.float64).sum(0)
+    return {name: total / number for name, total in sums.items()}
+
+
+def pulled(centre: Mapping[str, NDArray[np.float64]], values: Latents, share: float) -> dict[str, Array]:
+    """Values at this share of their way from the centre: 1 leaves them, 0 is the centre."""
+    return {name: (centre[name] + share * (found - centre[name])).astype(np.float32) for name, found in values.items()}
+
+
+def space_of_slots(session: Session) -> str | None:
+    """The first space whose values are one row a layer, that leads from latents to images; None for most models."""
+    spaces = session.manifest.spaces.items()
+    return next((name for name, found in spaces if found.slots and found.into and found.decode), None)
+
+
+def parse_slots(session: Session, space: str, texts: Sequence[str]) -> list[int]:
+    """Slots named as seeds are, see `parse_seeds`; by default the coarser half. Raises `DataError`."""
+    count = next(iter(session.space_shapes(space).values()))[0]
+    chosen = parse_seeds(texts) if texts else list(range(count // 2))
+    if max(chosen) >= count:
+        raise DataError(f"this model has the slots 0-{count - 1}; found {max(chosen)}")
+    return chosen
+
+
+def slots_row(session: Session, space: str, row: Latents, columns: Latents, slots: Sequence[int]) -> Array:
+    """As `style_row`, of values of a space of slots: those of `columns` with some slots of `row`."""
+    mixed = dict(columns)
+    name = next(iter(session.space_shapes(space)))
+    mixed[name] = columns[name].copy()
+    mixed[name][:, slots] = row[name][:, slots]
+    return np.concatenate([session.decode(space, part) for part in batches(mixed)])
 
 
 def _images(session: Session, latents: Latents) -> Array:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hflow_rt.memory import need
 from hflow_rt.runtime.images.pictures import to_uint8
 from hflow_rt.runtime.latents.operations import Latents, concatenate
-from hflow_rt.runtime.session import Array, Encoded, Session
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Encoded, Session
 
 __all__ = ["BATCH", "RoundTrip", "decoded", "encoded", "round_trip", "together"]
 
@@ -63,20 +63,19 @@ def encoded(
     conditions: Mapping[str, Array],
     controls: Mapping[str, float] | None = None,
     track: Track = lambda parts: parts,
-    only: str | None = None,
-    seed: int = 0,
-    posterior: bool = False,
+    **how: Any,
 ) -> Encoded:
-    """Images `[N, C, R, R]` in [0, 1], `inverse` of `together` at a time; `track` sees the parts go by."""
+    """Images `[N, C, R, R]` in [0, 1], `inverse` of `together` at a time; `track` sees the parts go by.
+
+    how: further arguments of `Session.inverse`.
+    """
     size = 8 * len(pixels) * sum(math.prod(shape) for shape in session.input_shapes.values())
     need(size, f"the latents of {len(pixels):,} images", "encode fewer together")
     batch, parts = together(session, len(pixels)), []
     for rows in track(_parts(len(pixels), batch)):
         taken = _taken(session, rows, batch)
         given = {name: values[taken] for name, values in conditions.items()}
-        found = session.inverse(
-            pixels[taken], given, controls, seed=seed, first=rows.start, only=only, posterior=posterior
-        )
+        found = session.inverse(pixels[taken], given, controls, first=rows.start, **how)
         parts.append([_cut(values, len(rows)) for values in (found.latents, found.scores)])
     latents, scores = zip(*parts, strict=True)
     return Encoded(concatenate(latents), concatenate(scores))
@@ -88,12 +87,14 @@ def decoded(
     controls: Mapping[str, float] | None = None,
     batch: int = BATCH,
     track: Track = lambda parts: parts,
+    space: str = LATENT_SPACE,
 ) -> Iterator[Array]:
-    """Images `[n, C, R, R]` of latents `[N, *shape]`, `batch` at a time."""
+    """Images `[n, C, R, R]` of latents `[N, *shape]`, or of values of another space, `batch` at a time."""
     count = len(next(iter(latents.values())))
     for rows in track(_parts(count, batch)):
         taken = _taken(session, rows, batch)
-        yield session.forward({name: values[taken] for name, values in latents.items()}, controls)[: len(rows)]
+        part = {name: values[taken] for name, values in latents.items()}
+        yield session.decode(space, part, controls)[: len(rows)]
 
 
 def round_trip(

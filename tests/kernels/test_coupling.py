@@ -14,7 +14,7 @@ from hflow_rt.kernels.coupling import (
     SHIFT_BOUND,
     Form,
     Region,
-    bound,
+    clipped,
     coupling,
     coupling_forward,
     coupling_inverse,
@@ -76,7 +76,7 @@ def test_what_the_net_sees_passes_bit_for_bit() -> None:
 
 def test_bounds_hold_for_any_net_output() -> None:
     wild = torch.tensor([[-1e30, -3.1, -2.9, 2.9, 3.1, 1e30]])
-    s, b = bound(wild, 2 * wild, None)
+    s, b = clipped(wild, 2 * wild, None)
     assert s.tolist() == [[-3.0, -3.0, pytest.approx(-2.9), pytest.approx(2.9), 3.0, 3.0]]
     assert b.tolist() == [[-5.0, -5.0, -5.0, 5.0, 5.0, 5.0]]
     assert (LOG_SCALE_BOUND, SHIFT_BOUND) == (3.0, 5.0)

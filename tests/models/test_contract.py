@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+import hflow_rt
 from hflow_rt.conditions import in_turn
 from hflow_rt.errors import ConfigError, DataError, NoInverse
 from hflow_rt.evaluation.bits import BitsReport, bits_per_dim
@@ -307,6 +308,23 @@ def test_images_come_back_or_are_refused(made: Made, session: Session, tmp_path:
         export_bundle(made.folder / "model.safetensors", tmp_path / "b", made.images, "inverse")
     assert str(refused.value) == sentence
     assert not (tmp_path / "b").exists()
+
+
+def test_another_view_of_the_images_or_none(made: Made) -> None:
+    side = made.model.resolution
+    view = {"resolution": 2 * side, "region": (0.0, 0.5, 0.5, 1.0)}
+    if "view" not in type(made.model.config).model_fields:
+        with pytest.raises(ConfigError, match="have one size; omit --resolution and --region"):
+            hflow_rt.load(made.folder, **view)
+        return
+    with hflow_rt.load(made.folder, **view) as large, load(made.folder) as plain:
+        assert large.verified
+        assert large.bundle.path == made.folder / f"bundle-{2 * side}-0,0.5,0.5,1"
+        found, image = large.sample(2, seed=1), plain.sample(2, seed=1)
+        np.testing.assert_allclose(found[:, :, ::4, ::4], image[:, :, side // 2 :, : side // 2], atol=1e-4)
+        written = (large.bundle.path / "manifest.json").stat().st_mtime_ns
+    with hflow_rt.load(made.folder, **view) as again:
+        assert (again.bundle.path / "manifest.json").stat().st_mtime_ns == written
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(made: Made, tmp_path: Path) -> None:

@@ -241,6 +241,24 @@ def test_the_probability_follows_the_discriminator() -> None:
     assert adapted(p, -1.0, 0.6, 0.5) == 0
 
 
+def test_a_discriminator_that_wins_is_told_with_what_to_do() -> None:
+    plan = INRGANPlan(INRGAN(config(augment="none", r1_gamma=2.0)))
+    assert plan.warning({"loss": 5.0, "discriminator/loss": 0.2}) is None
+    assert plan.warning({}) is None
+    line = plan.warning({"discriminator/loss": 0.031})
+    assert line is not None
+    assert line.startswith("the discriminator wins: its loss is 0.031, where 1.39 is even; images get no better")
+    assert "model.augment=bgc (--from), raise model.r1_gamma = 2" in line
+    plan = INRGANPlan(INRGAN(config()))
+    plan.p.fill_(0.99)
+    assert plan.warning({"discriminator/loss": 0.5}) is None
+    plan.p.fill_(1.0)
+    line = plan.warning({"discriminator/loss": 0.5})
+    assert line is not None
+    assert "augmentation is at its most, p = 1, and does not suffice; " in line
+    assert "model.augment" not in line
+
+
 def test_styles_are_mixed_from_a_slot_on() -> None:
     """In so many micro-batches, and only the first z moves the running mean."""
     made = INRGAN(config(style_mixing=0.5, classes=()))

@@ -10,18 +10,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from typer.testing import CliRunner
 
 from hflow_rt.cli.__main__ import app
-from hflow_rt.errors import ConfigError, TrainingError
+from hflow_rt.errors import BackendUnavailable, ConfigError, TrainingError
+from hflow_rt.evaluation import while_training
+from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.models.checkpoint import build_model
 from hflow_rt.models.plan import Place
 from hflow_rt.models.registry import FAMILIES
 from hflow_rt.runs import checkpoints
+from hflow_rt.runtime.training import samples
 from hflow_rt.streams import stream_seed
 from hflow_rt.training.batches import MicroBatches
 from hflow_rt.training.config import load_config
+from hflow_rt.training.log import Progress
 from hflow_rt.training.processes import Processes
 from hflow_rt.training.schedule import learning_rates
 from hflow_rt.training.stop import StopRequest
@@ -147,7 +152,7 @@ def test_figures_and_the_loss_are_told(images: Any, tmp_path: Path) -> None:
     )
     assert told.exit_code == 0, told.output
     final = json.loads(as_json.stdout)["final"]["figures"]["off"]
-    title = f"{final['mean']:.3f} ± {final['standard_error']:.3f} from the middle of the prior to images"
+    title = f"{final['mean']:.4g} ± {final['standard_error']:.3f} from the middle of the prior to images"
     assert told.stdout.splitlines()[1] == "on 5 held-out images:"
     assert told.stdout.splitlines()[3] == f"  now: {title}"
     assert f"8 images  {told.stderr.splitlines()[-1].split('  ')[1]}  held-out {title}" in told.stderr
@@ -168,10 +173,15 @@ def test_without_figures_the_reason_is_told_once(tmp_path: Path, monkeypatch: py
         "--out",
         str(tmp_path / "run"),
     ]
+
+    def absent(*_: Any) -> None:
+        raise BackendUnavailable("the features need a package")
+
+    monkeypatch.setattr(while_training, "open_features", absent)
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
-    assert told.stdout.splitlines()[1] == "nothing was measured: models of this family have no likelihood"
-    assert told.output.count("likelihood") == 1
+    assert told.stdout.splitlines()[1] == "nothing was measured: the features need a package"
+    assert told.output.count("features") == 1
     assert re.search(r"^8 images  [\d.]+ images/s  loss 0\.\d+  0:00 left$", told.stderr, re.MULTILINE)
 
 
@@ -190,3 +200,34 @@ def test_a_frozen_optimizer_takes_no_phase(images: Any, tmp_path: Path) -> None:
     found = _state(tmp_path / "run")
     assert found["plan/seen"] == 0
     assert not any(name.startswith("optimizer/discriminator") for name in found)
+
+
+def test_without_likelihood_distances_are_measured_and_warnings_told(
+    images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toy_generator
+
+    monkeypatch.setitem(FAMILIES, "toy-generator", "toy_generator")
+    network = FeatureNetwork("means", "FD", "KD", "0" * 64, "k", 3, lambda pixels: pixels.mean((2, 3), np.float32))
+    monkeypatch.setattr(while_training, "open_features", lambda *_: network)
+    told: list[dict[str, float]] = []
+
+    def warning(self: Any, means: Any) -> str | None:
+        told.append(dict(means))
+        return "it goes wrong" if len(told) == 2 else None
+
+    monkeypatch.setattr(toy_generator.ToyPlan, "warning", warning)
+    config = load_config("toy-generator", overrides=["training.evaluate_every_images=8", "training.evaluate_samples=5"])
+    seen: list[Progress] = []
+    result = train(config, images, tmp_path / "run", images=16, device="cpu", draw=samples, on_progress=seen.append)
+    found = [(one.evaluation, one.warning) for one in seen if one.evaluation is not None]
+    assert [one.images for one, _ in found] == [0, 8, 16]
+    assert [line for _, line in found] == [None, "it goes wrong", None]
+    assert all(one.of == "samples" and list(one.figures) == ["frechet", "kernel"] for one, _ in found)
+    assert result.final is not None
+    assert result.final.figures["frechet"].estimate.n == 5
+    assert [sorted(means) == [] for means in told] == [True, False, False]
+    assert told[1]["terms/error"] != told[2]["terms/error"]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"samples/frechet", "samples/kernel"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["tensors"] == ["warning/text_summary"]

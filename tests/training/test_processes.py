@@ -84,6 +84,18 @@ def test_two_processes_hold_the_same_weights_which_are_the_expected_ones(images:
 
 
 @pytest.mark.slow
+def test_two_processes_hold_the_same_of_all_that_trains_in_phases(tmp_path: Path) -> None:
+    """Generator and discriminator, penalties, and an augmentation that adapts: whatever a step keeps for the next."""
+    done = _launch(HERE / "two_processes.py", tmp_path, "inrgan", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], value) for name, value in ranks[1].items())
+    assert {"p", "window", "path_mean", "model.w_avg", "discriminator.out.weight"} <= ranks[0].keys()
+    assert ranks[0]["p"] != 0.5  # where it started
+    assert ranks[0]["path_mean"] > 0
+
+
+@pytest.mark.slow
 def test_the_command_trains_with_two_processes(images: Any, tmp_path: Path) -> None:
     """`accelerate launch -m hflow_rt.cli train`: one run, one report, on a real (tiny) hflow."""
     (tmp_path / "pictures").mkdir()

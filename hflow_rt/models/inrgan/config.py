@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hflow_rt.models.registry import ModelConfig, Settings
+from hflow_rt.models.registry import ModelConfig, Settings, View
 
 __all__ = ["FIRST_STAGE", "DiscriminatorConfig", "EmbeddingConfig", "INRGANConfig", "width"]
 
@@ -96,6 +96,7 @@ class INRGANConfig(ModelConfig):
 
     psi: Annotated[float, Field(ge=0, le=2)] = Field(default=1.0, description="truncation, unless said otherwise")
     w_avg_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    view: View | None = Field(default=None, description="what is drawn instead of the image as it was trained")
 
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     r1_gamma: _Weight = Field(default=10.0, description="weight of the gradient penalty on real images")
@@ -147,6 +148,12 @@ class INRGANConfig(ModelConfig):
         # at the input side they would stand in every low stage, which nobody has trained
         if wrong := sorted(set(self.extra_layers) - set(sides[1:])):
             raise ValueError(f"extra_layers must be of sides {sides[1:]}, not {wrong[0]}")
+        if self.view is not None and self.view.resolution % self.resolution:
+            near = self.resolution * max(round(self.view.resolution / self.resolution), 1)
+            raise ValueError(
+                f"resolution must be a multiple of the model's {self.resolution}; found {self.view.resolution};"
+                f" choose {near}"
+            )
         if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes must be two different names or more, or none, not {list(self.classes)}")
         return self

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, phi
 from hflow_rt.models.inrgan.network import Mapping, Stage, enlarged, shortening
+from hflow_rt.models.inrgan.view import Pixels, first_seen
 
 if TYPE_CHECKING:
     from hflow_rt.models.inrgan.model import INRGAN
@@ -81,29 +82,33 @@ class _Colours(nn.Module):
 
 
 class _Stage(nn.Module):
-    """A stage on flat pixels `[B, C, P]`."""
+    """A stage on flat pixels `[B, C, P]`: of its grid, or of a view, with the layers of the stage on its grid."""
 
     embedding: Tensor | None
+    layers: nn.ModuleList
+    colours: _Colours
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, pixels: Pixels | None = None, like: _Stage | None = None) -> None:
         super().__init__()
         self.upsampling = stage.upsampling
         self.doubles = stage.doubles
-        embedding = None if stage.embedding is None else stage.embedding().flatten(2)
+        embedding = None if stage.embedding is None else stage.embedding(pixels).flatten(2)
         self.register_buffer("embedding", embedding, persistent=False)
-        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.own_layers())
-        self.colours = _Colours(stage.colours)
+        self.reader = pixels.reader(pixels.side // 2) if pixels is not None and stage.doubles else None
+        self.layers = nn.ModuleList(_Layer(layer) for layer in stage.own_layers()) if like is None else like.layers
+        self.colours = _Colours(stage.colours) if like is None else like.colours
 
     def own_layers(self) -> list[_Layer]:
         """The first first."""
         return cast("list[_Layer]", list(self.layers))
 
     def enlarge(self, x: Tensor) -> Tensor:
-        """`[B, C, P]` of the stage before on this stage's grid."""
+        """`[B, C, P]` of the stage before on this stage's pixels."""
         if not self.doubles:
             return x
         side = math.isqrt(x.shape[2])
-        return enlarged(x.reshape(*x.shape[:2], side, side), self.upsampling).flatten(2)
+        x = x.reshape(*x.shape[:2], side, side)
+        return (enlarged(x, self.upsampling) if self.reader is None else self.reader(x)).flatten(2)
 
     def enter(self, x: Tensor | None, style: Tensor) -> Tensor:
         """The first layer."""
@@ -116,37 +121,60 @@ class _Stage(nn.Module):
             y = y + weights[:, :, weights.shape[2] - self.embedding.shape[1] :] @ self.embedding
         return phi(y)
 
-    def forward(self, x: Tensor | None, styles: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor | None, styles: Sequence[Tensor], factors: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features, and by layer after the first the reciprocal spreads that they had, or had to have."""
         x = self.enter(x, styles[0])
-        for layer, style in zip(self.own_layers()[1:], styles[1:], strict=True):
+        used: list[Tensor] = []
+        for index, (layer, style) in enumerate(zip(self.own_layers()[1:], styles[1:], strict=True)):
             weights = layer.weights(style)
             if self.upsampling == "bilinear":
-                weights = weights * _reciprocal_spread(x)
+                used.append(_reciprocal_spread(x) if factors is None else factors[index])
+                weights = weights * used[-1]
             x = phi(weights @ x + layer.bias)
-        return x
+        return x, used
+
+    def summed(self, image: Tensor | None, x: Tensor, style: Tensor) -> Tensor:
+        """The image of the stage before with the colours of this one."""
+        colours: Tensor = self.colours(x, style)
+        return colours if image is None else self.enlarge(image) + colours
 
 
 class _Painter(nn.Module):
-    """Styles of all layers, in order, to an image in [0, 1]."""
+    """Styles of all layers, in order, to an image in [0, 1], or to the view of it that the settings say."""
 
     def __init__(self, model: INRGAN) -> None:
         super().__init__()
-        self.side = model.resolution
-        self.stages = nn.ModuleList(_Stage(stage) for stage in model.synthesis.own_stages())
+        self.side, self.clamps = model.resolution, True
+        stages = model.synthesis.own_stages()
+        self.bilinear = model.config.upsampling == "bilinear"
+        self.stages = nn.ModuleList(_Stage(stage) for stage in stages)
+        self.seen = nn.ModuleList()
+        if model.config.view is not None:
+            pixels, first = Pixels(model.config), first_seen(model.synthesis)
+            same = cast("list[_Stage]", list(self.stages))
+            self.seen.extend(_Stage(stages[i], pixels, same[i]) for i in range(first, len(stages)))
 
     def forward(self, styles: Sequence[Tensor]) -> Tensor:
         """Each `[B, N_layer]`, to `[B, channels, R, R]`."""
+        stages, seen = (cast("list[_Stage]", list(found)) for found in (self.stages, self.seen))
         x: Tensor | None = None
-        image: Tensor | float = 0.0
-        at = 0
-        for stage in cast("list[_Stage]", list(self.stages)):
+        image: Tensor | None = None
+        trained: Tensor | None = None  # x of the stages that a view has a copy of
+        at, first = 0, len(stages) - len(seen)
+        for index, stage in enumerate(stages):
             end = at + len(stage.layers)
-            x = stage.forward(x, styles[at:end])
-            colours = stage.colours.forward(x, styles[end])
-            image = stage.enlarge(image) + colours if isinstance(image, Tensor) else colours
+            factors = None
+            if index >= first and self.bilinear:
+                trained, factors = stage(x if index == first else trained, styles[at:end])
+            shown = stage if index < first else seen[index - first]
+            x, _ = shown(x, styles[at:end], factors)
+            image = shown.summed(image, x, styles[end])
             at = end + 1
-        assert isinstance(image, Tensor)
-        image = (image * 0.5 + 0.5).clamp(0, 1)
+        assert image is not None
+        image = image * 0.5 + 0.5
+        image = image.clamp(0, 1) if self.clamps else image
         return image.reshape(*image.shape[:2], self.side, self.side)
 
 

@@ -43,7 +43,7 @@ class _Synthesis(_Whole):
 def graphs(model: INRGAN) -> dict[str, GraphSpec]:
     """Folded graphs by name."""
     config = model.config
-    image = TensorSpec("image", (config.channels, config.resolution, config.resolution), "image", (0.0, 1.0))
+    image = TensorSpec("image", (config.channels, model.resolution, model.resolution), "image", (0.0, 1.0))
     z, w = TensorSpec("z", (config.z_dim,), "latent"), TensorSpec("w", (config.slots, config.w_dim), "value")
     psi = TensorSpec("psi", (), "control", (0.0, LARGEST_PSI), default=config.psi)
     cutoff = TensorSpec("cutoff", (), "control", (0.0, float(config.slots)), default=float(config.slots))

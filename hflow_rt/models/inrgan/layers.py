@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from hflow_rt.layers.equalized import EqualizedLinear
 from hflow_rt.models.inrgan.config import EmbeddingConfig, octaves
+from hflow_rt.models.inrgan.view import Pixels
 
 __all__ = [
     "LR_SCALE",
@@ -51,8 +52,14 @@ def by_pixel(weights: Tensor, x: Tensor) -> Tensor:
 
 def grid(side: int) -> Tensor:
     """Coordinates x, y of pixels, `[2, side, side]` float64 in [-1, 1): y is -1 in the bottom row."""
-    line = 2 * torch.arange(side, dtype=torch.float64) / side - 1
-    return torch.stack([line.expand(side, side), line.flip(0)[:, None].expand(side, side)])
+    line = torch.arange(side, dtype=torch.float64)
+    return coordinates(line, line, side)
+
+
+def coordinates(x: Tensor, y: Tensor, side: int) -> Tensor:
+    """`[2, N, N]` of the pixels at x, y `[N]` in pixels of a grid of `side`, from the top left."""
+    x, y = 2 * x / side - 1, 2 * (side - 1 - y) / side - 1
+    return torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))])
 
 
 def octave_waves(side: int, diagonal: bool) -> Tensor:
@@ -77,11 +84,13 @@ class CoordinateEmbedding(nn.Module):
         self.register_buffer("waves", torch.cat([octave_waves(side, config.diagonal).to(drawn), drawn]))
         self.const = nn.Parameter(torch.randn(1, config.const, side, side))
 
-    def forward(self) -> Tensor:
-        """The embedding, in the type of `const`."""
-        phase = torch.einsum("kc,cij->kij", self.waves, grid(self.side).to(self.waves))[None]
+    def forward(self, pixels: Pixels | None = None) -> Tensor:
+        """The embedding, in the type of `const`, on the grid or at the pixels of a view."""
+        places = grid(self.side) if pixels is None else coordinates(pixels.x, pixels.y, self.side)
+        phase = torch.einsum("kc,cij->kij", self.waves, places.to(self.waves))[None]
         waves = [phase.sin(), phase.cos()] if self.cosine else [phase.sin()]
-        return torch.cat([*waves, self.const], 1)
+        const = self.const if pixels is None else pixels.reader(self.side).to(self.const.device)(self.const)
+        return torch.cat([*waves, const], 1)
 
 
 class ModulatedLayer(nn.Module):

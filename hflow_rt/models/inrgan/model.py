@@ -6,14 +6,17 @@ from collections.abc import Mapping as Named
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hflow_rt.errors import ConfigError
 from hflow_rt.models.family import GraphSpec, LatentModel, Prior, Route, Space
 from hflow_rt.models.inrgan.config import INRGANConfig
 from hflow_rt.models.inrgan.discriminator import check_groups
+from hflow_rt.models.inrgan.folded import FoldedForward, FoldedSynthesis
 from hflow_rt.models.inrgan.graphs import graphs
 from hflow_rt.models.inrgan.network import Mapping, Synthesis, shortening
 from hflow_rt.models.inrgan.plan import INRGANPlan
+from hflow_rt.models.inrgan.view import seen
 
 if TYPE_CHECKING:
     from hflow_rt.conditions import Options
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["INRGAN", "LABELS", "NO_INVERSE"]
 
 LABELS = "labels"
-NO_INVERSE = "an INR-GAN maps latents to images only; there is no inverse to encode an image with"
+NO_INVERSE = "an INR-GAN maps latents to images only; 'hflow-rt project IMAGE' searches for those of an image"
 
 
 class INRGAN(LatentModel):
@@ -55,7 +58,8 @@ class INRGAN(LatentModel):
 
     def public(self, w: Tensor, psi: Tensor, cutoff: Tensor) -> Tensor:
         """w `[B, S, W]`, truncated, to an image in [0, 1]."""
-        image = self.synthesis.forward(self.truncated(w, psi, cutoff))
+        w = self.truncated(w, psi, cutoff)
+        image = self.synthesis.forward(w) if self.config.view is None else seen(self.synthesis, self.config, w)
         return (image * 0.5 + 0.5).clamp(0, 1)
 
     def labels(self, conditions: Named[str, Tensor]) -> Tensor | None:
@@ -66,7 +70,7 @@ class INRGAN(LatentModel):
 
     @property
     def resolution(self) -> int:
-        return self.config.resolution
+        return self.config.resolution if self.config.view is None else self.config.view.resolution
 
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"z": (self.config.z_dim,)}
@@ -81,6 +85,8 @@ class INRGAN(LatentModel):
         return {"z": "unscaled"}
 
     def plan(self, settings: TrainingConfig) -> TrainingPlan:
+        if self.config.view is not None:
+            raise ConfigError("a view is for drawing; train without model.view")
         check_groups(self.config.discriminator.group, settings.batch_size)
         return INRGANPlan(self)
 
@@ -95,4 +101,10 @@ class INRGAN(LatentModel):
 
     def spaces(self) -> dict[str, Space]:
         """`w`, one a slot, before truncation."""
-        return {"w": Space(into="mapping", decode="synthesis")}
+        return {"w": Space(into="mapping", decode="synthesis", slots=True)}
+
+    def unclamped(self, graph: str) -> nn.Module:
+        module = super().unclamped(graph)
+        assert isinstance(module, FoldedForward | FoldedSynthesis)
+        module.painter.clamps = False
+        return module

@@ -25,6 +25,7 @@ from hflow_rt.models.inrgan.layers import (
     phi,
     spread,
 )
+from hflow_rt.models.inrgan.view import Pixels
 
 __all__ = ["Mapping", "Stage", "Synthesis", "enlarged", "shortening"]
 
@@ -93,21 +94,38 @@ class Stage(nn.Module):
         """Its layers, the map to colours aside."""
         return cast("list[ModulatedLayer]", list(self.layers))
 
-    def enlarge(self, x: Tensor) -> Tensor:
-        """Features or colours of the stage before on this stage's grid."""
-        return enlarged(x, self.upsampling) if self.doubles else x
+    def enlarge(self, x: Tensor, pixels: Pixels | None = None) -> Tensor:
+        """Features or colours of the stage before on this stage's grid, or at the pixels of a view."""
+        if not self.doubles:
+            return x
+        return enlarged(x, self.upsampling) if pixels is None else pixels.reader(x.shape[-1]).to(x.device)(x)
+
+    def entered(self, x: Tensor | None, count: int, pixels: Pixels | None = None) -> Tensor:
+        """What its first layer takes, `[B, C_in, n, n]`: features of the stage before, if there is one, and places."""
+        parts = [] if x is None else [self.enlarge(x, pixels)]
+        if self.embedding is not None:
+            parts.append(self.embedding(pixels).expand(count, -1, -1, -1))
+        return torch.cat(parts, 1)
+
+    def layered(
+        self, x: Tensor, w: Sequence[Tensor], spreads: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Through the layers: features, and by layer after the first the spreads they had, or had to have."""
+        used: list[Tensor] = []
+        for index, (layer, own) in enumerate(zip(self.own_layers(), w, strict=True)):
+            if index and self.upsampling == "bilinear":
+                used.append(spread(x) if spreads is None else spreads[index - 1])
+                x = x / used[-1]
+            x = layer(x, own)
+        return x, used
+
+    def summed(self, image: Tensor | None, colours: Tensor, pixels: Pixels | None = None) -> Tensor:
+        """The image of the stage before with the colours of this one."""
+        return colours if image is None else self.enlarge(image, pixels) + colours
 
     def forward(self, x: Tensor | None, w: Sequence[Tensor]) -> Tensor:
         """Features of the stage before, if there is one, to `[B, C, n, n]`. w: `[B, W]` of each layer."""
-        parts = [] if x is None else [self.enlarge(x)]
-        if self.embedding is not None:
-            parts.append(self.embedding().expand(len(w[0]), -1, -1, -1))
-        x = torch.cat(parts, 1)
-        for index, (layer, own) in enumerate(zip(self.own_layers(), w, strict=True)):
-            if index and self.upsampling == "bilinear":
-                x = x / spread(x)
-            x = layer(x, own)
-        return x
+        return self.layered(self.entered(x, len(w[0])), w)[0]
 
 
 class Synthesis(nn.Module):
@@ -130,7 +148,7 @@ class Synthesis(nn.Module):
             end = slot + len(stage.layers)
             x = stage.forward(x, slots[slot:end])
             colours = stage.colours.forward(x, slots[end])  # the slot of the next stage's first layer
-            image = colours if image is None else stage.enlarge(image) + colours
+            image = stage.summed(image, colours)
             slot = end
             yield x, image
 

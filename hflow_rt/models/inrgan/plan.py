@@ -23,6 +23,7 @@ __all__ = ["INRGANPlan", "adapted", "mixed"]
 
 GENERATOR, DISCRIMINATOR, PATH, PENALTY = "generator", "discriminator", "path", "penalty"
 _PATH_DECAY = 0.01
+_WON = 0.1  # loss of a discriminator, over thousands of images, at which a generator learns nothing: 2 ln 2 is even
 
 
 class INRGANPlan(TrainingPlan):
@@ -145,6 +146,19 @@ class INRGANPlan(TrainingPlan):
             step = (place.images - before) / config.augment_images
             self.p.copy_(adapted(self.p, total / max(count, 1), config.augment_target, step))
             self.window.copy_(torch.tensor([0.0, 0.0, place.images]))
+
+    def warning(self, means: Mapping[str, float]) -> str | None:
+        loss = means.get(f"{DISCRIMINATOR}/loss", math.inf)
+        most = self.augmenter is not None and bool(self.p >= 1)
+        if loss >= _WON and not most:
+            return None
+        seen = [f"its loss is {loss:.2g}, where 1.39 is even"] if loss < _WON else []
+        seen += ["augmentation is at its most, p = 1, and does not suffice"] if most else []
+        more = "" if self.augmenter is not None else "start again from these weights with model.augment=bgc (--from), "
+        return (
+            f"the discriminator wins: {', and '.join(seen)}; images get no better so: {more}raise model.r1_gamma ="
+            f" {self.model.config.r1_gamma:g}, lower training.learning_rates.{DISCRIMINATOR}, or give more images"
+        )
 
     def styles(self, batch: Batch) -> Tensor:
         """One w a slot, of one z or of two, `[B, S, W]`; the first moves the running mean of w."""

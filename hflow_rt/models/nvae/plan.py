@@ -110,7 +110,7 @@ class NVAEPlan(TrainingPlan):
             return {}
         model = cast("NVAE", average)
         config, costs = model.config, list[Tensor]()
-        for part in torch.from_numpy(held_out).split(_FEW):
+        for part in torch.split(torch.from_numpy(held_out), _FEW):
             noise = draw(noise_specs(config), len(part), torch.Generator().manual_seed(len(costs)))
             canvas = model.pad(public_levels(part, config.bits).to(model.top))
             moved = unpacked(config, "noise", {name: value.to(model.top) for name, value in noise.items()})

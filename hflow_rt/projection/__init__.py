@@ -1,0 +1,1 @@
+"""Latents of images by search, for models that have no inverse."""

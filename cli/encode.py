@@ -1,7 +1,7 @@
 """`hflow-rt encode` and `hflow-rt decode`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 

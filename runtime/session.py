@@ -294,7 +294,9 @@ class Session(Runner):
         check_conditions(self.conditions, arrays)
         beside = self._set(controls or {}, pixels, "inverse")
         if posterior and self.drawing.beside("inverse") == self.drawing.beside("inverse", every=True):
-            raise DataError(f"a {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'")
+            raise DataError(
+                f"this {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'"
+            )
         drawn = self.drawing.noise(seed, range(first, first + len(pixels)), "inverse", posterior)
         beside |= {name: as_kind(pixels, values) for name, values in drawn.items()}
         grids = self.drawing.inputs("grid", route="inverse")
@@ -344,7 +346,9 @@ class Session(Runner):
         """
         ways = [(space.into, space.draw) for space in self.manifest.spaces.values() if space.into and space.draw]
         if not ways:
-            raise DataError(f"a {self.manifest.family} model tells no distributions to draw pixels from; omit 'pixels'")
+            raise DataError(
+                f"this {self.manifest.family} model tells no distributions to draw pixels from; omit 'pixels'"
+            )
         ((into, draw),) = ways
         arrays, restore = self._checked(latents, controls)
         count = len(next(iter(arrays.values())))

@@ -113,7 +113,13 @@ def project(
     values = concatenate(found)
     again = session.decode(space, values, controls)
     errors = np.sqrt(np.square(again - pixels).mean((1, 2, 3)))
-    about = {"space": space, "images": names, "steps": steps, "seed": asked.seed, "distances": distances.tolist()}
+    about = {
+        "space": space,
+        "images": names,
+        "search_steps": steps,
+        "seed": asked.seed,
+        "distances": distances.tolist(),
+    }
     save_latents(asked.output, values, about_model(session) | about | ({"controls": controls} if controls else {}))
     if picture is not None:
         rows = [("original", to_uint8(pixels[:_SHOWN])), ("projected", to_uint8(again[:_SHOWN]))]

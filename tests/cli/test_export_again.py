@@ -60,6 +60,7 @@ KEPT = {
     "std": ["0.9", "z0=0.3"],
     "precision": "fp32",
     "tuning": "any",
+    "view": None,
     "calibration": None,
 }
 
@@ -103,7 +104,7 @@ def test_another_model_takes_nothing(hflow: Command, bundle: Path, calls: list[d
     result = ok(hflow("export", bundle.parent))
     assert calls[0] | {"source": 0, "folder": 0} == {
         "source": 0, "folder": 0, "route": "both", "bound": False, "half": False, "std": ["0.7"],
-        "precision": "fp32", "tuning": "any", "calibration": None,
+        "precision": "fp32", "tuning": "any", "view": None, "calibration": None,
     }  # fmt: skip
     assert "as it was" not in result.err
 

@@ -50,7 +50,7 @@ def test_a_projection_goes_on_in_other_commands(
     )
     options = ("--steps", 5, "--video", "way.webp", "--picture", "found.png")
     report = json.loads(ok(hflow("project", "a.png", "b.png", *options, "--json")).out)
-    assert (report["space"], report["images"], report["steps"]) == ("w", ["a.png", "b.png"], 5)
+    assert (report["space"], report["images"], report["search_steps"]) == ("w", ["a.png", "b.png"], 5)
     found = load_file("projected.safetensors")
     assert found["w"].shape == (2, 7, 8)
     with Image.open("way.webp") as way:

@@ -109,7 +109,7 @@ def test_pixels_are_independent() -> None:
         for stage in made.synthesis.stages:
             if stage.embedding is not None:
                 found = shuffled(stage.embedding(), stage.embedding.side)
-                stage.embedding.forward = lambda found=found: found  # type: ignore[method-assign]
+                stage.embedding.forward = lambda _, found=found: found  # type: ignore[method-assign]
         after = [x for x, _ in made.synthesis.walk(w)]
         torch.testing.assert_close(after[1], shuffled(before[1], 8))
         assert torch.allclose(after[2], shuffled(before[2], 16)) == same

@@ -21,7 +21,7 @@ def _build(config: Any) -> LatentModel:
     return Glow(config)
 
 
-def _read_published(path: Path, settings: Path | None, part: str | None) -> Published:
+def _read_published(path: Path, settings: Path | str | None, part: str | None) -> Published:
     from hflow_rt.models.glow.published import read_published
 
     return read_published(path, settings, part)

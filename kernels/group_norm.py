@@ -88,7 +88,10 @@ def _backward_aten(
     rate = moments[..., 1].repeat_interleave(per, 1)[..., None, None]
     d = (slope * weight[:, None, None] - means[..., :1, None] - hat * means[..., 1:, None]) * rate
     split = x.shape[1]
-    d_x, d_skip = d[:, :split].to(x.dtype).contiguous(), d[:, split:].to(x.dtype).contiguous()
+    # copies, because of one image both would be parts of one tensor, which results of an operator may not be
+    d_x, d_skip = (
+        part.to(x.dtype, memory_format=torch.contiguous_format, copy=True) for part in (d[:, :split], d[:, split:])
+    )
     return d_x, d_skip if skip is not None else x.new_empty(0), sums
 
 
@@ -242,10 +245,11 @@ PART = 2048  # pixels of a plane that one program of 4 warps holds: 16 a thread
 
 
 def _tile(planes: int, pixels: int) -> tuple[tuple[int, int], int, int, int]:
-    """Grid, planes and pixels a tile, and warps for 16 numbers a thread."""
+    """Grid, planes and pixels a tile, and warps: 16 numbers a thread, 8 of several planes: addresses take room."""
     width = min(PART, round_up(pixels))
     side = max(1, min(1024 // width, round_up(planes)))
-    return (-(-planes // side), -(-pixels // width)), side, width, max(1, side * width // 512)
+    warps = max(1, side * width // (512 if side == 1 else 256))
+    return (-(-planes // side), -(-pixels // width)), side, width, warps
 
 
 def _check(x: Tensor, skip: Tensor | None, level: Tensor | None, weight: Tensor, bias: Tensor, groups: int) -> None:

@@ -56,7 +56,8 @@ def test_a_dry_run_goes_through_every_part(dry: list[list[str]]) -> None:
             assert ops == {"eager", "torch.compile", "copy"}
     for preset in ("hflow-demo", "glow-demo"):
         decodes = {variant for what, variant in timed if what == f"{preset} decode, batch 1"}
-        assert decodes == {"eager", "folded", "folded, CUDA graph", "torch.compile"}
+        switch = {"the switch alone", "plain torch"}  # of the part dispatch
+        assert decodes - switch == {"eager", "folded", "folded, CUDA graph", "torch.compile"}
         assert (f"{preset} training step, batch 2", "eager") in timed
     failed = [row for row in dry if "failed" in row[-1]]
     assert {row[1] for row in failed} == {"kernels", "kernels, CUDA graph"}

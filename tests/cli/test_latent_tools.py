@@ -89,7 +89,7 @@ print("imported:", sorted({"torch", "onnx", "triton", "av", "accelerate"} & sys.
         ("mix --rows x", "found 'x'"),
         ("mix --cut u1", "unknown latent 'u1'; choose among end0, end1, z1, z0"),
         ("mix --from-rows u1", "unknown latent 'u1'; choose among end0, end1, z1, z0"),
-        ("mix --cut z1 --from-rows z0", "--cut and --from-rows both say what the rows give"),
+        ("mix --cut z1 --from-rows z0", "--cut, --from-rows and --slots each say what the rows give"),
         ("mix --rows 0 --row-images a.png", "--rows and --row-images both say what the rows are"),
         ("neighbours --samples 0", "number of images must be at least 1, not 0"),
         ("neighbours -k 0", "number of neighbours must be at least 1, not 0"),

@@ -164,7 +164,7 @@ def test_samples_are_those_of_the_seed_in_eight_bits(tiny_run: Path, backend: st
 
 def test_samples_that_are_not_finite_are_refused(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = load(tiny_run, "onnx", "cpu")
-    monkeypatch.setattr(session, "forward", lambda latents: np.full((2, 3, 16, 16), np.nan, np.float32))
+    monkeypatch.setattr(session, "forward", lambda latents, controls: np.full((2, 3, 16, 16), np.nan, np.float32))
     with pytest.raises(DataError, match="pixels must be finite; found NaN or infinity"):
         sample_statistics(Counting().network, session, 2)
 

@@ -154,7 +154,7 @@ def test_ihdm_trains_and_steps_on_the_kernels(device: str, launched: list[str]) 
     images, noise, u = (torch.randn(2, *model.config.image_shape, generator=generator).to(device) for _ in range(3))
     level = torch.tensor([1, model.config.steps], device=device)
     row = level_table(model.network)[2:3].to(device)
-    step = Step(folded_network(model.network))
+    step = Step(folded_network(model.network), None)
 
     def run() -> list[Tensor]:
         loss = model.errors(images, level, noise).sum()

@@ -1,12 +1,14 @@
 """How NVAE trains: batch norm over processes, recomputed activations, what to try where it diverges."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from hflow_rt.models.nvae.batch_norm import BatchNorm, standing_still
 from hflow_rt.models.nvae.cells import DownSkip
@@ -75,36 +77,20 @@ def test_statistics_stand_still_where_they_are_told_to() -> None:
     assert norm.num_batches_tracked == 1
 
 
-def _norm() -> tuple[BatchNorm, Tensor, Tensor]:
-    """A norm, what it is given, and the weights of a loss of what it makes of that."""
+@pytest.mark.slow
+def test_two_processes_share_statistics(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     norm = BatchNorm(3)
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_(generator=generator)
     x, weights = (torch.randn(6, 3, 4, 4, generator=generator) for _ in range(2))
-    return norm, 2 + 3 * x, weights
-
-
-def _process(rank: int, folder: Path) -> None:
-    """What one of two processes finds of its half."""
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    norm, x, weights = _norm()
-    mine = x[3 * rank : 3 * rank + 3].clone().requires_grad_()
-    out = norm(mine)
-    (weights[3 * rank : 3 * rank + 3] * out.square()).sum().backward()
-    gradients = {f"{name}.grad": parameter.grad for name, parameter in norm.named_parameters()}
-    found = {"out": out.detach(), "x": mine.grad, **gradients, **norm.state_dict()}
-    save_file({name: t.contiguous() for name, t in found.items() if t is not None}, folder / f"{rank}.safetensors")
-    distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_share_statistics(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (tmp_path,), 2)
+    x = 2 + 3 * x
+    save_file({"x": x, "weights": weights, **norm.state_dict()}, tmp_path / "given.safetensors")
+    command = [sys.executable, str(Path(__file__).with_name("half_of_a_batch.py"))]
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(120) for process in processes] == [0, 0]
     one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    norm, x, weights = _norm()
     whole = nn.BatchNorm2d(3, eps=1e-5, momentum=0.05)
     whole.load_state_dict(norm.state_dict())
     x.requires_grad_()

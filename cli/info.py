@@ -75,7 +75,8 @@ def info(
     for name, options in manifest.conditions.items():
         more = f" and {len(options) - _SHOWN} more" if len(options) > _SHOWN else ""
         say(f"  {name}: {', '.join(options[:_SHOWN])}{more}")
-    say(f"  samples at std {' '.join(manifest.std)} by default")
+    if manifest.std:
+        say(f"  samples at std {' '.join(manifest.std)} by default")
     for name, graph in manifest.graphs.items():
         counts = ", ".join(f"{count} {operator}" for operator, count in graph.operators.items())
         size = manifest.files[graph.file].bytes / 1e6

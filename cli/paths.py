@@ -11,7 +11,7 @@ from hflow_rt.files import destination, is_file, is_folder, is_ours
 __all__ = ["OUTPUTS", "check_paths"]
 
 # options that name what is written; every other path is read
-OUTPUTS = frozenset({"--output", "--out", "--picture", "--latents", "--video"})
+OUTPUTS = frozenset({"--output", "--out", "--picture", "--latents", "--video", "--trajectory", "--by-step"})
 # parameters that name a model: what lies beside its parts in its folder is free to be written again
 _MODELS = ("model", "run", "start")
 # what commands write and folders of images hold; nothing else in such a folder is read

@@ -103,6 +103,7 @@ def test_links_stay_and_what_is_behind_them_is_written(hflow: Command, run: Path
         ("temperature", "me.png", "-o", "me.png"),
         ("mix", "--row-images", "photos", "--column-images", "me.png", "-o", "photos/me.png"),
         ("neighbours", "--data", "photos", "-o", "photos/me.png"),
+        ("eval", "bpd", "--data", "photos", "--by-step", "photos/me.png"),
     ],
 )
 def test_an_output_that_is_an_input(hflow: Command, run: Path, photo: Command, arguments: tuple[str, ...]) -> None:
@@ -130,6 +131,7 @@ def test_parts_of_a_model_are_no_output(hflow: Command, run: Path, photo: Comman
     refused(hflow("encode", "a.png", "-o", model), f"cannot write {model}: that is a part of a model")
     manifest = run / "bundle" / "manifest.json"
     refused(hflow("eval", "bpd", "-o", manifest), f"cannot write {manifest}: that is a part of a model")
+    refused(hflow("sample", "--trajectory", model), f"cannot write {model}: that is a part of a model")
     assert model.read_bytes() == before
 
 

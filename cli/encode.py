@@ -25,7 +25,7 @@ def encode(
         bool, typer.Option("--posterior", help="Draw latents of a model that tells a distribution, not its mean.")
     ] = False,
 ) -> None:
-    """Map images to latents, exactly, with their log-probability.
+    """Map images to latents, as exactly as the model can, with their log-probability.
 
     Latents of a model of many steps are decoded at once, and each image is marked exact or not.
 

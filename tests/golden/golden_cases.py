@@ -85,6 +85,26 @@ class Listed(dict[str, Tensor]):
         raise KeyError(name) if name in self.names else Absent(name)
 
 
+class Case:
+    """What a golden case says of itself and lists; families add the networks that compute it."""
+
+    def __init__(self, golden: GoldenCase) -> None:
+        self.golden = golden
+        self.description = golden.description()
+        self.described = self.description["config"]
+        self.stored = Listed(golden.tensors(), self.description["io"])
+        self.dtype = golden.dtype
+        self.listed = {
+            entry["name"]: entry
+            for entry in self.description["io"]
+            if entry["role"] == "output" and not entry["name"].endswith(".f64")
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.stored[name]
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+
 def compute(
     groups: Mapping[str, Callable[[Any], Quantities]], case: Any, outputs: Collection[str]
 ) -> tuple[dict[str, Tensor], set[str]]:

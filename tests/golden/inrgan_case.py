@@ -1,10 +1,10 @@
 """A golden INR-GAN case: networks of its settings and weights."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from golden_cases import Absent, Listed
+from golden_cases import Absent, GoldenCase
+from golden_cases import Case as Listing
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,26 +15,14 @@ from hflow_rt.models.inrgan.model import INRGAN
 from hflow_rt.models.inrgan.weights import discriminator_from_original, from_original
 
 
-class Case:
+class Case(Listing):
     """Networks built from a golden case's settings and weights, and the means to compute what it lists."""
 
-    def __init__(self, golden: Any) -> None:
-        self.description = golden.description()
-        self.described = self.description["config"]
-        self.stored = Listed(golden.tensors(), self.description["io"])
+    def __init__(self, golden: GoldenCase) -> None:
+        super().__init__(golden)
         file = self.description["weights"]["file"]  # of a training run, another case's
         self.path: Path = golden.path
         self.weights = load_file(self.path.parent / file)
-        self.dtype = golden.dtype
-        self.listed = {
-            entry["name"]: entry
-            for entry in self.description["io"]
-            if entry["role"] == "output" and not entry["name"].endswith(".f64")
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.stored[name]
-        return value.to(self.dtype) if value.is_floating_point() else value
 
     def config(self) -> INRGANConfig:
         described, judge = self.described, self.described["discriminator"]

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from golden_cases import Listed
+from golden_cases import Case as Listing
+from golden_cases import GoldenCase
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,28 +21,15 @@ from hflow_rt.models.nvae.regularisers import Shape, by_shape
 from hflow_rt.models.nvae.weights import from_original, our_names
 
 
-class Case:
+class Case(Listing):
     """A network built from a golden case's settings and weights, and the means to compute what it lists."""
 
-    def __init__(self, golden: Any) -> None:
-        self.golden = golden
-        self.description = golden.description()
-        self.described = self.description["config"]
+    def __init__(self, golden: GoldenCase) -> None:
+        super().__init__(golden)
         self.train = self.described["train"]
         self.steps = self.train["epochs"] * self.train["iterations_per_epoch"]
-        self.stored = Listed(golden.tensors(), self.description["io"])
         self.weights = golden.weights()
         self.names = our_names(self.weights)
-        self.dtype = golden.dtype
-        self.listed = {
-            entry["name"]: entry
-            for entry in self.description["io"]
-            if entry["role"] == "output" and not entry["name"].endswith(".f64")
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.stored[name]
-        return value.to(self.dtype) if value.is_floating_point() else value
 
     def config(self) -> NVAEConfig:
         values = settings_of_options(self.description["original_args"], str(self.golden))

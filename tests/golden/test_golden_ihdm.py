@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import Absent, Listed, Quantities, bound, compute
+from golden_cases import Absent, Quantities, bound, compute
+from golden_cases import Case as Listing
 from torch import Tensor
 
 from hflow_rt.models.checkpoint import load_state
@@ -31,24 +32,8 @@ FAMILY = "ihdm"
 HEAD, STEM = "network.head.weight", "network.down.0.conv.weight"
 
 
-class Case:
+class Case(Listing):
     """A model built from a golden case's settings and weights, and the means to compute what it lists."""
-
-    def __init__(self, golden: Any) -> None:
-        self.golden = golden
-        self.description = golden.description()
-        self.described = self.description["config"]
-        self.stored = Listed(golden.tensors(), self.description["io"])
-        self.dtype = golden.dtype
-        self.listed = {
-            entry["name"]: entry
-            for entry in self.description["io"]
-            if entry["role"] == "output" and not entry["name"].endswith(".f64")
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.stored[name]
-        return value.to(self.dtype) if value.is_floating_point() else value
 
     def config(self) -> IHDMConfig:
         described = self.described

@@ -12,33 +12,17 @@ LAUNCHES = report.launches()
 
 
 def test_every_kernel_of_every_file_is_compiled() -> None:
-    from hflow_rt.kernels import (
-        blur,
-        channels,
-        coupling_kernels,
-        group_norm,
-        instance_norm,
-        mixing,
-        moments,
-        sampler_update,
-    )
+    from hflow_rt.kernels import blur, channels, coupling_kernels, group_norm, instance_norm, mixing, moments
+    from hflow_rt.kernels import sampler_update as update
 
+    modules = (blur, channels, coupling_kernels, group_norm, instance_norm, mixing, moments, update)
     kernels = {launch.kernel.fn.__name__ for launch in LAUNCHES.values()}
     planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
     planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
     assert kernels == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}
     entry = {
         name
-        for module in (
-            blur,
-            channels,
-            coupling_kernels,
-            group_norm,
-            instance_norm,
-            mixing,
-            moments,
-            sampler_update,
-        )
+        for module in modules
         for name, value in vars(module).items()
         if type(value).__name__ == "JITFunction" and value.fn.__module__ == module.__name__
     }

@@ -77,6 +77,24 @@ def _patched_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def launched_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """`launched_by(MODULE, ...)` is a list of the names of the kernels that these launch from then on."""
+
+    def listed(*modules: ModuleType) -> list[str]:
+        found: list[str] = []
+
+        def noted(kernel: Any, *rest: Any, **arguments: Any) -> None:
+            found.append(kernel.fn.__name__)
+            dispatch.launch(kernel, *rest, **arguments)
+
+        for module in modules:
+            monkeypatch.setattr(module, "launch", noted)
+        return found
+
+    return listed
+
+
 LAYOUTS = ("packed", "half", "channels_last", "transposed")
 
 

@@ -1,6 +1,6 @@
 """Glow on the kernels: a training step, both directions as trained and folded, and graphs that stay free of kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,17 +32,9 @@ def plain_torch(launched: list[str]) -> Iterator[None]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(launched_by: Callable[..., list[str]]) -> list[str]:
     """Names of the kernels launched so far."""
-    found: list[str] = []
-
-    def noted(kernel: Any, *rest: Any, **arguments: Any) -> None:
-        found.append(kernel.fn.__name__)
-        dispatch.launch(kernel, *rest, **arguments)
-
-    for module in (coupling_kernels, mixing):
-        monkeypatch.setattr(module, "launch", noted)
-    return found
+    return launched_by(coupling_kernels, mixing)
 
 
 def make(device: str, **changes: Any) -> Glow:

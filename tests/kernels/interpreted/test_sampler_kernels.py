@@ -134,17 +134,9 @@ def make(device: str) -> IHDM:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launched(launched_by: Callable[..., list[str]]) -> list[str]:
     """Names of the kernels launched so far."""
-    found: list[str] = []
-
-    def noted(kernel: Any, *rest: Any, **arguments: Any) -> None:
-        found.append(kernel.fn.__name__)
-        dispatch.launch(kernel, *rest, **arguments)
-
-    for module in (group_norm, sampler_update):
-        monkeypatch.setattr(module, "launch", noted)
-    return found
+    return launched_by(group_norm, sampler_update)
 
 
 def test_ihdm_trains_and_steps_on_the_kernels(device: str, launched: list[str]) -> None:

@@ -138,7 +138,8 @@ class Known(Runner):
         if space != LATENT_SPACE:
             return (tuple(tensor.name for tensor in self._graph(self._way(space, "into")).outputs),)
         graphs = [self.manifest.graphs.get(found.into or "") for found in self.manifest.spaces.values()]
-        return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
+        groups = (tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
+        return tuple(dict.fromkeys(groups))
 
     def _space(self, space: str) -> Space:
         if space not in self.manifest.spaces:

@@ -4,9 +4,10 @@ import math
 from collections.abc import Collection
 from typing import Any, Literal
 
+from hflow_rt.choices import Precision
 from hflow_rt.conditions import Options
 from hflow_rt.errors import DataError
-from hflow_rt.manifest import Loop, Precision, Space, Way
+from hflow_rt.manifest import Loop, Space, Way
 from hflow_rt.runtime.running import Runner
 
 __all__ = ["LATENT_SPACE", "Known"]

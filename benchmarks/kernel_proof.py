@@ -6,7 +6,8 @@ import torch
 from measuring import Report
 
 from hflow_rt.kernels import dispatch
-from hflow_rt.kernels.proof_cases import PROOFS, largest_difference
+from hflow_rt.kernels.differences import largest_difference
+from hflow_rt.kernels.proof_cases import PROOFS
 
 __all__ = ["time_proofs"]
 

@@ -66,13 +66,17 @@ SWITCH, OFF_SWITCH = "HFLOW_RT_KERNELS", "HFLOW_RT_KERNELS_OFF"
 CHOICES = ("reference", "auto", "triton")
 # each with its gradient
 OPERATORS = (
+    "bias_act",
     "blur_down",
     "blur_up",
     "coupling",
     "group_norm_silu",
     "instance_norm_act",
     "mixing",
+    "modulated_weights",
+    "quantise",
     "sampler_update",
+    "split_act",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)

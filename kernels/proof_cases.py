@@ -6,136 +6,31 @@ of its own for those. What costs time is compiling, a fraction of a second a ker
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hflow_rt.kernels import blur, coupling, group_norm, instance_norm, mixing, sampler_update
+from hflow_rt.kernels import (
+    bias_act,
+    blur,
+    coupling,
+    group_norm,
+    instance_norm,
+    mixing,
+    modulated_weights,
+    quantise,
+    sampler_update,
+    split_act,
+)
 from hflow_rt.kernels.coupling import Form, Region
+from hflow_rt.kernels.differences import Case, Draw, Proof
 from hflow_rt.kernels.moments import moments_reference
 
-__all__ = ["PROOFS", "Case", "Difference", "Proof", "largest_difference", "tolerance"]
+__all__ = ["PROOFS"]
 
 HALF, BRAIN = torch.float16, torch.bfloat16
-
-
-class Draw:
-    """Normal numbers on `device`, the same on every machine, without any of torch's generators."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._random = device, np.random.default_rng(0)
-
-    def __call__(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.from_numpy(self._random.standard_normal(size)).to(dtype).to(self.device)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs of an operator, drawn, and what they are in words."""
-
-    what: str
-    inputs: Callable[[Draw], tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Proof:
-    """An operator, its rules of differentiation, and plain torch of the same signature.
-
-    inputs, outputs: names of the tensors that come first among the operator's inputs, and of all its outputs.
-    """
-
-    operator: Callable[..., Any]
-    remember: Callable[..., None]
-    differentiate: Callable[..., tuple[Any, ...]]
-    reference: Callable[..., Any]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    cases: tuple[Case, ...]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference of an output or gradient from the truth, in units of the truth's largest number."""
-
-    what: str
-    off: float
-    tolerance: float
-
-    @property
-    def share(self) -> float:
-        """Of the tolerance; infinite for what is no number."""
-        return self.off / self.tolerance if math.isfinite(self.off) else math.inf
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Of the largest number. Rounding to a half type is half of its epsilon; in float32 sums and Triton's own `exp` and
-    `log`, exact to 2^-21, stay below a third of this, and a constant that is wrong by 1e-4 is ten times as much."""
-    return max(1e-5, torch.finfo(dtype).eps)
-
-
-def largest_difference(proof: Proof, device: torch.device) -> Difference:
-    """The largest of all cases, by share of its tolerance. Raises whatever compiling or launching a kernel does."""
-    found = [difference for case in proof.cases for difference in _differences(proof, case, device)]
-    return max(found, key=lambda difference: difference.share)
-
-
-class _Context:
-    """What autograd hands to an operator's rules. Its engine is not asked: it runs gradients on a thread of the
-    device, which may be the one that waits for this proof."""
-
-    saved_tensors: tuple[Tensor | None, ...] = ()
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *outputs: Tensor) -> None:
-        pass
-
-
-def _differences(proof: Proof, case: Case, device: torch.device) -> list[Difference]:
-    inputs = case.inputs(Draw(device))
-    count = len(proof.inputs)
-    leaves = [None if t is None else t.cpu().double().requires_grad_() for t in inputs[:count]]
-    truths = _several(proof.reference(*leaves, *inputs[count:]))
-    above = [_weights(t) for t in truths]
-    weighted = [(t * w).sum() for t, w in zip(truths, above, strict=True) if t.requires_grad]
-    used = [t for t in leaves if t is not None]
-    slopes = iter(torch.autograd.grad(torch.stack(weighted).sum(), used, allow_unused=True))
-
-    context: Any = _Context()
-    with torch.no_grad():
-        made = proof.operator(*inputs)
-        proof.remember(context, inputs, made)
-        outputs = _several(made)
-        gradients = proof.differentiate(context, *(w.to(y) for w, y in zip(above, outputs, strict=True)))
-
-    pairs = list(zip(proof.outputs, outputs, truths, strict=True))
-    for name, leaf, gradient in zip(proof.inputs, leaves, gradients, strict=False):
-        truth = None if leaf is None else next(slopes)
-        if truth is not None:
-            pairs.append((f"the gradient by {name}", gradient, truth))
-    return [_difference(f"{name}, {case.what}", found, truth.detach()) for name, found, truth in pairs]
-
-
-def _several(made: Any) -> tuple[Tensor, ...]:
-    return made if isinstance(made, tuple) else (made,)
-
-
-def _weights(y: Tensor) -> Tensor:
-    """Between 0 and 2, unlike anywhere else, and exact in every type."""
-    return ((1 + torch.arange(y.numel(), dtype=torch.float64).sin()) * 64).round().div(64).view(y.shape)
-
-
-def _difference(what: str, found: Tensor, truth: Tensor) -> Difference:
-    if found.shape != truth.shape:
-        raise ValueError(f"{what} must be {list(truth.shape)}, not {list(found.shape)}")
-    largest = float(truth.abs().max()) if truth.numel() else 0.0
-    off = float((found.cpu().double() - truth).abs().max()) if truth.numel() else 0.0
-    return Difference(what, off / largest if largest else math.inf if off else 0.0, tolerance(found.dtype))
 
 
 def _blurs(sizes: dict[torch.dtype, tuple[int, ...]]) -> tuple[Case, ...]:
@@ -283,11 +178,73 @@ def _mixings() -> tuple[Case, ...]:
     )
 
 
+def _acts() -> tuple[Case, ...]:
+    def case(dtype: torch.dtype, size: tuple[int, ...], clamp: float | None = None, bias: bool = True) -> Case:
+        def inputs(draw: Draw) -> tuple[Any, ...]:
+            return draw(*size, dtype=dtype), draw(size[1]) if bias else None, 0.2, 1.5, clamp
+
+        return Case(f"{_name(dtype)} {list(size)}{' clamped' if clamp else ''}", inputs)
+
+    return (
+        case(torch.float32, (3, 5, 9, 121), clamp=1.0),
+        case(HALF, (2, 3, 5, 7), bias=False),
+        case(BRAIN, (2, 16, 16, 16)),
+    )
+
+
+def _splits() -> tuple[Case, ...]:
+    def case(dtype: torch.dtype, size: tuple[int, int, int], mode: str) -> Case:
+        def inputs(draw: Draw) -> tuple[Any, ...]:
+            batch, channels, side = size
+            high, low = draw(batch, channels, 2 * side, 2 * side), draw(batch, channels, side, side)
+            return high.to(dtype), low.to(dtype), draw(channels), mode
+
+        return Case(f"{mode}, {_name(dtype)} {list(size)}", inputs)
+
+    return (
+        case(torch.float32, (1, 2, 17), "bilinear"),
+        case(HALF, (3, 5, 2), "bilinear"),
+        case(BRAIN, (2, 4, 8), "nearest"),
+    )
+
+
+def _modulations() -> tuple[Case, ...]:
+    def case(dtype: torch.dtype, size: tuple[int, int, int, int], columns: bool) -> Case:
+        def inputs(draw: Draw) -> tuple[Any, ...]:
+            batch, c_out, c_in, rank = size
+            factors = 1 + 0.3 * draw(batch, c_in) if columns else None
+            return draw(batch, (c_out + c_in) * rank, dtype=dtype), draw(c_out, c_in), factors, rank, 0.5
+
+        return Case(f"style {_name(dtype)} {list(size)}{', columns' if columns else ''}", inputs)
+
+    return (
+        case(torch.float32, (3, 33, 70, 3), True),
+        case(HALF, (2, 5, 7, 2), False),
+        case(BRAIN, (2, 16, 32, 4), False),
+    )
+
+
+def _bytes() -> tuple[Case, ...]:
+    """Of numbers whose product with 255 float32 holds, so that half a level is half a level."""
+
+    def case(dtype: torch.dtype, size: tuple[int, ...]) -> Case:
+        return Case(
+            f"{_name(dtype)} {list(size)}",
+            lambda draw: (((0.5 + draw(*size)).mul(1024).round() / 1024).to(dtype),),
+        )
+
+    return case(torch.float32, (2, 3, 35, 33)), case(HALF, (1, 1, 5, 7)), case(BRAIN, (2, 3, 16, 16))
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 PROOFS = {
+    "bias_act": Proof(
+        bias_act._act, bias_act._remember, bias_act._differentiate, bias_act.bias_act_reference, ("x", "bias"),
+        ("result",), _acts(),
+    ),
     "blur_down": Proof(
         blur._down, blur._remember_size, blur._differentiate_down, blur._down_aten, ("x",), ("result", "moments"),
         _blurs({torch.float32: (1, 3, 35, 5), HALF: (2, 3, 5, 7), BRAIN: (2, 4, 4, 16)}),
@@ -313,9 +270,21 @@ PROOFS = {
         mixing._mixing, mixing._remember, mixing._differentiate, mixing._mixing_aten,
         ("x", "weight", "bias", "pre shift", "pre log_scale"), ("result",), _mixings(),
     ),
+    "modulated_weights": Proof(
+        modulated_weights._generate, modulated_weights._remember, modulated_weights._differentiate,
+        modulated_weights.modulated_weights_reference, ("style", "weight", "columns"), ("result",), _modulations(),
+    ),
+    "quantise": Proof(
+        quantise._quantise, quantise._remember, quantise._differentiate, quantise.quantise_reference, ("images",),
+        ("result",), _bytes(),
+    ),
     "sampler_update": Proof(
         sampler_update._update, sampler_update._remember, sampler_update._differentiate,
         sampler_update.sampler_update_reference, ("state", "change", "noise", "rest", "noise_weight", "rest_weight"),
         ("result", "image"), _updates(),
+    ),
+    "split_act": Proof(
+        split_act._split, split_act._remember, split_act._differentiate, split_act.split_act_reference,
+        ("high", "low", "bias"), ("result",), _splits(),
     ),
 }  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from hflow_rt.cli.info import doctor
 from hflow_rt.errors import BackendUnavailable, ConfigError
 from hflow_rt.kernels import (
+    bias_act,
     blur,
     coupling,
     coupling_kernels,
@@ -24,13 +25,17 @@ from hflow_rt.kernels import (
     group_norm,
     instance_norm,
     mixing,
+    modulated_weights,
     proof,
     proof_records,
+    quantise,
     report,
     sampler_update,
+    split_act,
 )
 from hflow_rt.kernels.blur import blur_down
-from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference, tolerance
+from hflow_rt.kernels.differences import Difference, largest_difference, tolerance
+from hflow_rt.kernels.proof_cases import PROOFS
 from hflow_rt.kernels.proof_records import Environment, Record
 
 ENVIRONMENT = Environment("A GPU", "9.0", "580.1", "2.13.0", "13.0", "3.9.0", "0123456789abcdef")
@@ -45,6 +50,7 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
     registered = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name[:8] == "hflow_rt"}
     gradients = {"blur_down_adjoint", "blur_up_adjoint"}
     gradients |= {f"{name}_backward" for name in ("coupling", "group_norm_silu", "instance_norm_act", "mixing")}
+    gradients |= {f"{name}_backward" for name in ("bias_act", "modulated_weights", "split_act")}
     assert registered == {*PROOFS, *gradients}
     for name, of in PROOFS.items():
         schema = torch._C._get_schema(f"hflow_rt::{name}", "")
@@ -64,14 +70,22 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(group_norm, "_backward", group_norm._backward_triton)
     monkeypatch.setattr(instance_norm, "_norm_backward", instance_norm._norm_backward_triton)
     monkeypatch.setattr(mixing, "_mixing_backward", mixing._mixing_backward_triton)
+    monkeypatch.setattr(bias_act, "backward", bias_act._backward_triton)
+    monkeypatch.setattr(split_act, "backward", bias_act._backward_triton)
+    monkeypatch.setattr(split_act, "_gathered", split_act._gathered_triton)
+    monkeypatch.setattr(modulated_weights, "_backward", modulated_weights._backward_triton)
     operators = {
+        "bias_act": bias_act._act_triton,
         "blur_down": blur._down_triton,
         "blur_up": blur._up_triton,
         "coupling": coupling_kernels.couple,
         "group_norm_silu": group_norm._norm_triton,
         "instance_norm_act": instance_norm._norm_triton,
         "mixing": mixing._mixing_triton,
+        "modulated_weights": modulated_weights._generate_triton,
+        "quantise": quantise._quantise_triton,
         "sampler_update": sampler_update._update_triton,
+        "split_act": split_act._split_triton,
     }
     found: dict[str, dispatch.Launch] = {}
     for name, of in PROOFS.items():
@@ -79,7 +93,7 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
             largest_difference(dataclasses.replace(of, operator=operators[name]), torch.device("cpu"))
         found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
     kernels = [name for name in found if report._first(found, name)]
-    assert len(kernels) == 69
+    assert len(kernels) == 94
     for at, name in enumerate(kernels):
         capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
         compiled = report.compiled(name, found[name], capability)
@@ -107,7 +121,7 @@ def test_tensors_of_a_cpu_are_never_proved() -> None:
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_unknown", ["blur"])
-    line = "HFLOW_RT_KERNELS_OFF must list some of blur_down, blur_up, .*, sampler_update; found 'blur'; unset it"
+    line = "HFLOW_RT_KERNELS_OFF must list some of bias_act, blur_down, .*, split_act; found 'blur'; unset it"
     with dispatch.using("triton"), pytest.raises(ConfigError, match=line):
         blur_down(torch.zeros(1, 1, 2, 2))
 
@@ -249,14 +263,14 @@ def test_doctor_shows_what_failed(
     fail(monkeypatch, "coupling")
     text = "computes wrong: log_det, sigmoid is off by 0.002 of the largest value where 1e-05 is allowed"
     lines = shown(capsys)
-    assert lines[3] == f"      coupling: FAILED DATE: {text}; set HFLOW_RT_KERNELS_OFF=coupling"
-    assert [line for line in lines if "FAILED" in line] == [lines[3]]
+    assert lines[4] == f"      coupling: FAILED DATE: {text}; set HFLOW_RT_KERNELS_OFF=coupling"
+    assert [line for line in lines if "FAILED" in line] == [lines[4]]
     doctor(json=True)
     found = json.loads(capsys.readouterr().out)["kernel proofs"]
     assert [proof["operator"] for proof in found] == list(dispatch.OPERATORS)
     states = {proof["operator"]: proof["state"] for proof in found}
     assert states == dict.fromkeys(dispatch.OPERATORS, "proved") | {"coupling": "FAILED"}
-    assert found[2]["why"] == f"{text}; set HFLOW_RT_KERNELS_OFF=coupling"
+    assert found[3]["why"] == f"{text}; set HFLOW_RT_KERNELS_OFF=coupling"
     assert found[0]["environment"] == dataclasses.asdict(ENVIRONMENT)
     assert all(len(proof["date"]) == len("2026-01-31 23:59") for proof in found)
     with pytest.raises(BackendUnavailable, match="kernel 'coupling' computes wrong: log_det, sigmoid is off by"):
@@ -269,7 +283,7 @@ def test_doctor_shows_what_is_not_proved(
     monkeypatch.setattr(dispatch, "_off", frozenset({"mixing"}))
     fail(monkeypatch, "blur_up", torch.OutOfMemoryError("CUDA out of memory"))
     lines = shown(capsys)
-    assert lines[2] == "      blur_up: not yet: the GPU is out of memory"
+    assert lines[3] == "      blur_up: not yet: the GPU is out of memory"
     assert lines[1 + dispatch.OPERATORS.index("mixing")] == "      mixing: off"
 
 

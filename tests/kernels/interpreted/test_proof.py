@@ -8,30 +8,39 @@ from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import (
+    bias_act,
     blur,
     coupling_kernels,
     dispatch,
     group_norm,
     instance_norm,
     mixing,
+    modulated_weights,
     moments,
     proof,
+    quantise,
     sampler_update,
+    split_act,
 )
 from hflow_rt.kernels.blur import blur_down
+from hflow_rt.kernels.differences import Draw
 from hflow_rt.kernels.mixing import mixing_reference
-from hflow_rt.kernels.proof_cases import PROOFS, Draw
+from hflow_rt.kernels.proof_cases import PROOFS
 from hflow_rt.kernels.proof_records import Environment
 
 proves_by_itself = dispatch._proves
 MODULES = {
+    "bias_act": bias_act,
     "blur_down": blur,
     "blur_up": blur,
     "coupling": coupling_kernels,
     "group_norm_silu": group_norm,
     "instance_norm_act": instance_norm,
     "mixing": mixing,
+    "modulated_weights": modulated_weights,
+    "quantise": quantise,
     "sampler_update": sampler_update,
+    "split_act": split_act,
 }
 
 
@@ -50,6 +59,8 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
         proof.prove(operator, torch.device(device))
     planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
     planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
+    planes |= {"_act_kernel", "_act_gradient", "_generate_kernel", "_generate_gradient", "_quantise_kernel"}
+    planes |= {"_split_kernel", "_gather_kernel"}
     assert launched == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}  # as in test_report.py
     assert on_new_gpu.proofs == list(PROOFS)
     assert sorted(kept["operator"] for kept in on_new_gpu.kept()) == list(PROOFS)
@@ -81,6 +92,19 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "mixing's gradient": ("mixing", ("_mix_gradient", "d_x"), "the gradient by x"),
     "mixing's outer map": ("mixing", ("_mix_gradient", "d_shift"), "the gradient by pre shift"),
     "mixing's map": ("mixing", ("_mix_gradient", "parts"), "the gradient by (weight|bias)"),
+    "activation": ("bias_act", ("_act_kernel", "y"), "result"),
+    "activation's gradient": ("bias_act", ("_act_gradient", "d"), "the gradient by x"),
+    "activation's sums": ("bias_act", ("_act_gradient", "parts"), "the gradient by bias"),
+    "weights": ("modulated_weights", ("_generate_kernel", "made"), "(result|the gradient by columns)"),
+    "weights' products": ("modulated_weights", ("_generate_gradient", "d_product"), "the gradient by style"),
+    "weights' gradient": ("modulated_weights", ("_generate_gradient", "d_weight"), "the gradient by weight"),
+    "bytes": (
+        "quantise",
+        lambda kernel, arguments: arguments["made"].view(-1)[:1].add_(1),
+        "result",
+    ),
+    "two parts": ("split_act", ("_split_kernel", "y"), "(result|the gradient by .*)"),
+    "the smaller part's gradient": ("split_act", ("_gather_kernel", "d_low"), "the gradient by low"),
     "update": ("sampler_update", ("_update_kernel", "made"), "result"),
     "update's image": ("sampler_update", ("_update_kernel", "image"), "image"),
 }

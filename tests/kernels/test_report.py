@@ -55,12 +55,13 @@ HEAVIEST = {
     "blur_up_adjoint 256 fp16 halve",
     "coupling_backward post clipped inverse 8x32 fp32 couple_gradient",
 }
-# of what is compiled in two directions, one, and so of what is in two half types, which differ in loads and stores
-TWINS = (("forward", "inverse"), ("fp16", "bf16"))
+# of two directions one, and of two half precisions one: what proofs launch is compiled for the other (test_proof.py)
 REST = [
     name
     for name in LAUNCHES
-    if name not in HEAVIEST and all(one not in name or name.replace(one, other) not in LAUNCHES for one, other in TWINS)
+    if name not in HEAVIEST
+    and ("forward" not in name or name.replace("forward", "inverse") not in LAUNCHES)
+    and " bf16 " not in name
 ]
 
 

@@ -42,6 +42,10 @@ def bias_act_reference(x: Tensor, bias: Tensor | None, slope: float, gain: float
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
+def _act_aten(x: Tensor, bias: Tensor | None, slope: float, gain: float, clamp: float | None) -> Tensor:
+    return bias_act_reference(x.to(statistics_dtype(x)), bias, slope, gain, clamp).to(x.dtype)
+
+
 def _backward_aten(
     g: Tensor, y: Tensor, slope: float, gain: float, clamp: float | None, sums: bool
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +144,7 @@ def _backward_triton(
 
 # -- operators: Triton on CUDA, plain torch on the CPU
 
-_act = operator("bias_act", _act_triton, bias_act_reference)
+_act = operator("bias_act", _act_triton, _act_aten)
 backward = operator("bias_act_backward", _backward_triton, _backward_aten, gradient_of="bias_act")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hflow_rt.kernels.dispatch import jit, launch, operator, round_up, takes, tl
+from hflow_rt.kernels.moments import statistics_dtype
 
 __all__ = ["modulated_weights", "modulated_weights_reference", "reciprocal"]
 
@@ -55,11 +56,16 @@ def halves(style: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return style[:, : c_out * rank].reshape(-1, c_out, rank), style[:, c_out * rank :].reshape(-1, rank, c_in)
 
 
+def _generate_aten(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float) -> Tensor:
+    made = modulated_weights_reference(style.to(statistics_dtype(style)), weight, columns, rank, gain)
+    return made.to(_type(style, weight, columns))
+
+
 def _backward_aten(
     g: Tensor, style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By style, weight and columns."""
-    left, right = halves(style, weight, rank)
+    left, right = halves(style.to(statistics_dtype(style)), weight, rank)
     factor = 1 + gain * (left @ right)
     made = weight * factor
     length = made.square().sum(2, keepdim=True).sqrt()
@@ -196,7 +202,7 @@ def _type(style: Tensor, weight: Tensor, columns: Tensor | None) -> torch.dtype:
 
 # -- operators: Triton on CUDA, plain torch on the CPU
 
-_generate = operator("modulated_weights", _generate_triton, modulated_weights_reference)
+_generate = operator("modulated_weights", _generate_triton, _generate_aten)
 _backward = operator("modulated_weights_backward", _backward_triton, _backward_aten, gradient_of="modulated_weights")
 
 

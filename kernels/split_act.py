@@ -46,6 +46,11 @@ def split_act_reference(high: Tensor, low: Tensor, bias: Tensor, mode: str) -> T
     return bias_act_reference(high + enlarged(low, mode), bias, SLOPE, GAIN, None)
 
 
+def _split_aten(high: Tensor, low: Tensor, bias: Tensor, mode: str) -> Tensor:
+    wide = statistics_dtype(high)
+    return split_act_reference(high.to(wide), low.to(wide), bias.to(wide), mode).to(high.dtype)
+
+
 def _gathered_aten(d: Tensor, side: int, mode: str) -> Tensor:
     batch, channels = d.shape[:2]
     if mode == "nearest":
@@ -172,7 +177,7 @@ def _gathered_triton(d: Tensor, side: int, mode: str) -> Tensor:
 
 # -- operators: Triton on CUDA, plain torch on the CPU
 
-_split = operator("split_act", _split_triton, split_act_reference)
+_split = operator("split_act", _split_triton, _split_aten)
 _gathered = operator("split_act_backward", _gathered_triton, _gathered_aten, gradient_of="split_act")
 
 

@@ -66,13 +66,18 @@ SWITCH, OFF_SWITCH = "HFLOW_RT_KERNELS", "HFLOW_RT_KERNELS_OFF"
 CHOICES = ("reference", "auto", "triton")
 # each with its gradient
 OPERATORS = (
+    "batch_norm_silu",
     "blur_down",
     "blur_up",
     "coupling",
     "group_norm_silu",
     "instance_norm_act",
     "mixing",
+    "mixture_image",
+    "mixture_log_prob",
+    "residual_normal",
     "sampler_update",
+    "squeeze_excite",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)

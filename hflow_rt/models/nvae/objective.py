@@ -106,7 +106,7 @@ def bound_parts(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Ten
     config, canvas = network.config, network.pad(inputs["image"])
     features = [inputs[f"feature{group}"] for group in range(len(config.group_scales))]
     inferred = network.infer(features, unpacked(config, "noise", inputs))
-    groups = inferred.by_group(Group.log_q) - inferred.by_group(Group.log_p)
+    groups = inferred.by_group(Group.log_ratio)
     counts = [config.groups[scale] for scale in reversed(range(len(config.groups)))]
     costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in torch.split(groups, counts, 1)))
     return {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
@@ -126,7 +126,7 @@ def importance_bound(log_weights: Tensor) -> Tensor:
 
 def channel_divergence(inferred: Inferred) -> Tensor:
     """Divergence of every latent channel, summed over positions and averaged over images, `[G, latent_channels]`."""
-    return torch.stack([group.divergence().sum((2, 3)).mean(0) for group in inferred.groups])
+    return torch.stack([group.divergence().mean(0) for group in inferred.groups])
 
 
 def active_units(by_channel: Tensor) -> Tensor:

@@ -8,30 +8,41 @@ from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import (
+    batch_norm,
     blur,
     coupling_kernels,
     dispatch,
     group_norm,
     instance_norm,
     mixing,
+    mixture_image,
+    mixture_kernels,
     moments,
     proof,
+    residual_normal,
     sampler_update,
+    squeeze_excite,
 )
 from hflow_rt.kernels.blur import blur_down
 from hflow_rt.kernels.mixing import mixing_reference
-from hflow_rt.kernels.proof_cases import PROOFS, Draw
+from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_inputs import Draw
 from hflow_rt.kernels.proof_records import Environment
 
 proves_by_itself = dispatch._proves
 MODULES = {
+    "batch_norm_silu": batch_norm,
     "blur_down": blur,
     "blur_up": blur,
     "coupling": coupling_kernels,
     "group_norm_silu": group_norm,
     "instance_norm_act": instance_norm,
     "mixing": mixing,
+    "mixture_image": mixture_image,
+    "mixture_log_prob": mixture_kernels,
+    "residual_normal": residual_normal,
     "sampler_update": sampler_update,
+    "squeeze_excite": squeeze_excite,
 }
 
 
@@ -50,6 +61,8 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
         proof.prove(operator, torch.device(device))
     planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
     planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
+    planes |= {"_gather_channel", "_residual_kernel", "_residual_gradient", "_plane_sums", "_gated"}
+    planes |= {"_log_prob_kernel", "_log_prob_gradient", "_mean_kernel", "_draw_kernel"}
     assert launched == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}  # as in test_report.py
     assert on_new_gpu.proofs == list(PROOFS)
     assert sorted(kept["operator"] for kept in on_new_gpu.kept()) == list(PROOFS)
@@ -57,7 +70,20 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
     assert all(kept["failure"] == "" for kept in on_new_gpu.kept())
 
 
+def one_level_off(kernel: str) -> Any:
+    """Bytes by one level, and numbers by one in ten thousand."""
+
+    def harm(launched: str, arguments: dict[str, Any]) -> None:
+        if launched == kernel:
+            image = arguments["image"]
+            image.copy_(image + (image < 255) if image.dtype == torch.uint8 else image * 1.0001)
+
+    return harm
+
+
 WRONG: dict[str, tuple[str, Any, str]] = {
+    "batch norm's moments": ("batch_norm_silu", ("_gather_channel", "moments"), "(result|moments|the gradient by .*)"),
+    "batch norm's sums": ("batch_norm_silu", ("_norm_silu_gradient", "sums"), "the gradient by .*"),
     "blur_down": ("blur_down", ("_halve", "y"), "result"),
     "blur_down's moments": ("blur_down", ("_halve", "emitted"), "moments"),
     "blur_down's gradient": ("blur_down", ("_double", "y", True), "the gradient by x"),
@@ -81,6 +107,18 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "mixing's gradient": ("mixing", ("_mix_gradient", "d_x"), "the gradient by x"),
     "mixing's outer map": ("mixing", ("_mix_gradient", "d_shift"), "the gradient by pre shift"),
     "mixing's map": ("mixing", ("_mix_gradient", "parts"), "the gradient by (weight|bias)"),
+    "mixture's probability": ("mixture_log_prob", ("_log_prob_kernel", "out"), "result"),
+    "mixture's sums": ("mixture_log_prob", ("_log_prob_kernel", "sums"), "(sums|the gradient by logits)"),
+    "mixture's gradient": ("mixture_log_prob", ("_log_prob_gradient", "d_logits"), "the gradient by logits"),
+    "mixture's mean": ("mixture_image", one_level_off("_mean_kernel"), "image"),
+    "mixture's draw": ("mixture_image", one_level_off("_draw_kernel"), "image"),
+    "residual's value": ("residual_normal", ("_residual_kernel", "value"), "value"),
+    "residual's cost": ("residual_normal", ("_residual_kernel", "parts"), "cost"),
+    "residual's gradient": ("residual_normal", ("_residual_gradient", "d_raw"), "the gradient by raw"),
+    "residual's prior": ("residual_normal", ("_residual_gradient", "d_prior"), "the gradient by prior"),
+    "residual's latents": ("residual_normal", ("_residual_gradient", "d_z"), "the gradient by z"),
+    "excitement's sums": ("squeeze_excite", ("_plane_sums", "parts"), "(result|means|gate|the gradient by .*)"),
+    "excitement": ("squeeze_excite", ("_gated", "out"), "(result|the gradient by y)"),
     "update": ("sampler_update", ("_update_kernel", "made"), "result"),
     "update's image": ("sampler_update", ("_update_kernel", "image"), "image"),
 }

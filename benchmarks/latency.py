@@ -20,7 +20,8 @@ from measuring import RESULTS, exported_like
 from hflow_rt.bench.measure import measure_latency
 from hflow_rt.bench.report import write_report
 from hflow_rt.bench.variants import VARIANTS, cases_of
-from hflow_rt.manifest import MANIFEST, Routes
+from hflow_rt.choices import Routes
+from hflow_rt.manifest import MANIFEST
 from hflow_rt.runtime.bundle import find_bundle
 
 PRESETS = {"cpu": ("hflow-demo", "hflow-128", "glow-64", "hflow-256"), "cuda": ("hflow-128", "hflow-256")}

@@ -1,15 +1,19 @@
 """`hflow-rt attribute make` and `hflow-rt attribute apply`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hflow_rt.cli.app import Commands, app
-from hflow_rt.cli.latents import LATENTS, Asked, latent_command
-from hflow_rt.cli.options import ImagesArgument, TensorOption
+from hflow_rt.cli.latents import LATENTS, Asked, are_latents, latent_command
+from hflow_rt.cli.options import TensorOption
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.names import quoted
+
+if TYPE_CHECKING:
+    from hflow_rt.runtime.latents.nearest import TensorAddress
+    from hflow_rt.runtime.session import Array, Session
 
 attribute = Commands(
     help="Find what sets two kinds of images apart, and add it to others.\n\n"
@@ -22,24 +26,25 @@ app.add_typer(attribute, name="attribute", rich_help_panel=LATENTS)
 @latent_command("attribute.safetensors", "label", about="Where it goes (.safetensors).", panel=None, to=attribute)
 def make(
     asked: Asked,
-    positive: Annotated[Path, typer.Argument(help="A folder or archive of images that have it.")],
-    negative: Annotated[Path, typer.Argument(help="A folder or archive of images that lack it.")],
+    positive: Annotated[Path, typer.Argument(help="A folder, archive or latents file of images that have it.")],
+    negative: Annotated[Path, typer.Argument(help="A folder, archive or latents file of images that lack it.")],
     tensor: TensorOption = None,
 ) -> None:
     """Take the mean difference between the latents of two sets of images.
+
+    Of a model that has no inverse: between two latents files of 'project' or 'sample'.
 
     Example: hflow-rt attribute make smiling/ neutral/ -o smile.safetensors
     """
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.latents.attributes import measure_attribute, save_attribute
-    from hflow_rt.runtime.latents.nearest import find_tensor, points
+    from hflow_rt.runtime.latents.nearest import find_tensor
 
     if asked.output.suffix.lower() != ".safetensors":
         raise DataError(f"an attribute's name must end in .safetensors; found '{asked.output.name}'; rename it")
     session = asked.open()
     where = find_tensor(session, tensor)
-    sides = [asked.read(session, [source]) for source in (positive, negative)]
-    a, b = (points(session, asked.encode(session, *side, only=where.only).latents, where) for side in sides)
+    a, b = (_points(asked, session, source, where) for source in (positive, negative))
     found = measure_attribute(session, where, a, b, (str(positive), str(negative)))
     save_attribute(asked.output, found)
     about = found.about
@@ -55,11 +60,23 @@ def make(
     )
 
 
+def _points(asked: Asked, session: "Session", source: Path, where: "TensorAddress") -> "Array":
+    from hflow_rt.runtime.latents.nearest import points
+
+    if are_latents([source]):
+        space, found = asked.values(session, [source])
+        return points(session, found.latents, where, space)
+    return points(session, asked.encode(session, *asked.read(session, [source]), only=where.only).latents, where)
+
+
 @latent_command("attribute.png", "number", "seed", "std", "label", panel=None, to=attribute)
 def apply(
     asked: Asked,
     file: Annotated[Path, typer.Argument(metavar="ATTRIBUTE", help="A file of 'attribute make'.")],
-    images: ImagesArgument = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, folders, archives or latents files; by default samples.", show_default=False),
+    ] = None,
     gain: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,6 +92,7 @@ def apply(
     """
     from hflow_rt.runtime.images.pictures import to_uint8
     from hflow_rt.runtime.latents.attributes import check_attribute, load_attribute, move, parse_gains
+    from hflow_rt.runtime.session import LATENT_SPACE
 
     gains = parse_gains(gain or ["-2:2:5"])
     found = load_attribute(file)
@@ -82,10 +100,11 @@ def apply(
     check_attribute(session, found, str(file))
     if not images:
         asked.check_table(session, len(gains), asked.number)
-    start = asked.start(session, images)
+    from_files = bool(images) and are_latents(images or [])
+    space, start = asked.values(session, images or []) if from_files else (LATENT_SPACE, asked.start(session, images))
     count = len(start.names)
     columns = [
-        to_uint8(session.forward(move(session, start.latents, found, value)))
+        to_uint8(session.decode(found.about.space, move(session, start.latents, found, value, space)))
         for value in tracked(gains, len(gains) * count, lambda _: count, "decoding")
     ]
     captions = [f"{value:+g}" if value else "0" for value in gains]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hflow_rt.choices import Routes
 from hflow_rt.cli.app import app
 from hflow_rt.cli.opening import locate_bundle
 from hflow_rt.cli.options import JsonOption, ModelArgument
@@ -17,7 +18,7 @@ def bench(
     model: ModelArgument = None,
     batches: Annotated[list[int] | None, typer.Option("--batch", help="Images of a call; repeatable.")] = None,
     route: Annotated[
-        str, typer.Option("--route", "--direction", help="forward, inverse or both, which is every graph.")
+        Routes, typer.Option("--route", "--direction", help="forward, inverse or both, which is every graph.")
     ] = "both",
     variants: Annotated[
         list[str] | None,

@@ -1,6 +1,7 @@
 """`hflow-rt eval bpd` and `hflow-rt eval distance`."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,6 +121,14 @@ def distance(
     number: Annotated[int, typer.Option("-n", "--number", help="How many samples.")] = 1000,
     std: StdOption = None,
     control: ControlOption = None,
+    path: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PAIRS",
+            help="Also the perceptual path length, over so many pairs of samples: how unevenly images change.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples, and of the subsets of the kernel distance.")] = 0,
     takes: Annotated[
         str | None,
@@ -141,7 +150,7 @@ def distance(
     output: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Fréchet and kernel distance between samples and data, in the features of a network.
+    """Fréchet and kernel distance between samples and data, precision and recall, in the features of a network.
 
     Example: hflow-rt eval distance --data photos.zip --features efficientnet-lite0 -n 1000
 
@@ -159,24 +168,36 @@ def distance(
     from hflow_rt.evaluation.cache import FeatureCache, cache_folder
     from hflow_rt.evaluation.distance import distances
     from hflow_rt.evaluation.features import open_features
-    from hflow_rt.evaluation.reports import about_data, distance_lines
+    from hflow_rt.evaluation.path_length import STEP, path_length
+    from hflow_rt.evaluation.perception import perception
+    from hflow_rt.evaluation.reports import about_data, distance_lines, path_line
     from hflow_rt.runtime.backends import check_backend
+    from hflow_rt.runtime.latents.latent_views import space_of_slots, stepped
     from hflow_rt.runtime.noise import parse_controls
+    from hflow_rt.runtime.session import LATENT_SPACE
     from hflow_rt.training.processes import Processes
 
     check_backend(backend, device)
     processes = Processes(device, None)
     session = open_session(model, backend, device, quiet=json or not processes.is_main)
     network = open_features(features, session.resolution, processes.device, takes)
+    seen = None if path is None else perception(features, session.resolution, processes.device, takes)
     chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
     stds, controls = std or session.std, parse_controls(control or [])
     settings = stds, seed, batch, kept, processes, _track(processes), controls
     found = distances(network, session, chosen, number, *settings)
+    length = None
+    if path is not None and seen is not None:
+        shown = partial(stepped, session, share=STEP, std=stds, seed=seed, controls=controls)
+        sharing = batch, processes, _track(processes)
+        space = space_of_slots(session) or LATENT_SPACE
+        length = path_length(shown, space, seen, processes.device, path, *sharing)
     report: dict[str, Any] = {
         "model": str(session.bundle.path),
         "backend": session.backend,
         **({} if found is None else found.dump()),
+        **({} if length is None else {"path_length": length.dump()}),
         "std": stds,
         **({"controls": controls} if controls else {}),
         "seed": seed,
@@ -184,6 +205,7 @@ def distance(
     }
     drawn = [*([f"std {' '.join(stds)}"] if stds else []), *(control or [])]
     lines = [] if found is None else distance_lines(found, chosen, drawn, seed)
+    lines += [] if length is None else [path_line(length, network.name)]
     _finish(processes, report, lines, output, json, f"hflow-rt eval bpd{_again(model, data)}")
 
 

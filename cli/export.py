@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from hflow_rt.choices import Precision, Routes, Tuning
 from hflow_rt.cli.app import app
 from hflow_rt.cli.graphs import export_graphs, print_report
 from hflow_rt.cli.opening import locate_bundle, named
@@ -44,7 +45,7 @@ def export(
     ] = None,
     engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
     route: Annotated[
-        Literal["forward", "inverse", "both"] | None,
+        Routes | None,
         typer.Option(
             "--route",
             "--direction",
@@ -78,14 +79,14 @@ def export(
         ),
     ] = None,
     precision: Annotated[
-        Literal["fp32", "mixed"] | None,
+        Precision | None,
         typer.Option(
             help="Of the arithmetic: mixed computes the nets in float16, the flow in float32; fp32.",
             show_default=False,
         ),
     ] = None,
     tune: Annotated[
-        Literal["any", "cpu"] | None,
+        Tuning | None,
         typer.Option(
             help="cpu takes whatever form of each layer this machine runs fastest, by measurement; any is the default.",
             show_default=False,

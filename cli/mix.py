@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hflow_rt.cli.latents import Asked, Start, latent_command
+from hflow_rt.cli.latents import Asked, Start, are_latents, latent_command
 from hflow_rt.cli.terminal import tracked
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _side(
     if images:
         if seeds:
             raise DataError(f"--{what}s and --{what}-images both say what the {what}s are; keep one of them")
-        if all(path.suffix.lower() == ".safetensors" for path in images):
+        if are_latents(images):
             return asked.values(session, images, space or LATENT_SPACE)[1]
         return _within(session, space, asked.encode(session, *asked.read(session, images)))
     chosen = views.parse_seeds(seeds or [default])

@@ -56,6 +56,7 @@ def project(
     from hflow_rt.errors import BackendUnavailable
     from hflow_rt.limits import check_count
     from hflow_rt.runtime.images.pictures import check_picture_name, grid, labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime.images.reading import not_as_they_are
     from hflow_rt.runtime.images.video import check_animation, kept, save_animation
     from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
     from hflow_rt.runtime.latents.operations import concatenate
@@ -84,6 +85,8 @@ def project(
     model = load_model(session.bundle.model).to("cuda" if cuda else "cpu")
     space = space_to_search(model, space)
     names, pixels = asked.read(session, images)
+    for line in not_as_they_are(images):
+        note(line)
     known = asked.conditions(session, names) if session.conditions.keys() & session.space_shapes(space).keys() else {}
     found, distances, frames = [], np.zeros(0), []
     every = max(1, steps // _FRAMES)

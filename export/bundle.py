@@ -12,27 +12,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from hflow_rt import __version__
+from hflow_rt.choices import Precision, Route, Routes, Tuning
 from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
 from hflow_rt.export.calibration import calibrate
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
 from hflow_rt.files import atomic_directory, atomic_file, exists, is_file, is_folder, is_ours, sha256
-from hflow_rt.manifest import (
-    HALF,
-    MANIFEST,
-    MODEL,
-    STD,
-    BundledFile,
-    Manifest,
-    Precision,
-    Route,
-    Routes,
-    Tuning,
-    graphs_of,
-    read_manifest,
-    routes_of,
-)
+from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, BundledFile, Manifest, graphs_of, read_manifest, routes_of
 from hflow_rt.models.checkpoint import build_model, load_model, read_metadata, save_model, seen_at
 from hflow_rt.models.describe import TABLES, described, latents_of, tables_of
 from hflow_rt.models.family import LatentModel, Loop

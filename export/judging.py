@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.manifest import Precision
+from hflow_rt.choices import Precision
 
 __all__ = [
     "FACTORS",

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt.assets import demo_images, pretrained
+from hflow_rt.choices import Routes
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
 from hflow_rt.export.calibration import KEY, parse_calibration
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
-from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, Routes, read_manifest, routes_of
+from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, read_manifest, routes_of
 from hflow_rt.models.checkpoint import parse_config, read_metadata, seen_at
 from hflow_rt.models.registry import View, family
 from hflow_rt.runs import resolve_run

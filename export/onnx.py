@@ -14,11 +14,12 @@ import onnx
 import torch
 from onnx.external_data_helper import set_external_data
 
+from hflow_rt.choices import Precision
 from hflow_rt.errors import HFlowError
 from hflow_rt.export.half_weights import halve
 from hflow_rt.export.mixed_precision import to_mixed_precision
 from hflow_rt.export.tuning import Worth, choose_rewrites
-from hflow_rt.manifest import MODULE, Graph, Precision
+from hflow_rt.manifest import MODULE, Graph
 from hflow_rt.models.describe import described_tensor
 from hflow_rt.models.family import Gain, GraphSpec, TensorSpec
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hflow_rt.assets import pretrained
+from hflow_rt.choices import Routes
 from hflow_rt.export.making import (
     EngineOptions,
     GraphOptions,
@@ -20,7 +21,6 @@ from hflow_rt.export.making import (
     typed_region,
     went,
 )
-from hflow_rt.manifest import Routes
 from hflow_rt.runtime.bundle import find_bundle
 
 __all__ = ["check", "export"]

@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hflow_rt.choices import Precision, Route, Routes, Tuning
 from hflow_rt.errors import BundleError
 from hflow_rt.names import image_size
 
@@ -23,14 +24,10 @@ __all__ = [
     "Loop",
     "Manifest",
     "Plan",
-    "Precision",
     "Prior",
     "Role",
-    "Route",
-    "Routes",
     "Space",
     "Tensor",
-    "Tuning",
     "Way",
     "graphs_of",
     "read_manifest",
@@ -44,8 +41,6 @@ LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 MODULE = "module"  # key under which a node of a graph names the module it came from
 SCHEMA = 2
 STD = ("0.7",)
-Precision = Literal["fp32", "mixed"]
-Tuning = Literal["any", "cpu"]
 # what a tensor of a graph is, which says where its values come from:
 #   image      in [0, 1]                            latent     of the prior, times its std
 #   noise      standard normal, beside either       uniform    in [0, 1), beside either
@@ -55,8 +50,6 @@ Tuning = Literal["any", "cpu"]
 #   score      one number an image, such as its log-probability
 #   grid       what a value that is read off becomes a multiple of, so that it takes few bits; 0 for not at all
 Role = Literal["image", "latent", "noise", "uniform", "condition", "control", "value", "schedule", "score", "grid"]
-Route = Literal["forward", "inverse"]  # latents to image, image to latents
-Routes = Literal["forward", "inverse", "both"]  # one by name, or all that a model has
 # where a latent of a sample comes from: standard normal numbers times its std, the same without a temperature, or a row
 # of a table of latents of real images
 Prior = Literal["normal", "unscaled", "bank"]

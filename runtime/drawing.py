@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hflow_rt.choices import Route
 from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import Graph, Loop, Role, Route, Tensor, graphs_of
+from hflow_rt.manifest import Graph, Loop, Role, Tensor, graphs_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.loops import drawn_by_call, shortened
 from hflow_rt.runtime.noise import Stream, draw_latents, draw_noise, draw_rows

@@ -4,9 +4,10 @@ import math
 from collections.abc import Collection
 from typing import Any, Literal
 
+from hflow_rt.choices import Precision
 from hflow_rt.conditions import Options
 from hflow_rt.errors import DataError
-from hflow_rt.manifest import Loop, Precision, Space, Way
+from hflow_rt.manifest import Loop, Space, Way
 from hflow_rt.runtime.running import Runner
 
 __all__ = ["LATENT_SPACE", "Known"]
@@ -138,7 +139,8 @@ class Known(Runner):
         if space != LATENT_SPACE:
             return (tuple(tensor.name for tensor in self._graph(self._way(space, "into")).outputs),)
         graphs = [self.manifest.graphs.get(found.into or "") for found in self.manifest.spaces.values()]
-        return tuple(tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
+        groups = (tuple(tensor.name for tensor in graph.inputs) for graph in graphs if graph is not None)
+        return tuple(dict.fromkeys(groups))
 
     def _space(self, space: str) -> Space:
         if space not in self.manifest.spaces:

@@ -3,8 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hflow_rt.choices import Route
 from hflow_rt.errors import BundleError, NoInverse
-from hflow_rt.manifest import Graph, Loop, Manifest, Route
+from hflow_rt.manifest import Graph, Loop, Manifest
 from hflow_rt.memory import guarded
 from hflow_rt.runtime.arrays import concatenated, given
 from hflow_rt.runtime.bundle import Bundle

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hflow_rt.choices import Route
 from hflow_rt.conditions import check_conditions, in_turn, of_option
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.files import destination
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import LOG_PROB, Loop, Route
+from hflow_rt.manifest import LOG_PROB, Loop
 from hflow_rt.memory import need
 from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, filled, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, check_backend

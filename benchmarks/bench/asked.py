@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hflow_rt.assets import pretrained
 from hflow_rt.bench.measure import measure_latency
 from hflow_rt.bench.report import check_report, compare, read_report, write_report
 from hflow_rt.bench.variants import VARIANTS, cases_of
+from hflow_rt.choices import Routes
 from hflow_rt.errors import BackendUnavailable, ConfigError, DataError
 from hflow_rt.limits import check_count
-from hflow_rt.manifest import Routes
 from hflow_rt.runtime.bundle import Bundle
 
 __all__ = ["bench", "side_by_side"]
@@ -18,7 +18,7 @@ __all__ = ["bench", "side_by_side"]
 
 def bench(
     bundle: Bundle,
-    route: Any = "both",
+    route: Routes = "both",
     variants: Sequence[str] = (),
     batches: Sequence[int] = (1,),
     rounds: int = 10,
@@ -35,8 +35,6 @@ def bench(
     for value in batches:
         check_count("--batch", value)
     check_count("--rounds", rounds)
-    if route not in get_args(Routes):
-        raise ConfigError(f"unknown route '{route}'; known: {', '.join(get_args(Routes))}")
     cases = cases_of(bundle.manifest, route)
     if not cases:
         raise ConfigError(f"{bundle.path} has no {route} graph; export it with 'hflow-rt export'")

@@ -19,7 +19,7 @@ _TITLE = "# Latency of "  # how a report in Markdown begins
 Row = dict[str, Any]
 _HEADINGS = (
     "variant", "p50 ms", "ratio", "p90", "p95", "p99", "CoV", "images/s", "GFLOP/s", "of roof", "first call ms",
-    "load s", "host MiB", "device MiB", "files MiB", "error", "",
+    "load s", "peak host MiB", "peak device MiB", "files MiB", "error", "",
 )  # fmt: skip
 
 

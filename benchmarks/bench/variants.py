@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from hflow_rt.choices import Routes
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.extras import needed
-from hflow_rt.manifest import MODEL, Loop, Manifest, Routes, routes_of
+from hflow_rt.manifest import MODEL, Loop, Manifest, routes_of
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.drawing import Drawing
 from hflow_rt.runtime.engines.engine import Calls, called, looped

@@ -8,8 +8,9 @@ from hflow_rt.data.selection import Selection
 from hflow_rt.evaluation.bits import BitsReport, BoundBits
 from hflow_rt.evaluation.distance import DistanceReport
 from hflow_rt.evaluation.figures import Estimate
+from hflow_rt.evaluation.path_length import PathLength
 
-__all__ = ["about_data", "bits_lines", "distance_lines"]
+__all__ = ["about_data", "bits_lines", "distance_lines", "path_line"]
 
 
 def about_data(chosen: Selection) -> dict[str, Any]:
@@ -59,6 +60,12 @@ def distance_lines(found: DistanceReport, chosen: Selection, drawn: list[str], s
             "compare the first distance only at the same numbers of images"
         )
     return lines
+
+
+def path_line(found: PathLength, network: str) -> str:
+    """The path length, and what it is in."""
+    pairs = f"{found.pairs} pair{'s' if found.pairs > 1 else ''} of samples"
+    return f"path length in {found.space}: {found.mean:.4g} ({pairs}, features of {network})"
 
 
 def _estimate(value: Estimate, digits: int = 3) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hflow_rt import manifest
-from hflow_rt.manifest import Route
+from hflow_rt.choices import Route
 from hflow_rt.models.family import LatentModel, Loop, TensorSpec
 
 __all__ = ["TABLES", "described", "described_tensor", "latents_of", "tables_of"]

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hflow_rt.choices import Route
 from hflow_rt.conditions import Options, by_folder
 from hflow_rt.errors import ConfigError
-from hflow_rt.manifest import LOG_PROB, Prior, Role, Route, Way
+from hflow_rt.manifest import LOG_PROB, Prior, Role, Way
 from hflow_rt.models.registry import ModelConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hflow_rt.manifest import Graph, Precision
+from hflow_rt.choices import Precision
+from hflow_rt.manifest import Graph
 from hflow_rt.runtime.bundle import Bundle
 
 __all__ = ["Calls", "Engine", "called", "looped"]

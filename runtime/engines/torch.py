@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hflow_rt.choices import Precision
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.extras import needed
-from hflow_rt.manifest import Precision
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.engine import Calls, Engine, looped
 

@@ -1,11 +1,12 @@
 """Images of people as a model takes them, wherever they lie: files, folders, archives and arrays."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from hflow_rt.conditions import Options, class_folder
 from hflow_rt.data.dataset import open_dataset
@@ -14,9 +15,21 @@ from hflow_rt.memory import need
 from hflow_rt.names import shown
 from hflow_rt.runtime.images.pictures import read_image
 
-__all__ = ["read_pictures"]
+__all__ = ["not_as_they_are", "read_pictures"]
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy", ".npz")
+
+
+def not_as_they_are(paths: Sequence[Path]) -> Iterator[str]:
+    """A line for each image file that `read_pictures` does not take as it is, but for its size: what becomes of it."""
+    for path in paths:
+        if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
+            continue
+        with Image.open(path) as image:
+            if image.has_transparency_data:
+                yield f"{path} has an alpha channel; what is transparent is taken as white"
+            if image.width != image.height:
+                yield f"{path} is {image.width}x{image.height}; the largest square in the middle is taken"
 
 
 def read_pictures(

@@ -17,7 +17,7 @@ from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_file
 from hflow_rt.runtime.latents.nearest import TensorAddress
 from hflow_rt.runtime.latents.operations import Latents
-from hflow_rt.runtime.session import Array, Session
+from hflow_rt.runtime.session import LATENT_SPACE, Array, Session
 
 __all__ = [
     "About",
@@ -112,16 +112,21 @@ def measure_attribute(
     return Attribute(vector.astype(np.float32), about)
 
 
-def move(session: Session, latents: Latents, attribute: Attribute, gain: float) -> dict[str, Array]:
-    """Latents with `gain` times the attribute's vector added at its address; all latents that are not there stay.
+def move(
+    session: Session, values: Latents, attribute: Attribute, gain: float, space: str = LATENT_SPACE
+) -> dict[str, Array]:
+    """Values of the attribute's space with `gain` times its vector added; all that are not at its address stay.
 
-    Raises `DataError` if the attribute is of another model.
+    values: of `space`, which is the latents' own or that of the attribute. Raises `DataError` for another one, and if
+    the attribute is of another model.
     """
     check_attribute(session, attribute)
     address = attribute.about.address
-    values = session.into_space(address.space, latents)
-    values[address.name] = values[address.name] + np.float32(gain) * attribute.vector
-    return session.from_space(address.space, values)
+    if space not in (LATENT_SPACE, address.space):
+        raise DataError(f"the attribute is in space {address.space}, which nothing leads to from space {space}")
+    moved = dict(values) if space == address.space else session.into_space(address.space, values)
+    moved[address.name] = moved[address.name] + np.float32(gain) * attribute.vector
+    return moved
 
 
 def check_attribute(session: Session, attribute: Attribute, what: str = "the attribute") -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
-from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, random_walk
+from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, path_by, random_walk
 from hflow_rt.runtime.latents.round_trips import BATCH
 from hflow_rt.runtime.session import LATENT_SPACE, Array, Session, Stds
 
@@ -31,6 +31,7 @@ __all__ = [
     "repeat",
     "samples",
     "select",
+    "stepped",
     "style_row",
     "temperatures",
     "walk",
@@ -122,6 +123,35 @@ def walk(
         keys.append(session.into_space(space, drawn))
     frames = random_walk(keys, frames_per_segment, closed, mode, session.joined(space), fixed, *_ways(session))
     return _decoded(session, space, frames, paths)
+
+
+def stepped(
+    session: Session,
+    pairs: range,
+    share: float,
+    std: Stds | None = None,
+    seed: int = 0,
+    controls: Mapping[str, float] | None = None,
+) -> tuple[Array, Array]:
+    """Images `[n, C, R, R]` of the first sample of each pair, and at `share` of the way to the second.
+
+    Pair p is image p of `seed` and one that is nobody's sample, of the same conditions. The way is a line in the space
+    of slots of a model that has one, else the arc of latents. Raises `DataError`.
+    """
+    space = space_of_slots(session) or LATENT_SPACE
+    firsts, seconds = (
+        concatenate(list(session.draw(range(pairs.start + first, pairs.stop + first), std, seed)))
+        for first in (0, _OTHERS)
+    )
+    seconds |= {name: firsts[name] for name in session.conditions}
+    ends = [session.into_space(space, drawn) for drawn in (firsts, seconds)]
+    mode = "slerp" if space == LATENT_SPACE else "lerp"
+    moved = path_by(mode, session.joined(space), *_ways(session))(*ends, share)
+    first, second = (
+        np.concatenate([session.decode(space, part, controls) for part in batches(values)])
+        for values in (ends[0], moved)
+    )
+    return first, second
 
 
 def _ways(session: Session) -> tuple[list[str], list[str]]:

@@ -53,9 +53,14 @@ def find_tensor(session: Session, name: str | None = None) -> TensorAddress:
     return addresses[name]
 
 
-def points(session: Session, latents: Mapping[str, Array], address: TensorAddress) -> Array:
-    """The tensor at `address` of these latents, as vectors `[B, D]`."""
-    known = latents if address.space == LATENT_SPACE else session.into_space(address.space, latents)
+def points(session: Session, values: Mapping[str, Array], address: TensorAddress, space: str = LATENT_SPACE) -> Array:
+    """The tensor at `address` of these values of `space`, as vectors `[B, D]`.
+
+    Raises `DataError` where the space is neither the latents' own nor that of the tensor.
+    """
+    if space not in (LATENT_SPACE, address.space):
+        raise DataError(f"'{address.name}' is in space {address.space}, which nothing leads to from space {space}")
+    known = values if address.space == space else session.into_space(address.space, values)
     values = known[address.name]
     return values.reshape(len(values), -1)
 

@@ -23,6 +23,7 @@ __all__ = [
     "interpolate",
     "lerp",
     "mix",
+    "path_by",
     "ping_pong",
     "random_walk",
     "resample",
@@ -85,7 +86,7 @@ def interpolate(
     """
     if frames < 2:
         raise DataError(f"an interpolation needs at least 2 frames; found {frames}; ask for more")
-    path = _path(mode, joined, straight, turned)
+    path = path_by(mode, joined, straight, turned)
     path(a, b, 0.0)  # do they fit?
     return (path(a, b, index / (frames - 1)) for index in range(frames))
 
@@ -153,7 +154,7 @@ def random_walk(
     if still == set(keys[0]):
         raise DataError("a walk must move at least one latent; found all of them fixed; leave one free")
     groups = [[name for name in group if name not in still] for group in joined]
-    path = _path(mode, [group for group in groups if group], straight, turned)
+    path = path_by(mode, [group for group in groups if group], straight, turned)
     moving = [{name: values for name, values in key.items() if name not in still} for key in keys]
     return _frames(keys[0], moving, frames_per_segment, closed, path)
 
@@ -202,7 +203,16 @@ def check_latents(latents: Latents, shapes: Mapping[str, tuple[int, ...]], what:
         raise DataError(f"{what}: latents do not fit the model: {shown}; use latents of this model")
 
 
-def _path(mode: str, joined: Iterable[Sequence[str]], straight: Collection[str], turned: Collection[str]) -> _Path:
+def path_by(
+    mode: str,
+    joined: Iterable[Sequence[str]] = (),
+    straight: Collection[str] = (),
+    turned: Collection[str] = (),
+) -> _Path:
+    """The way from `a` to `b` as a function of both and of the share t of it that is gone; see `interpolate`.
+
+    Raises `DataError` for an unknown mode, and the function for latents that do not match.
+    """
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)

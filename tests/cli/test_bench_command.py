@@ -36,7 +36,6 @@ def test_json_goes_to_stdout_alone(run: Path, hflow: Any, tmp_path: Path) -> Non
     ("arguments", "said"),
     [
         (("--variant", "tpu"), "no variant has 'tpu' in its name; known: torch eager"),
-        (("--route", "up"), "unknown route 'up'; known: forward, inverse, both"),
         (("--batch", "0"), "must be at least 1"),
         (("--compare", "no.json", "no.json"), "cannot read no.json"),
         (("--variant", "trt"), "nothing here can run"),

@@ -12,6 +12,7 @@ from outcomes import ok, pixels, refused
 from PIL import Image
 from safetensors.numpy import load_file
 
+from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.models.checkpoint import save_model
 from hflow_rt.models.registry import Family, family
@@ -65,6 +66,44 @@ def test_a_projection_goes_on_in_other_commands(
     mixed = ok(hflow("mix", "--row-images", "projected.safetensors", "--columns", "1-3", "--slots", "0-2,5"))
     assert mixed.out.splitlines()[0] == "2 x 3 mixes, slots 0 1 2 5 of the row: mix.png"
     refused(hflow("interpolate", "projected.safetensors", "--space", "z"), "is in space w, not z; choose files of one")
+    ok(hflow("sample", "-n", 3, "--centre-of", 5, "--latents", "others.safetensors"))
+    made = ok(hflow("attribute", "make", "projected.safetensors", "others.safetensors", "-o", "away.safetensors"))
+    assert made.out.startswith("2 images of projected.safetensors against 3 of others.safetensors, in w:")
+    ok(hflow("attribute", "apply", "away.safetensors", "projected.safetensors", "--gain", "-1:0:2", "-o", "away.png"))
+    others, vector = load_file("others.safetensors")["w"].mean(0), load_file("away.safetensors")["direction"]
+    np.testing.assert_allclose(found["w"].mean(0) - vector, others, atol=1e-5)
+    line = "'z' is in space z, which nothing leads to from space w"
+    refused(hflow("attribute", "make", "projected.safetensors", "others.safetensors", "--in", "z"), line)
+
+
+def test_neighbours_in_features(hflow: Command, generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is in the set is nearest to itself; samples need no inverse."""
+    means = FeatureNetwork("means", "", "", "", "", 3, lambda pixels: pixels.mean((2, 3)).astype(np.float32))
+    monkeypatch.setattr("hflow_rt.evaluation.features.open_features", lambda *asked: means)
+    at = ("neighbours", "--data", "pictures", "--features", "means", "-k", 1, "--json")
+    Path("pictures").mkdir()
+    for level in (0, 40, 90):
+        Image.new("RGB", (16, 16), (level, level, level)).save(f"pictures/{level}.png")
+    report = json.loads(ok(hflow(*at, "pictures/40.png")).out)
+    assert (report["space"], report["in"], report["searched"]) == ("features", "means", 3)
+    assert report["nearest"][0]["means"] == [{"image": "40.png", "distance": 0.0}]
+    assert len(json.loads(ok(hflow(*at, "--samples", 2)).out)["nearest"]) == 2
+    refused(hflow(*at, "--in", "w"), "--features and --in each say what is compared")
+
+
+def test_a_target_that_is_not_taken_as_it_is(hflow: Command, generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "hflow_rt.projection.projecting.unlikeness",
+        lambda features, targets: lambda images: (images - targets).square().flatten(1).sum(1),
+    )
+    Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save("clear.png")
+    said = ok(hflow("project", "clear.png", "--steps", 1, "--picture", "found.png")).err.splitlines()
+    assert "clear.png has an alpha channel; what is transparent is taken as white" in said
+    assert "clear.png is 40x20; the largest square in the middle is taken" in said
+    Image.new("RGB", (40, 8)).save("flat.png")
+    refused(
+        hflow("project", "flat.png"), "flat.png cannot be used: it is 40x8, smaller than 16; give a square image of"
+    )
 
 
 def test_mixing_by_slots(exported: Path) -> None:
@@ -120,6 +159,7 @@ def test_resolution_and_region(hflow: Command, generator: Path) -> None:
     ("arguments", "line"),
     [
         ("encode a.png", "images only; 'hflow-rt project IMAGE' searches for those of an image"),
+        ("neighbours", "--features efficientnet-lite0 compares images as they are"),
         ("mix --slots 0-7", "this model has the slots 0-6; found 7"),
         ("mix --slots 0 --cut z", "--cut, --from-rows and --slots each say what the rows give; keep one of them"),
         ("project a.png --steps 0", "the number of steps must be at least 1, not 0"),

@@ -72,7 +72,7 @@ def but_for_sides(launch: dispatch.Launch) -> tuple[Any, ...]:
 
 @NEEDS_TRITON
 def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case that does not compile would refuse a right operator; those that the report has but for sides compile."""
+    """A case that does not compile would refuse a right operator; test_report.py compiles those that differ in sides."""
     monkeypatch.setattr(blur, "_down_adjoint", blur._down_adjoint_triton)
     monkeypatch.setattr(blur, "_up_adjoint", blur._up_adjoint_triton)
     monkeypatch.setattr(coupling, "_coupling_backward", coupling_kernels.couple_backward)
@@ -103,9 +103,9 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
         found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
     kernels = [name for name in found if report._first(found, name)]
     assert len(kernels) == 123
-    reported = {but_for_sides(launch) for launch in report.launches().values()}
+    reported = {but_for_sides(launch) for name, launch in report.launches().items() if " bf16 " not in name}
     kernels = [name for name in kernels if but_for_sides(found[name]) not in reported]
-    assert len(kernels) == 35
+    assert len(kernels) == 52
     for at, name in enumerate(kernels):
         capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
         compiled = report.compiled(name, found[name], capability)

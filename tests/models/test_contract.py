@@ -31,6 +31,7 @@ from hflow_rt.models.family import LatentModel, Loop
 from hflow_rt.models.registry import FAMILIES, Family, family
 from hflow_rt.runs import checkpoints
 from hflow_rt.runtime import load
+from hflow_rt.runtime.latents.latent_views import stepped
 from hflow_rt.runtime.session import Session
 from hflow_rt.training.config import RunConfig, load_config
 from hflow_rt.training.trainer import train
@@ -237,6 +238,17 @@ def test_spaces_lead_to_the_same_image(session: Session) -> None:
         values = session.into_space(space, latents)
         assert {name: tuple(value.shape[1:]) for name, value in values.items()} == session.space_shapes(space)
         np.testing.assert_allclose(session.decode(space, values), image, atol=1e-4)
+
+
+def test_images_on_the_way_between_two_samples(session: Session) -> None:
+    """The first of each pair is a sample of the seed, the last another one; a small step changes little."""
+    first, same = stepped(session, range(1, 3), 0.0)
+    np.testing.assert_array_equal(first, same)
+    drawn = next(session.draw([1, 2], seed=0))
+    np.testing.assert_allclose(first, session.forward(drawn), atol=1e-4)
+    _, near = stepped(session, range(1, 3), 1e-3)
+    _, far = stepped(session, range(1, 3), 1.0)
+    assert 0 < np.abs(near - first).max() < np.abs(far - first).max()
 
 
 def test_pixels_are_drawn_or_refused(session: Session) -> None:

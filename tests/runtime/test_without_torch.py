@@ -22,14 +22,14 @@ print(json.dumps({"shape": list(image.shape), "missing": missing}))
 @pytest.mark.slow
 def test_a_virtualenv_without_torch_runs_a_bundle(tiny_run: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
     source = tmp_path / "source"  # pip builds in the tree it installs from
     hidden = shutil.ignore_patterns(".*", "runs", "build", "__pycache__")
     shutil.copytree(REPOSITORY, source, ignore=hidden)
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     installed = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-compile", f"{source}[cpu]"],
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", f"{source}[cpu]"],
         capture_output=True, text=True, env=clean, check=False, cwd=tmp_path,
     )  # fmt: skip
     if installed.returncode and "No matching distribution" in installed.stderr + installed.stdout:

@@ -73,38 +73,40 @@ def _expected(images: Any) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.slow
-def test_two_processes_hold_the_same_weights_which_are_the_expected_ones(images: Any, tmp_path: Path) -> None:
-    done = _launch(HERE / "two_processes.py", tmp_path, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """What both processes hold at the end of training, to the bit, by model."""
+    folder, names = tmp_path_factory.mktemp("processes"), ("toy", "ihdm", "inrgan")
+    done = _launch(HERE / "two_processes.py", folder, *names, cwd=folder)
     assert done.returncode == 0, done.stderr
-    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
-    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+    found = {}
+    for name in names:
+        one, other = (load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], value) for key, value in other.items()), name
+        found[name] = one
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_expected_weights(ends: Any, images: Any) -> None:
     for name, value in _expected(images).items():
-        torch.testing.assert_close(ranks[0][name], value, atol=2e-6, rtol=2e-5)
-
-
-def _alike(name: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Train the tiny model of a family; what every process holds at the end."""
-    done = _launch(HERE / "two_processes.py", folder, name, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    ranks = [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
-    assert all(torch.equal(ranks[0][name], value) for name, value in ranks[1].items())
-    return ranks[0]
+        torch.testing.assert_close(ends["toy"][name], value, atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_same_where_each_draws_levels(tmp_path: Path) -> None:
+def test_two_processes_that_each_draw_levels(ends: Any) -> None:
     """Weights, and the bank and moments that were made of images before the first step."""
-    found = _alike("ihdm", tmp_path)
+    found = ends["ihdm"]
     assert found["model.starts"].abs().max() > 0
     assert (found["model.moments"][1] > 0).all()
     assert all(bool(value.isfinite().all()) for value in found.values())
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_same_of_all_that_trains_in_phases(tmp_path: Path) -> None:
+def test_two_processes_that_train_in_phases(ends: Any) -> None:
     """Generator and discriminator, penalties, and an augmentation that adapts: whatever a step keeps for the next."""
-    found = _alike("inrgan", tmp_path)
+    found = ends["inrgan"]
     assert {"p", "window", "path_mean", "model.w_avg", "discriminator.out.weight"} <= found.keys()
     assert found["p"] != 0.5  # where it started
     assert found["path_mean"] > 0

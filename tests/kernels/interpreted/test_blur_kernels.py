@@ -42,7 +42,7 @@ def both(f: Blur, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("f", BLURS)
 def test_many_tiles(f: Blur, device: str, as_good: AsGood) -> None:
-    test_result_and_gradient(f, (1, 2, 9, 10), device, as_good)
+    test_result_and_gradient(f, (1, 2, 6, 7), device, as_good)
 
 
 @pytest.mark.parametrize("f", BLURS)
@@ -83,7 +83,7 @@ def test_strided_inputs_and_gradients(f: Blur, laid_out: Blur, device: str) -> N
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("f", BLURS)
 def test_moments_of_many_tiles(f: Blur, device: str) -> None:
-    test_moments(f, (1, 3, 10, 12), 1000.0, device)
+    test_moments(f, (1, 2, 7, 8), 1000.0, device)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])  # where a sum of squares would be all rounding

@@ -76,7 +76,7 @@ def test_half_precision(dtype: torch.dtype, options: tuple[bool, bool, bool], de
 
 @pytest.mark.usefixtures("tiles")
 def test_strided_inputs_and_gradients(laid_out: Callable[[Tensor], Tensor], device: str) -> None:
-    x, scale, shift, residual = draw((2, 3, 5, 6), torch.float32, device)
+    x, scale, shift, residual = draw((1, 3, 5, 6), torch.float32, device)
 
     def run(*tensors: Tensor) -> list[Tensor]:
         tensors = tuple(t.detach().requires_grad_() for t in tensors)
@@ -111,12 +111,11 @@ def test_a_large_mean_costs_no_more_than_it_must(device: str, as_good: AsGood) -
 
 @pytest.mark.usefixtures("tiles")
 def test_two_runs_agree_bit_for_bit(device: str) -> None:
-    tensors = draw((2, 3, 7, 9), torch.float32, device)
+    tensors = draw((2, 2, 5, 7), torch.float32, device)
     runs = [everything(instance_norm_act, tensors, True, True, True) for _ in range(2)]
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
 
-@pytest.mark.usefixtures("tiles")
 def test_operators_keep_their_promises(device: str) -> None:
     x, scale, shift, residual = (t.requires_grad_() for t in draw((2, 3, 3, 5), torch.float32, device))
     known = moments.moments_reference(x.detach())

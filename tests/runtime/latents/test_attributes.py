@@ -173,7 +173,7 @@ def test_only_its_tensor_moves(sessions: dict[str, Session], backend: str, place
     session = sessions[backend]
     latents = session.inverse(to_uint8(session.sample(2, 0.7))).latents
     found = attribute(session, place)
-    moved = session.into_space(place.space, move(session, latents, found, -1.5))
+    moved = move(session, latents, found, -1.5)
     for name, values in session.into_space(place.space, latents).items():
         expected = values - np.float32(1.5) * found.vector if name == place.name else values
         np.testing.assert_allclose(moved[name], expected, atol=1e-4, err_msg=name)
@@ -184,8 +184,12 @@ def test_no_gain_is_the_image_and_backends_agree(sessions: dict[str, Session]) -
     shown = {}
     for backend, session in sessions.items():
         latents, found = session.inverse(images).latents, attribute(session)
-        np.testing.assert_array_equal(to_uint8(session.forward(move(session, latents, found, 0.0))), images)
-        shown[backend] = session.forward(move(session, latents, found, 1.0))
+        space = found.about.space
+        still = session.decode(space, move(session, latents, found, 0.0))
+        np.testing.assert_array_equal(to_uint8(still), images)
+        shown[backend] = session.decode(space, move(session, latents, found, 1.0))
+        entered = session.into_space(space, latents)
+        np.testing.assert_array_equal(shown[backend], session.decode(space, move(session, entered, found, 1.0, space)))
     assert np.abs(shown["onnx"] - shown["torch"]).max() < CLOSE
     assert np.abs(to_uint8(shown["onnx"]).astype(int) - images).max() > 5
 

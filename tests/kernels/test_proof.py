@@ -72,7 +72,7 @@ def but_for_sides(launch: dispatch.Launch) -> tuple[Any, ...]:
 
 @NEEDS_TRITON
 def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case that does not compile would refuse a right operator; test_report.py compiles those that differ in sides."""
+    """A case that does not compile would refuse a right operator. What differs in sides alone is the report's."""
     monkeypatch.setattr(blur, "_down_adjoint", blur._down_adjoint_triton)
     monkeypatch.setattr(blur, "_up_adjoint", blur._up_adjoint_triton)
     monkeypatch.setattr(coupling, "_coupling_backward", coupling_kernels.couple_backward)

@@ -281,17 +281,14 @@ def test_a8_first_end_part_is_hidden(demo: HFlow) -> None:
 
 def test_a9_loss_at_initialization() -> None:
     """The spec measured 95 on one draw of weights; over draws ours ranges from 72 to 97, rarely far above."""
-    losses = []
-    for seed in (2, 3, 5):
-        torch.manual_seed(seed)
-        model = build_model("hflow", PRESETS["hflow-128"]["model"]).train()
-        assert isinstance(model, HFlow)
-        x = torch.rand(1, 3, model.resolution, model.resolution) - 0.5
-        with torch.no_grad():
-            with data_init(model):
-                model.encode_targets(model.targets(x))
-            losses.append(model.loss(x).loss.item())
-    assert 70 < sorted(losses)[1] < 97
+    torch.manual_seed(2)
+    model = build_model("hflow", PRESETS["hflow-128"]["model"]).train()
+    assert isinstance(model, HFlow)
+    x = torch.rand(1, 3, model.resolution, model.resolution) - 0.5
+    with torch.no_grad():
+        with data_init(model):
+            model.encode_targets(model.targets(x))
+        assert 70 < model.loss(x).loss < 97
 
 
 def test_a9_one_image_is_enough(demo: HFlow) -> None:

@@ -93,12 +93,14 @@ def training_cost(network: Network, inferred: Inferred, canvas: Tensor, weight: 
 
 
 def part_names(config: NVAEConfig) -> tuple[str, ...]:
-    """What `bound_parts` are called: of the pixels, then of the latents of every scale, coarse to fine."""
+    """What the parts of `bound_parts` are called: of the pixels, then of every scale's latents, coarse to fine."""
     return ("image.bits", *(f"{name}.divergence" for name in config.packed_shapes("z")))
 
 
 def bound_parts(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One draw of the bound in bits per dimension, `[B]` each: minus the logarithm of its importance weight, in parts.
+
+    Last the divergences of all latent channels in nats, `channels` `[B, G latent_channels]`, top group first.
 
     inputs: `image`, `[B, C, R, R]` in [0, 1] at levels, its features `feature0`, ..., and standard normal noise, as
     `NVAEConfig.packed_shapes("noise")`.
@@ -109,7 +111,8 @@ def bound_parts(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Ten
     groups = inferred.by_group(Group.log_ratio)
     counts = [config.groups[scale] for scale in reversed(range(len(config.groups)))]
     costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in torch.split(groups, counts, 1)))
-    return {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
+    parts = {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
+    return parts | {"channels": torch.cat([group.divergence() for group in inferred.groups], 1)}
 
 
 def log_weight(inferred: Inferred, cost: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from measuring import Report
 
 from hflow_rt.kernels import dispatch
-from hflow_rt.kernels.differences import largest_difference
-from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_cases import PROOFS, largest_difference
 
 __all__ = ["time_proofs"]
 

@@ -66,6 +66,7 @@ SWITCH, OFF_SWITCH = "HFLOW_RT_KERNELS", "HFLOW_RT_KERNELS_OFF"
 CHOICES = ("reference", "auto", "triton")
 # each with its gradient
 OPERATORS = (
+    "batch_norm_silu",
     "bias_act",
     "blur_down",
     "blur_up",
@@ -73,10 +74,14 @@ OPERATORS = (
     "group_norm_silu",
     "instance_norm_act",
     "mixing",
+    "mixture_image",
+    "mixture_log_prob",
     "modulated_weights",
     "quantise",
+    "residual_normal",
     "sampler_update",
     "split_act",
+    "squeeze_excite",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = bool(triton)

@@ -16,8 +16,7 @@ import torch
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import dispatch
-from hflow_rt.kernels.differences import largest_difference
-from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_cases import PROOFS, largest_difference
 from hflow_rt.kernels.proof_records import Environment, Record, environment, keep, recall
 
 __all__ = ["Standing", "prove", "standings"]

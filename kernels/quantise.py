@@ -1,7 +1,5 @@
 """Images in [0, 1] as bytes, pixel by pixel, as files have them: clamp, round, and channels last, in one pass."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -62,14 +60,3 @@ def _(images: Tensor) -> Tensor:
     _check(images)
     batch, channels, height, width = images.shape
     return images.new_empty(batch, height, width, channels, dtype=torch.uint8)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-
-
-def _differentiate(ctx: Any, g: Tensor) -> tuple[None]:
-    return (None,)
-
-
-_quantise.register_autograd(_differentiate, setup_context=_remember)

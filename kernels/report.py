@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import (
+    batch_norm,
     bias_act,
     blur,
     coupling_kernels,
@@ -25,10 +26,14 @@ from hflow_rt.kernels import (
     group_norm,
     instance_norm,
     mixing,
+    mixture_image,
+    mixture_kernels,
     modulated_weights,
     quantise,
+    residual_normal,
     sampler_update,
     split_act,
+    squeeze_excite,
 )
 from hflow_rt.kernels.channels import SUMMED
 from hflow_rt.kernels.dispatch import Launch, recorded
@@ -111,8 +116,48 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     update = (image, image, image, image, numbers, numbers)
     yield "sampler_update", lambda: sampler_update._update_triton(*update)
     yield "quantise", lambda: quantise._quantise_triton(image)
+    yield from _autoencoder_calls(dtype)
     yield from _generator_calls(dtype)
     yield from _coupling_calls(dtype)
+
+
+def _autoencoder_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """Hierarchies of latents and mixtures of logistics; what reads and writes of batch norm is group norm's."""
+
+    def tensor(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    half, single = dtype != torch.float32, torch.float32
+    # sides that 16 divides, and that nothing divides
+    for side in (64,) if half else (64, 7):
+        x, line = tensor(2, 64, side, side), tensor(64, dtype=single)
+        yield f"batch_norm {side}", lambda x=x, line=line: batch_norm._norm_triton(x, line, line)
+        layers = (tensor(4, 64, dtype=single), tensor(4, dtype=single), tensor(64, 4, dtype=single))
+        means = tensor(2, 64, dtype=single)
+        excite, back = (x, x, *layers, line, 0.1), (x, x, means, means, *layers, 0.1)
+        yield f"squeeze_excite {side}", lambda excite=excite: squeeze_excite._excite_triton(*excite)
+        yield f"squeeze_excite_backward {side}", lambda back=back: squeeze_excite._backward_triton(*back)
+        raw, noise = tensor(2, 40, side, side), tensor(2, 20, side, side, dtype=single)
+        of_all = tensor(1, 40, 1, 1)
+        for what, prior, z in (("", raw, None),) if half else (("", raw, None), (" moved, one prior", of_all, noise)):
+            rest = (raw, prior, noise, z, True)
+            yield f"residual_normal{what} {side}", lambda rest=rest: residual_normal._residual_triton(*rest)
+            back = (noise, tensor(2, 20, dtype=single), *rest)
+            yield f"residual_normal_backward{what} {side}", lambda back=back: residual_normal._backward_triton(*back)
+    for channels, published in ((3, True),) if half else ((3, False), (3, True), (1, True)):
+        logits = tensor(2, mixture_kernels.parameters_of(channels) * 10, 32, 32)
+        image, plane = tensor(2, channels, 32, 32, dtype=single), tensor(2, 32, 32, dtype=single)
+        forward, back = (
+            (logits, image, 8, published),
+            (plane, logits, image, tensor(2, 3, 32, 32, dtype=single), 8, published),
+        )
+        what = f"{channels} channels{' published' if published else ''}"
+        yield f"mixture_log_prob {what}", lambda forward=forward: mixture_kernels.log_prob_triton(*forward)
+        yield f"mixture_log_prob_backward {what}", lambda back=back: mixture_kernels.backward_triton(*back)
+        drawn = (tensor(2, 10, 32, 32, dtype=single), image, tensor(mixture_image.LEVELS, dtype=single))
+        for name, draws, as_bytes in (("mean", (None, None, None), not published), ("draw", drawn, published)):
+            rest, what = (logits, *draws, channels, as_bytes), f"{channels} channels{' bytes' if as_bytes else ''}"
+            yield f"mixture_image {name} {what}", lambda rest=rest: mixture_image._image_triton(*rest)
 
 
 def _generator_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
@@ -209,9 +254,8 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        number = "fp32" if isinstance(value, float) else "i32"
-        signature[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else number
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        signature[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
             attributes[(at,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes, launch.warps
 

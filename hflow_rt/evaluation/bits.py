@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 Pixels = NDArray[np.uint8]
-Parts = dict[str, NDArray[np.float64]]  # of each image, by name
+Parts = dict[str, NDArray[np.float64]]  # of each image, by name; what has more than one axis is no part of a bound
 
 NO_LIKELIHOOD = "models of this family have no likelihood"
 
@@ -78,13 +78,14 @@ class BitsReport:
     """Every bound on the same images.
 
     claims: the model's bounds, the one to quote first. bounds: those that could be computed. reasons: why others could
-    not, by name. noise: the running scales of the posteriors, by latent.
+    not, by name. noise: the running scales of the posteriors, by latent. figures: what else a bound tells.
     """
 
     claims: dict[str, Bound]
     bounds: dict[str, BoundBits]
     reasons: dict[str, str]
     noise: dict[str, NoiseScale]
+    figures: dict[str, Figure] = field(default_factory=dict)
 
     @property
     def noise_unknown(self) -> bool:
@@ -95,7 +96,9 @@ class BitsReport:
         """As plain JSON values: a bound by its name, or None."""
         noise = {name: {**scale._asdict(), "std": scale.std} for name, scale in self.noise.items()}
         bounds = {name: self.bounds[name].dump() if name in self.bounds else None for name in self.claims}
-        return {**bounds, "reasons": self.reasons, "noise": noise, "noise_unknown": self.noise_unknown}
+        figures = {name: {"title": one.title, **one.estimate.dump()} for name, one in self.figures.items()}
+        about = {"reasons": self.reasons, "noise": noise, "noise_unknown": self.noise_unknown}
+        return {**bounds, **about, "figures": figures}
 
 
 @torch.no_grad()
@@ -174,6 +177,7 @@ def bits_per_dim(
     streams = list(claims)
     bounds: dict[str, BoundBits] = {}
     reasons: dict[str, str] = {}
+    figures: dict[str, Figure] = {}
     with _evaluating(model):
         for name, claim in claims.items():
             try:
@@ -186,12 +190,15 @@ def bits_per_dim(
                 reasons[name] = refused or "there are no images"
                 continue
             values = {key: np.concatenate([part[key] for part in found]) for key in found[0]}
+            rows = {key: values.pop(key).mean(0) for key in list(values) if values[key].ndim > 1}
             infinite = int((~np.isfinite(list(values.values())).all(axis=0)).sum())
             if infinite:
                 reasons[name] = f"it is not finite on {infinite} of {len(images)} images"
                 continue
             bounds[name] = _bound(values, model.latent_shapes(), dimensions, claims[name])
-    return BitsReport(claims, bounds, reasons, model.noise_scales())
+            if rows and not figures:
+                figures = model.bound_figures(rows)
+    return BitsReport(claims, bounds, reasons, model.noise_scales(), figures)
 
 
 def bits_figures(
@@ -210,7 +217,7 @@ def bits_figures(
         return Evaluation(images, reason="there are no held-out images")
     found = bits_per_dim(model, pixels, seed, draws, batch, names=names)
     figures = {name: bound.quoted for name, bound in found.bounds.items()}
-    return Evaluation(images, figures, found.reasons)
+    return Evaluation(images, figures | found.figures, found.reasons)
 
 
 def open_reference(path: Path | str, device: torch.device | str = "cpu") -> LatentModel:
@@ -230,9 +237,14 @@ def _combined(draws: list[Parts], bound: Bound, image: int) -> Parts:
     if bound.combine == "mean":
         return means
     nats = image * math.log(2)
-    log_weights = [-nats * np.sum(list(parts.values()), axis=0) for parts in draws]
+    log_weights = [-nats * sum(_parts(one)) for one in draws]
     total = (math.log(len(draws)) - np.logaddexp.reduce(log_weights)) / nats
-    return means | {"image.weighting": total - np.sum(list(means.values()), axis=0)}
+    return means | {"image.weighting": total - sum(_parts(means))}
+
+
+def _parts(values: Parts) -> list[NDArray[np.float64]]:
+    """Those that sum to a bound, of what an image yields."""
+    return [part for part in values.values() if part.ndim == 1]
 
 
 def _bound(values: Parts, shapes: Mapping[str, tuple[int, ...]], image: int, claim: Bound) -> BoundBits:

@@ -34,6 +34,7 @@ def bits_lines(found: BitsReport, chosen: Selection, metadata: dict[str, Any], s
             continue
         bound = found.bounds[name]
         lines += [f"{claim.title}: {_estimate(bound.quoted.estimate)} {bound.quoted.unit}", *_table(bound)]
+    lines += [f"{figure.title}: {figure.estimate.mean:.4g}" for figure in found.figures.values()]
     if found.noise:
         scales = (
             f"{name} {scale.std:.4g} ({scale.relative:g} x {scale.spread:.4g})" for name, scale in found.noise.items()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hflow_rt.evaluation.figures import Figure
     from hflow_rt.models.plan import TrainingPlan
     from hflow_rt.training.config import TrainingConfig
 
@@ -264,9 +265,14 @@ class LatentModel(nn.Module, ABC):
         """What the graph `bound` computes of `bound_inputs`, whichever bound they are of: parts `[B]` that sum to it.
 
         inputs: `bound_features` too. All are in bits per dimension of the image. A part is called `LATENT.WHAT`, such
-        as `z0.prior`; `image.bits` where a family tells no parts apart.
+        as `z0.prior`; `image.bits` where a family tells no parts apart. Rows `[B, n]` beside them are no parts:
+        `bound_figures` tells of them.
         """
         raise NotImplementedError
+
+    def bound_figures(self, means: Mapping[str, NDArray[np.float64]]) -> dict[str, Figure]:
+        """What is told of the means over images, `[n]`, of rows that `bound_terms` gives beside parts."""
+        return {}
 
     def bits_by_step(self, pixels: Tensor, streams: Sequence[torch.Generator]) -> Iterator[Tensor] | None:
         """What every call of the loop `forward` adds to the bound of uint8 images `[B, C, R, R]`, bits/dim `[B]` each.

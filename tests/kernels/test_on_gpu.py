@@ -16,10 +16,9 @@ from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import dispatch, proof
 from hflow_rt.kernels.blur import blur_down, blur_up
 from hflow_rt.kernels.coupling import Region, coupling
-from hflow_rt.kernels.differences import largest_difference
 from hflow_rt.kernels.instance_norm import instance_norm_act
 from hflow_rt.kernels.mixing import mixing
-from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_cases import PROOFS, largest_difference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,6 +17,7 @@ import torch
 from hflow_rt.cli.info import doctor
 from hflow_rt.errors import BackendUnavailable, ConfigError
 from hflow_rt.kernels import (
+    batch_norm,
     bias_act,
     blur,
     coupling,
@@ -24,18 +25,22 @@ from hflow_rt.kernels import (
     dispatch,
     group_norm,
     instance_norm,
+    logistic_mixture,
     mixing,
+    mixture_image,
+    mixture_kernels,
     modulated_weights,
     proof,
     proof_records,
     quantise,
     report,
+    residual_normal,
     sampler_update,
     split_act,
+    squeeze_excite,
 )
 from hflow_rt.kernels.blur import blur_down
-from hflow_rt.kernels.differences import Difference, largest_difference, tolerance
-from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference, tolerance
 from hflow_rt.kernels.proof_records import Environment, Record
 
 ENVIRONMENT = Environment("A GPU", "9.0", "580.1", "2.13.0", "13.0", "3.9.0", "0123456789abcdef")
@@ -49,8 +54,14 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
     assert tuple(PROOFS) == dispatch.OPERATORS == tuple(sorted(PROOFS))
     registered = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name[:8] == "hflow_rt"}
     gradients = {"blur_down_adjoint", "blur_up_adjoint"}
-    gradients |= {f"{name}_backward" for name in ("coupling", "group_norm_silu", "instance_norm_act", "mixing")}
-    gradients |= {f"{name}_backward" for name in ("bias_act", "modulated_weights", "split_act")}
+    others = {
+        "blur_down",
+        "blur_up",
+        "mixture_image",
+        "quantise",
+        "sampler_update",
+    }  # two, or none, or one in plain torch
+    gradients |= {f"{name}_backward" for name in {*PROOFS} - others}
     assert registered == {*PROOFS, *gradients}
     for name, of in PROOFS.items():
         schema = torch._C._get_schema(f"hflow_rt::{name}", "")
@@ -61,20 +72,31 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
         assert all(re.search(rf"\b{dtype}\b", told) for dtype in ("float32", "float16", "bfloat16"))
 
 
+def but_for_sides(launch: dispatch.Launch) -> tuple[Any, ...]:
+    """The kernel, the types of its tensors, and what is switched on."""
+    signature, constants, _, _ = report._specialised(launch)
+    types = {name: kind for name, kind in signature.items() if kind[0] == "*"}
+    switches = {name: str(value) for name, value in constants.items() if type(value) is not int}
+    return launch.kernel.fn.__name__, *sorted((types | switches).items())
+
+
 @NEEDS_TRITON
 def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel for one GPU generation or another: a case that does not compile would refuse a right operator."""
+    """A case that does not compile would refuse a right operator. What differs in sides alone is the report's."""
     monkeypatch.setattr(blur, "_down_adjoint", blur._down_adjoint_triton)
     monkeypatch.setattr(blur, "_up_adjoint", blur._up_adjoint_triton)
     monkeypatch.setattr(coupling, "_coupling_backward", coupling_kernels.couple_backward)
     monkeypatch.setattr(group_norm, "_backward", group_norm._backward_triton)
     monkeypatch.setattr(instance_norm, "_norm_backward", instance_norm._norm_backward_triton)
     monkeypatch.setattr(mixing, "_mixing_backward", mixing._mixing_backward_triton)
-    monkeypatch.setattr(bias_act, "backward", bias_act._backward_triton)
-    monkeypatch.setattr(split_act, "backward", bias_act._backward_triton)
+    monkeypatch.setattr(logistic_mixture, "_backward", mixture_kernels.backward_triton)
+    for module in (bias_act, split_act):
+        monkeypatch.setattr(module, "backward", bias_act._backward_triton)
     monkeypatch.setattr(split_act, "_gathered", split_act._gathered_triton)
-    monkeypatch.setattr(modulated_weights, "_backward", modulated_weights._backward_triton)
+    for module in (batch_norm, modulated_weights, residual_normal, squeeze_excite):
+        monkeypatch.setattr(module, "_backward", module._backward_triton)
     operators = {
+        "batch_norm_silu": batch_norm._norm_triton,
         "bias_act": bias_act._act_triton,
         "blur_down": blur._down_triton,
         "blur_up": blur._up_triton,
@@ -82,10 +104,14 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
         "group_norm_silu": group_norm._norm_triton,
         "instance_norm_act": instance_norm._norm_triton,
         "mixing": mixing._mixing_triton,
+        "mixture_image": mixture_image._image_triton,
+        "mixture_log_prob": mixture_kernels.log_prob_triton,
         "modulated_weights": modulated_weights._generate_triton,
         "quantise": quantise._quantise_triton,
+        "residual_normal": residual_normal._residual_triton,
         "sampler_update": sampler_update._update_triton,
         "split_act": split_act._split_triton,
+        "squeeze_excite": squeeze_excite._excite_triton,
     }
     found: dict[str, dispatch.Launch] = {}
     for name, of in PROOFS.items():
@@ -93,7 +119,10 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
             largest_difference(dataclasses.replace(of, operator=operators[name]), torch.device("cpu"))
         found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
     kernels = [name for name in found if report._first(found, name)]
-    assert len(kernels) == 94
+    assert len(kernels) == 148
+    reported = {but_for_sides(launch) for name, launch in report.launches().items() if " bf16 " not in name}
+    kernels = [name for name in kernels if but_for_sides(found[name]) not in reported]
+    assert len(kernels) == 64
     for at, name in enumerate(kernels):
         capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
         compiled = report.compiled(name, found[name], capability)
@@ -121,7 +150,9 @@ def test_tensors_of_a_cpu_are_never_proved() -> None:
 
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_unknown", ["blur"])
-    line = "HFLOW_RT_KERNELS_OFF must list some of bias_act, blur_down, .*, split_act; found 'blur'; unset it"
+    line = (
+        "HFLOW_RT_KERNELS_OFF must list some of batch_norm_silu, bias_act, .*, squeeze_excite; found 'blur'; unset it"
+    )
     with dispatch.using("triton"), pytest.raises(ConfigError, match=line):
         blur_down(torch.zeros(1, 1, 2, 2))
 
@@ -263,14 +294,15 @@ def test_doctor_shows_what_failed(
     fail(monkeypatch, "coupling")
     text = "computes wrong: log_det, sigmoid is off by 0.002 of the largest value where 1e-05 is allowed"
     lines = shown(capsys)
-    assert lines[4] == f"      coupling: FAILED DATE: {text}; set HFLOW_RT_KERNELS_OFF=coupling"
-    assert [line for line in lines if "FAILED" in line] == [lines[4]]
+    at = dispatch.OPERATORS.index("coupling")
+    assert lines[1 + at] == f"      coupling: FAILED DATE: {text}; set HFLOW_RT_KERNELS_OFF=coupling"
+    assert [line for line in lines if "FAILED" in line] == [lines[1 + at]]
     doctor(json=True)
     found = json.loads(capsys.readouterr().out)["kernel proofs"]
     assert [proof["operator"] for proof in found] == list(dispatch.OPERATORS)
     states = {proof["operator"]: proof["state"] for proof in found}
     assert states == dict.fromkeys(dispatch.OPERATORS, "proved") | {"coupling": "FAILED"}
-    assert found[3]["why"] == f"{text}; set HFLOW_RT_KERNELS_OFF=coupling"
+    assert found[at]["why"] == f"{text}; set HFLOW_RT_KERNELS_OFF=coupling"
     assert found[0]["environment"] == dataclasses.asdict(ENVIRONMENT)
     assert all(len(proof["date"]) == len("2026-01-31 23:59") for proof in found)
     with pytest.raises(BackendUnavailable, match="kernel 'coupling' computes wrong: log_det, sigmoid is off by"):
@@ -283,7 +315,7 @@ def test_doctor_shows_what_is_not_proved(
     monkeypatch.setattr(dispatch, "_off", frozenset({"mixing"}))
     fail(monkeypatch, "blur_up", torch.OutOfMemoryError("CUDA out of memory"))
     lines = shown(capsys)
-    assert lines[3] == "      blur_up: not yet: the GPU is out of memory"
+    assert lines[1 + dispatch.OPERATORS.index("blur_up")] == "      blur_up: not yet: the GPU is out of memory"
     assert lines[1 + dispatch.OPERATORS.index("mixing")] == "      mixing: off"
 
 

@@ -1,6 +1,7 @@
 """What NVAE tells of images: bounds whose bottom-up half runs once, nats of binary images, pixels that are drawn."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from hflow_rt.evaluation.bits import bits_figures, bits_per_dim
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.output import Mixture, draw_specs, pixels
-from hflow_rt.models.nvae.plan import NVAEPlan
 from hflow_rt.models.nvae.presets import TINY
 
 BINARY = {"output": "bernoulli", "bits": 1, "channels": 1}
@@ -58,10 +58,11 @@ def test_evaluations_tell_how_many_channels_are_in_use() -> None:
     model = make()
     model.posteriors[0].bias[0] = 4.0  # the mean of one channel of the top group is far from the prior's
     model.posteriors[0].bias[2:] = -8.0
-    found = NVAEPlan(model).figures(model, photographs(model, 5))
-    assert list(found) == ["active1", "active0"]
-    assert found["active1"].title == "active channels of z1, of 2"
+    found = bits_figures(model, photographs(model, 5), 0, draws=2).figures
+    assert list(found) == ["elbo", "importance", "active1", "active0"]
+    assert found["active1"].title == "active channels of z1 (2 of 2 each)"
     assert found["active1"].estimate.mean == 2
+    assert re.fullmatch(r"active channels of z0 \(\d\+\d of 2 each\)", found["active0"].title)
     quiet = make(residual_posterior=False, flows=0)
     for sampler in quiet.posteriors:
         sampler.weight.zero_()
@@ -69,7 +70,9 @@ def test_evaluations_tell_how_many_channels_are_in_use() -> None:
     for prior in quiet.priors:
         prior[1].log_norm.fill_(-20)
         prior[1].bias.zero_()
-    assert all(figure.estimate.mean == 0 for figure in NVAEPlan(quiet).figures(quiet, photographs(quiet, 5)).values())
+    report = bits_per_dim(quiet, photographs(quiet, 5))
+    assert [figure.estimate.mean for figure in report.figures.values()] == [0, 0]
+    assert report.dump()["figures"]["active0"]["title"] == "active channels of z0 (0+0 of 2 each)"
 
 
 @pytest.mark.parametrize("changes", [{}, BINARY, {"output": "normal"}, {"channels": 1}])

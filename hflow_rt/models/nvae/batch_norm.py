@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from hflow_rt.kernels.batch_norm import batch_norm_silu
+from hflow_rt.kernels.dispatch import takes
+
 __all__ = ["BatchNorm", "standing_still"]
 
 
@@ -36,6 +39,15 @@ class BatchNorm(nn.BatchNorm2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-5, momentum=0.05)
 
+    def swish(self, x: Tensor) -> Tensor:
+        """Of the norm."""
+        if not (self.training and takes(x)) or _processes() > 1:
+            return F.silu(self(x))
+        made, mean, variance = batch_norm_silu(x, self.weight, self.bias)
+        if self.moves:
+            self._move(mean, variance, x.numel() / x.shape[1])
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
@@ -56,17 +68,20 @@ class BatchNorm(nn.BatchNorm2d):
         centred = values - mean[:, None, None]
         variance: Tensor = _Mean.apply(centred.square().mean(over))  # type: ignore[no-untyped-call]
         if self.moves:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            count = _processes() * x.numel() / x.shape[1]
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum or 0.0)
-                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum or 0.0)
+            self._move(mean, variance, _processes() * x.numel() / x.shape[1])
         gain = self.weight * (variance + self.eps).rsqrt()
         normed = centred * gain[:, None, None] + self.bias[:, None, None]
         return normed.to(x.dtype)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor, count: float) -> None:
+        """Running statistics by those of a batch of so many pixels."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum or 0.0)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum or 0.0)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hflow_rt.kernels.squeeze_excite import squeeze_excite
 from hflow_rt.models.nvae.batch_norm import BatchNorm
 from hflow_rt.models.nvae.convolution import NormedConv2d
 
@@ -26,7 +27,7 @@ _KERNEL = 5  # of depthwise convolutions
 
 
 class SqueezeExcite(nn.Module):
-    """Scales every channel by a number in (0, 1) that follows from the means of all."""
+    """Adds a branch to what skips it, every channel scaled by a number in (0, 1) that follows from the means of all."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -34,9 +35,9 @@ class SqueezeExcite(nn.Module):
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.expand(F.relu(self.reduce(x.mean((2, 3))))))
-        return x * gate[:, :, None, None]
+    def forward(self, skip: Tensor, y: Tensor) -> Tensor:
+        reduce, expand = ((layer.weight, layer.bias) for layer in (self.reduce, self.expand))
+        return squeeze_excite(skip, y, reduce, expand, _RESIDUAL)
 
 
 class DownSkip(nn.Module):
@@ -77,7 +78,7 @@ class Unit(nn.Module):
         self.conv = NormedConv2d(inputs, outputs, 3, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        convolved: Tensor = self.conv(F.silu(self.norm(x)))
+        convolved: Tensor = self.conv(self.norm.swish(x))
         return convolved
 
 
@@ -99,8 +100,8 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = F.silu(self.norm_expanded(self.expand(self.norm_in(x))))
-        x = F.silu(self.norm_depthwise(self.depthwise(x)))
+        x = self.norm_expanded.swish(self.expand(self.norm_in(x)))
+        x = self.norm_depthwise.swish(self.depthwise(x))
         out: Tensor = self.norm_out(self.project(x))
         return out
 
@@ -112,10 +113,11 @@ class Cell(nn.Module):
         super().__init__()
         self.skip = skip
         self.body = body
-        self.gate = SqueezeExcite(channels) if squeeze_excite else nn.Identity()
+        self.gate = SqueezeExcite(channels) if squeeze_excite else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.skip(x) + _RESIDUAL * self.gate(self.body(x))
+        skip, y = self.skip(x), self.body(x)
+        out: Tensor = skip + _RESIDUAL * y if self.gate is None else self.gate(skip, y)
         return out
 
 

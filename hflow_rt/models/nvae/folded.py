@@ -19,7 +19,7 @@ N = TypeVar("N", bound=Network)
 
 
 class _Affine(nn.Module):
-    """Batch norm with its running statistics, before something that is not linear."""
+    """Batch norm with its running statistics, of which only the swish is asked."""
 
     scale: Tensor
     shift: Tensor
@@ -30,8 +30,8 @@ class _Affine(nn.Module):
         self.register_buffer("scale", scale[:, None, None])
         self.register_buffer("shift", shift[:, None, None])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+    def swish(self, x: Tensor) -> Tensor:
+        return F.silu(x * self.scale + self.shift)
 
 
 class _DownSkip(nn.Module):

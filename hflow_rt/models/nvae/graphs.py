@@ -117,7 +117,8 @@ def graphs(network: Network) -> dict[str, GraphSpec]:
     }
     if config.output != "normal":
         features = feature_specs(config)
-        parts = tuple(TensorSpec(name, (), "score") for name in part_names(config))
+        channels = TensorSpec("channels", (len(config.group_scales) * config.latent_channels,), "value")
+        parts = (*(TensorSpec(name, (), "score") for name in part_names(config)), channels)
         made["features"] = (_Features, (image,), features)
         made["bound"] = (_Bound, (image, *features, *noise_specs(config)), parts)
     found = {

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from hflow_rt.evaluation.figures import Estimate, Figure
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Space
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.graphs import SPACES, feature_specs, graphs, noise_specs
 from hflow_rt.models.nvae.network import Network, unpacked
-from hflow_rt.models.nvae.objective import bound_parts
+from hflow_rt.models.nvae.objective import active_units, bound_parts
 from hflow_rt.models.plan import draw
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from hflow_rt.models.plan import TrainingPlan
@@ -71,6 +75,18 @@ class NVAE(Network, LatentModel):
 
     def bound_terms(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return bound_parts(self, {name: value.to(self.top) for name, value in inputs.items()})
+
+    def bound_figures(self, means: Mapping[str, NDArray[np.float64]]) -> dict[str, Figure]:
+        """How many channels of every scale's groups tell of images more than a tenth of a nat."""
+        if "channels" not in means:  # of bundles of before
+            return {}
+        config, found = self.config, dict[str, Figure]()
+        active = active_units(torch.from_numpy(means["channels"]).unflatten(0, (-1, config.latent_channels)))
+        for scale in sorted(set(config.group_scales), reverse=True):
+            groups = [int(many) for many, own in zip(active, config.group_scales, strict=True) if own == scale]
+            title = f"active channels of z{scale} ({'+'.join(map(str, groups))} of {config.latent_channels} each)"
+            found[f"active{scale}"] = Figure(title, Estimate(sum(groups), math.nan, 1))
+        return found
 
     @torch.no_grad()
     def calibrate(self, latents: Iterable[Mapping[str, Tensor]]) -> None:

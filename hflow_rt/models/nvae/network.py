@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from hflow_rt.kernels.residual_normal import normal_divergence, residual_normal
 from hflow_rt.models.nvae.batch_norm import standing_still
 from hflow_rt.models.nvae.cells import (
     DecoderCombiner,
@@ -34,20 +35,32 @@ Choose = Callable[[int, Tensor, Tensor], Tensor]
 class Group:
     """What inference knows of a group, `[B, n, side, side]` each.
 
-    raw: the posterior's parameters as the sampler yields them; raw_prior: the prior's, `[1, 2 n, 1, 1]` zeros at the
-    top. path: the posterior's sample, then what every flow makes of it; the last is z.
+    raw: the posterior's parameters as the sampler yields them, which are `relative` to the prior's or not; raw_prior:
+    the prior's, `[1, 2 n, 1, 1]` zeros at the top. noise: standard normal. path: what the posterior makes of it, then
+    what every flow makes of that; the last is z. kl: of posterior and prior before flows, `[B, n]`.
     """
 
     raw: Tensor
     raw_prior: Tensor
-    posterior: Normal
-    prior: Normal
+    relative: bool
+    noise: Tensor
     path: tuple[Tensor, ...]
+    kl: Tensor
 
     @property
     def z(self) -> Tensor:
         """The latents."""
         return self.path[-1]
+
+    @cached_property
+    def posterior(self) -> Normal:
+        """That of the first of the path."""
+        return Normal.of_raw(self.raw + self.raw_prior if self.relative else self.raw)
+
+    @cached_property
+    def prior(self) -> Normal:
+        """That of the latents."""
+        return Normal.of_raw(self.raw_prior)
 
     def log_q(self) -> Tensor:
         """Log density of z under the posterior, by element: flows keep volume."""
@@ -57,9 +70,13 @@ class Group:
         """Log density of z under the prior, by element."""
         return self.prior.log_prob(self.z)
 
+    def log_ratio(self) -> Tensor:
+        """`log q - log p` of this z by channel, `[B, n]`."""
+        return normal_divergence(self.raw, self.raw_prior, self.noise, self.z, self.relative)
+
     def divergence(self) -> Tensor:
-        """KL by element: of the two distributions, and with flows of this one sample."""
-        return self.posterior.divergence(self.prior) if len(self.path) == 1 else self.log_q() - self.log_p()
+        """KL by channel, `[B, n]`: of the two distributions, and with flows of this one sample."""
+        return self.kl if len(self.path) == 1 else self.log_ratio()
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Inferred:
     logits: Tensor
 
     def by_group(self, quantity: Callable[[Group], Tensor]) -> Tensor:
-        """A quantity by element, summed over every group, `[B, groups]`."""
+        """A quantity by element or channel, summed over every group, `[B, groups]`."""
         return torch.stack([quantity(group).flatten(1).sum(1) for group in self.groups], 1)
 
 
@@ -155,11 +172,11 @@ class Network(nn.Module):
         def choose(group: int, state: Tensor, prior: Tensor) -> Tensor:
             feature = combiners[group - 1](features[group], state) if group else features[group]
             raw = self.posteriors[group](feature)
-            posterior = Normal.of_raw(raw + prior if config.residual_posterior else raw)
-            path = [posterior.at(noise[group])]
+            value, kl = residual_normal(raw, prior, noise[group], config.residual_posterior)
+            path = [value]
             for flow in self.flows[group * config.flows : (group + 1) * config.flows]:
                 path.append(flow(path[-1]))
-            groups.append(Group(raw, prior, posterior, Normal.of_raw(prior), tuple(path)))
+            groups.append(Group(raw, prior, config.residual_posterior, noise[group], tuple(path), kl))
             return path[-1]
 
         logits = self.top_down(choose, features[0].shape[0])

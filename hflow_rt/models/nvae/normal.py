@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Normal", "at_least_single"]
+from hflow_rt.kernels.residual_normal import limited_normal
 
-_LIMIT = 5.0
-_SMALLEST_STD = 0.01
+__all__ = ["Normal", "at_least_single"]
 
 
 class Normal(NamedTuple):
@@ -26,8 +25,7 @@ class Normal(NamedTuple):
 
         Zeros make the prior of the top group, whose deviation is 1.01.
         """
-        mean, log_std = at_least_single(raw).chunk(2, 1)
-        return cls(_limited(mean), _limited(log_std).exp() + _SMALLEST_STD)
+        return cls(*limited_normal(raw))
 
     def at(self, noise: Tensor) -> Tensor:
         """The values that standard normal `noise` stands for."""
@@ -41,18 +39,7 @@ class Normal(NamedTuple):
         """Logarithm of the density, nats."""
         return -0.5 * self.noise(z).square() - 0.5 * math.log(2 * math.pi) - self.std.log()
 
-    def divergence(self, other: Normal) -> Tensor:
-        """KL(self || other), nats."""
-        ratio = self.std / other.std
-        apart = (self.mean - other.mean) / other.std
-        return 0.5 * (apart.square() + ratio.square()) - 0.5 - ratio.log()
-
 
 def at_least_single(value: Tensor) -> Tensor:
     """In float32 where mixed precision made it a half type, in which squares and sums of densities are lost."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
-
-
-def _limited(value: Tensor) -> Tensor:
-    """To (-5, 5), smoothly."""
-    return _LIMIT * torch.tanh(value / _LIMIT)

@@ -93,12 +93,14 @@ def training_cost(network: Network, inferred: Inferred, canvas: Tensor, weight: 
 
 
 def part_names(config: NVAEConfig) -> tuple[str, ...]:
-    """What `bound_parts` are called: of the pixels, then of the latents of every scale, coarse to fine."""
+    """What the parts of `bound_parts` are called: of the pixels, then of every scale's latents, coarse to fine."""
     return ("image.bits", *(f"{name}.divergence" for name in config.packed_shapes("z")))
 
 
 def bound_parts(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One draw of the bound in bits per dimension, `[B]` each: minus the logarithm of its importance weight, in parts.
+
+    Last the divergences of all latent channels in nats, `channels` `[B, G latent_channels]`, top group first.
 
     inputs: `image`, `[B, C, R, R]` in [0, 1] at levels, its features `feature0`, ..., and standard normal noise, as
     `NVAEConfig.packed_shapes("noise")`.
@@ -106,10 +108,11 @@ def bound_parts(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Ten
     config, canvas = network.config, network.pad(inputs["image"])
     features = [inputs[f"feature{group}"] for group in range(len(config.group_scales))]
     inferred = network.infer(features, unpacked(config, "noise", inputs))
-    groups = inferred.by_group(Group.log_q) - inferred.by_group(Group.log_p)
+    groups = inferred.by_group(Group.log_ratio)
     counts = [config.groups[scale] for scale in reversed(range(len(config.groups)))]
     costs = (reconstruction(network, inferred, canvas), *(part.sum(1) for part in torch.split(groups, counts, 1)))
-    return {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
+    parts = {name: bits_per_dim(config, cost) for name, cost in zip(part_names(config), costs, strict=True)}
+    return parts | {"channels": torch.cat([group.divergence() for group in inferred.groups], 1)}
 
 
 def log_weight(inferred: Inferred, cost: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def importance_bound(log_weights: Tensor) -> Tensor:
 
 def channel_divergence(inferred: Inferred) -> Tensor:
     """Divergence of every latent channel, summed over positions and averaged over images, `[G, latent_channels]`."""
-    return torch.stack([group.divergence().sum((2, 3)).mean(0) for group in inferred.groups])
+    return torch.stack([group.divergence().mean(0) for group in inferred.groups])
 
 
 def active_units(by_channel: Tensor) -> Tensor:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.evaluation.figures import Estimate, Figure
 from hflow_rt.models.bins import public_levels
-from hflow_rt.models.family import LatentModel, LossTerms, TensorSpec
+from hflow_rt.models.family import LossTerms, TensorSpec
 from hflow_rt.models.nvae.graphs import noise_specs
 from hflow_rt.models.nvae.network import unpacked
 from hflow_rt.models.nvae.objective import (
-    active_units,
     bits_per_dim,
-    channel_divergence,
     kl_weight,
     training_cost,
     weight_penalty,
@@ -30,18 +26,14 @@ from hflow_rt.models.nvae.regularisers import (
     singular_values,
     unit,
 )
-from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan, draw
+from hflow_rt.models.plan import Batch, Phase, Place, TrainingPlan
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from hflow_rt.models.nvae.model import NVAE
 
 __all__ = ["NVAEPlan"]
 
 _NETWORK = "network"
-_FEW = 32  # images at a time
 
 
 class NVAEPlan(TrainingPlan):
@@ -103,25 +95,6 @@ class NVAEPlan(TrainingPlan):
         if config.weight_penalty_start is None:
             return higher, "one that starts high (model.weight_penalty_start=1)"
         return higher, f"a higher model.weight_penalty_start (now {config.weight_penalty_start:g})"
-
-    def figures(self, average: LatentModel, held_out: NDArray[np.uint8]) -> dict[str, Figure]:
-        """How many channels of every scale's groups tell of images more than a tenth of a nat, of those there are."""
-        if not len(held_out):
-            return {}
-        model = cast("NVAE", average)
-        config, costs = model.config, list[Tensor]()
-        for part in torch.split(torch.from_numpy(held_out), _FEW):
-            noise = draw(noise_specs(config), len(part), torch.Generator().manual_seed(len(costs)))
-            canvas = model.pad(public_levels(part, config.bits).to(model.top))
-            moved = unpacked(config, "noise", {name: value.to(model.top) for name, value in noise.items()})
-            costs.append(len(part) * channel_divergence(model.infer(model.bottom_up(canvas), moved)))
-        active = active_units(sum(costs, torch.zeros_like(costs[0])) / len(held_out))
-        found = {}
-        for scale in sorted(set(config.group_scales), reverse=True):
-            groups = active[[group for group, own in enumerate(config.group_scales) if own == scale]]
-            title = f"active channels of z{scale}, of {groups.numel() * config.latent_channels}"
-            found[f"active{scale}"] = Figure(title, Estimate(float(groups.sum()), math.nan, 1))
-        return found
 
     def _images(self, batch: Batch) -> Tensor:
         """In [0, 1] at levels; binary ones are drawn anew every time, by how bright the pixels are."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from hflow_rt.kernels import dispatch, proof
-from hflow_rt.kernels.differences import Difference, largest_difference
-from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference
 from hflow_rt.kernels.proof_records import Environment
 
 ON_GPU = dispatch.INSTALLED and not dispatch.INTERPRETED and torch.cuda.is_available()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import (
+    batch_norm,
     bias_act,
     blur,
     coupling_kernels,
@@ -15,21 +16,26 @@ from hflow_rt.kernels import (
     group_norm,
     instance_norm,
     mixing,
+    mixture_image,
+    mixture_kernels,
     modulated_weights,
     moments,
     proof,
     quantise,
+    residual_normal,
     sampler_update,
     split_act,
+    squeeze_excite,
 )
 from hflow_rt.kernels.blur import blur_down
-from hflow_rt.kernels.differences import Draw
 from hflow_rt.kernels.mixing import mixing_reference
 from hflow_rt.kernels.proof_cases import PROOFS
+from hflow_rt.kernels.proof_inputs import Draw
 from hflow_rt.kernels.proof_records import Environment
 
 proves_by_itself = dispatch._proves
 MODULES = {
+    "batch_norm_silu": batch_norm,
     "bias_act": bias_act,
     "blur_down": blur,
     "blur_up": blur,
@@ -37,10 +43,14 @@ MODULES = {
     "group_norm_silu": group_norm,
     "instance_norm_act": instance_norm,
     "mixing": mixing,
+    "mixture_image": mixture_image,
+    "mixture_log_prob": mixture_kernels,
     "modulated_weights": modulated_weights,
     "quantise": quantise,
+    "residual_normal": residual_normal,
     "sampler_update": sampler_update,
     "split_act": split_act,
+    "squeeze_excite": squeeze_excite,
 }
 
 
@@ -59,8 +69,10 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
         proof.prove(operator, torch.device(device))
     planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
     planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
+    planes |= {"_gather_channel", "_residual_kernel", "_residual_gradient", "_plane_sums", "_gated"}
     planes |= {"_act_kernel", "_act_gradient", "_generate_kernel", "_generate_gradient", "_quantise_kernel"}
     planes |= {"_split_kernel", "_gather_kernel"}
+    planes |= {"_log_prob_kernel", "_log_prob_gradient", "_mean_kernel", "_draw_kernel"}
     assert launched == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}  # as in test_report.py
     assert on_new_gpu.proofs == list(PROOFS)
     assert sorted(kept["operator"] for kept in on_new_gpu.kept()) == list(PROOFS)
@@ -68,7 +80,23 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
     assert all(kept["failure"] == "" for kept in on_new_gpu.kept())
 
 
+def one_level_off(kernel: str) -> Any:
+    """Bytes by one level, and numbers by one in ten thousand."""
+
+    def harm(launched: str, arguments: dict[str, Any]) -> None:
+        if launched == kernel:
+            image = arguments.get("image", arguments.get("made"))
+            image.copy_(image + (image < 255) if image.dtype == torch.uint8 else image * 1.0001)
+
+    return harm
+
+
 WRONG: dict[str, tuple[str, Any, str]] = {
+    "batch norm's moments": ("batch_norm_silu", ("_gather_channel", "moments"), "(result|moments|the gradient by .*)"),
+    "batch norm's sums": ("batch_norm_silu", ("_norm_silu_gradient", "sums"), "the gradient by .*"),
+    "activation": ("bias_act", ("_act_kernel", "y"), "result"),
+    "activation's gradient": ("bias_act", ("_act_gradient", "d"), "the gradient by x"),
+    "activation's sums": ("bias_act", ("_act_gradient", "parts"), "the gradient by bias"),
     "blur_down": ("blur_down", ("_halve", "y"), "result"),
     "blur_down's moments": ("blur_down", ("_halve", "emitted"), "moments"),
     "blur_down's gradient": ("blur_down", ("_double", "y", True), "the gradient by x"),
@@ -92,19 +120,24 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "mixing's gradient": ("mixing", ("_mix_gradient", "d_x"), "the gradient by x"),
     "mixing's outer map": ("mixing", ("_mix_gradient", "d_shift"), "the gradient by pre shift"),
     "mixing's map": ("mixing", ("_mix_gradient", "parts"), "the gradient by (weight|bias)"),
-    "activation": ("bias_act", ("_act_kernel", "y"), "result"),
-    "activation's gradient": ("bias_act", ("_act_gradient", "d"), "the gradient by x"),
-    "activation's sums": ("bias_act", ("_act_gradient", "parts"), "the gradient by bias"),
+    "mixture's probability": ("mixture_log_prob", ("_log_prob_kernel", "out"), "result"),
+    "mixture's sums": ("mixture_log_prob", ("_log_prob_kernel", "sums"), "(sums|the gradient by logits)"),
+    "mixture's gradient": ("mixture_log_prob", ("_log_prob_gradient", "d_logits"), "the gradient by logits"),
+    "mixture's mean": ("mixture_image", one_level_off("_mean_kernel"), "image"),
+    "mixture's draw": ("mixture_image", one_level_off("_draw_kernel"), "image"),
+    "residual's value": ("residual_normal", ("_residual_kernel", "value"), "value"),
+    "residual's cost": ("residual_normal", ("_residual_kernel", "parts"), "cost"),
+    "residual's gradient": ("residual_normal", ("_residual_gradient", "d_raw"), "the gradient by raw"),
+    "residual's prior": ("residual_normal", ("_residual_gradient", "d_prior"), "the gradient by prior"),
+    "residual's latents": ("residual_normal", ("_residual_gradient", "d_z"), "the gradient by z"),
     "weights": ("modulated_weights", ("_generate_kernel", "made"), "(result|the gradient by columns)"),
     "weights' products": ("modulated_weights", ("_generate_gradient", "d_product"), "the gradient by style"),
     "weights' gradient": ("modulated_weights", ("_generate_gradient", "d_weight"), "the gradient by weight"),
-    "bytes": (
-        "quantise",
-        lambda kernel, arguments: arguments["made"].view(-1)[:1].add_(1),
-        "result",
-    ),
     "two parts": ("split_act", ("_split_kernel", "y"), "(result|the gradient by .*)"),
     "the smaller part's gradient": ("split_act", ("_gather_kernel", "d_low"), "the gradient by low"),
+    "bytes": ("quantise", one_level_off("_quantise_kernel"), "result"),
+    "excitement's sums": ("squeeze_excite", ("_plane_sums", "parts"), "(result|means|gate|the gradient by .*)"),
+    "excitement": ("squeeze_excite", ("_gated", "out"), "(result|the gradient by y)"),
     "update": ("sampler_update", ("_update_kernel", "made"), "result"),
     "update's image": ("sampler_update", ("_update_kernel", "image"), "image"),
 }

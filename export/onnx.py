@@ -170,7 +170,7 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports progress on stdout, and warns of packages we do not use and of constants it does not fold."""
+    """The exporter reports progress on stdout, and warns of packages we do not use and of constants it leaves."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

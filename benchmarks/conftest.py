@@ -48,6 +48,19 @@ def record_fixture() -> Callable[..., None]:
 
 
 @pytest.fixture
+def against() -> Callable[..., None]:
+    """`against(TITLE, VARIANTS, AIMS)` times calls in turns and keeps two rows for each baseline in the aims, which say
+    by how many times the last variant is to be as fast."""
+
+    def compare(title: str, variants: dict[str, Callable[[], Any]], aims: dict[str, float]) -> None:
+        seconds, last = take_turns(variants, 9, 0.3), list(variants)[-1]
+        for baseline, aim in aims.items():
+            record(f"{title}, aim {aim:g}x", {name: seconds[name] for name in (baseline, last)})
+
+    return compare
+
+
+@pytest.fixture
 def publish(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], None]:
     """Show the latency report of a preset, and keep it where the run has a name."""
 

@@ -31,7 +31,7 @@ STEP = 20  # the level that is measured; all cost the same
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile warns of what it uses itself
 @pytest.mark.parametrize("preset", PRESETS)
-def test_step(benchmark: Any, preset: str, exported: Any, take_turns: Any, record: Any) -> None:
+def test_step(benchmark: Any, preset: str, exported: Any, against: Any) -> None:
     """One step by ONNX Runtime against the network as it trains, which makes its level's biases in every call."""
     model, folder = exported(preset, "forward")
     session, bundle = load(folder, "onnx", "cpu"), find_bundle(folder)
@@ -56,18 +56,12 @@ def test_step(benchmark: Any, preset: str, exported: Any, take_turns: Any, recor
 
         close = (torch.from_numpy(runtime()) - plain(step)).abs().max()
         assert close < 1e-4, close  # the same step, or the figures compare nothing
-        seconds = take_turns(
-            {
-                "plain network": lambda plain=plain: plain(step),
-                "torch.compile": lambda plain=plain, compiled=compiled: plain(compiled),
-                "ONNX Runtime": runtime,
-            },
-            9,
-            0.3,
-        )
-        for baseline, bar in (("plain network", 2), ("torch.compile", 1.3)):
-            pair = {name: seconds[name] for name in (baseline, "ONNX Runtime")}
-            record(f"{preset} step, batch {batch}, aim {bar}x", pair)
+        variants = {
+            "plain network": lambda plain=plain: plain(step),
+            "torch.compile": lambda plain=plain, compiled=compiled: plain(compiled),
+            "ONNX Runtime": runtime,
+        }
+        against(f"{preset} step, batch {batch}", variants, {"plain network": 2, "torch.compile": 1.3})
         if batch == BATCHES[0]:
             benchmark.pedantic(runtime, rounds=5, iterations=1)
 

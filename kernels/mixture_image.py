@@ -143,15 +143,14 @@ def _written(image, sample, pixel, pixels, at, value, inside, CHANNELS: tl.const
 
 @jit
 def _mean_kernel(
-    logits, image, count, pixels, CHANNELS: tl.constexpr, AS_BYTES: tl.constexpr, PIXELS: tl.constexpr
+    logits, image, numbers, count, pixels, CHANNELS: tl.constexpr, AS_BYTES: tl.constexpr, PIXELS: tl.constexpr
 ):  # fmt: skip
     """A program makes `PIXELS` pixels of a sample, the last one again where there are fewer."""
     sample = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
     pixel = tl.minimum(pixel, pixels - 1)
-    KINDS: tl.constexpr = 3 if CHANNELS == 3 else 2
-    at = logits + sample * (count * (1 + CHANNELS * KINDS)) * pixels + pixel
+    at = logits + sample * numbers * pixels + pixel
     peak = tl.full((PIXELS,), -3e38, tl.float32)
     total = tl.zeros((PIXELS,), tl.float32)
     red = tl.zeros((PIXELS,), tl.float32)
@@ -189,15 +188,14 @@ def _drawn(at, uniform, chosen, mean, scale, count, pixels):
 
 @jit
 def _draw_kernel(
-    logits, choice, uniform, levels, image, count, pixels,
+    logits, choice, uniform, levels, image, numbers, count, pixels,
     LEVELS: tl.constexpr, CHANNELS: tl.constexpr, AS_BYTES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
     pixel = tl.minimum(pixel, pixels - 1)
-    KINDS: tl.constexpr = 3 if CHANNELS == 3 else 2
-    at = logits + sample * (count * (1 + CHANNELS * KINDS)) * pixels + pixel
+    at = logits + sample * numbers * pixels + pixel
     best = tl.full((PIXELS,), -3e38, tl.float32)
     chosen = tl.zeros((PIXELS,), tl.int32)
     for m in range(count):
@@ -256,7 +254,7 @@ def _image_triton(
     image = torch.empty(shape, dtype=dtype, device=logits.device)
     grid = (-(-pixels // PIXELS), len(logits))
     known = {
-        "logits": logits.contiguous(), "image": image, "count": count, "pixels": pixels,
+        "logits": logits.contiguous(), "image": image, "numbers": logits.shape[1], "count": count, "pixels": pixels,
         "CHANNELS": channels, "AS_BYTES": as_bytes, "PIXELS": PIXELS,
     }  # fmt: skip
     if choice is None or uniform is None or levels is None:

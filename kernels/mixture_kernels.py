@@ -99,16 +99,15 @@ def _grown(peak, total, value):
 
 @jit
 def _log_prob_kernel(
-    logits, image, out, sums, count, pixels, HALF_BIN: tl.constexpr, TOP: tl.constexpr, PUBLISHED: tl.constexpr,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    logits, image, out, sums, numbers, count, pixels, HALF_BIN: tl.constexpr, TOP: tl.constexpr,
+    PUBLISHED: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """A program makes `PIXELS` pixels of a sample, the last one again where there are fewer."""
     sample = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
     pixel = tl.minimum(pixel, pixels - 1)
-    KINDS: tl.constexpr = 3 if CHANNELS == 3 else 2
-    at = logits + sample * (count * (1 + CHANNELS * KINDS)) * pixels + pixel
+    at = logits + sample * numbers * pixels + pixel
     shown = image + sample * CHANNELS * pixels + pixel
     red = 2.0 * tl.load(shown).to(tl.float32) - 1.0
     if CHANNELS == 3:
@@ -144,15 +143,14 @@ def _log_prob_kernel(
 
 @jit
 def _log_prob_gradient(
-    g, logits, image, sums, d_logits, count, pixels, HALF_BIN: tl.constexpr, TOP: tl.constexpr,
+    g, logits, image, sums, d_logits, numbers, count, pixels, HALF_BIN: tl.constexpr, TOP: tl.constexpr,
     PUBLISHED: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
     pixel = tl.minimum(pixel, pixels - 1)
-    KINDS: tl.constexpr = 3 if CHANNELS == 3 else 2
-    start = sample * (count * (1 + CHANNELS * KINDS)) * pixels + pixel
+    start = sample * numbers * pixels + pixel
     at = logits + start
     to = d_logits + start
     kind = d_logits.dtype.element_ty
@@ -235,7 +233,8 @@ def _arguments(logits: Tensor, image: Tensor, bits: int, published: bool) -> tup
     count, pixels = check(logits, image.shape[1], image), logits.shape[2] * logits.shape[3]
     half_bin = 1 / (2**bits - 1)
     return (-(-pixels // PIXELS), len(logits)), {
-        "logits": logits.contiguous(), "image": image.contiguous(), "count": count, "pixels": pixels,
+        "logits": logits.contiguous(), "image": image.contiguous(), "numbers": logits.shape[1], "count": count,
+        "pixels": pixels,
         "HALF_BIN": half_bin, "TOP": top_of(half_bin, published), "PUBLISHED": published, "CHANNELS": image.shape[1],
         "PIXELS": PIXELS,
     }  # fmt: skip

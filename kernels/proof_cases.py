@@ -139,7 +139,7 @@ def _difference(what: str, found: Tensor, truth: Tensor) -> Difference:
     return Difference(what, off / largest if largest else math.inf if off else 0.0, tolerance(found.dtype))
 
 
-def _nothing(*_: Any) -> tuple[()]:
+def _nothing(*_: Any) -> Any:
     """The rules of what has no gradient."""
     return ()
 

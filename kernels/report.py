@@ -134,26 +134,24 @@ def _autoencoder_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         yield f"batch_norm {side}", lambda x=x, line=line: batch_norm._norm_triton(x, line, line)
         layers = (tensor(4, 64, dtype=single), tensor(4, dtype=single), tensor(64, 4, dtype=single))
         means = tensor(2, 64, dtype=single)
-        excite, back = (x, x, *layers, line, 0.1), (x, x, means, means, *layers, 0.1)
+        excite, excited = (x, x, *layers, line, 0.1), (x, x, means, means, *layers, 0.1)
         yield f"squeeze_excite {side}", lambda excite=excite: squeeze_excite._excite_triton(*excite)
-        yield f"squeeze_excite_backward {side}", lambda back=back: squeeze_excite._backward_triton(*back)
+        yield f"squeeze_excite_backward {side}", lambda a=excited: squeeze_excite._backward_triton(*a)
         raw, noise = tensor(2, 40, side, side), tensor(2, 20, side, side, dtype=single)
         of_all = tensor(1, 40, 1, 1)
         for what, prior, z in (("", raw, None),) if half else (("", raw, None), (" moved, one prior", of_all, noise)):
             rest = (raw, prior, noise, z, True)
             yield f"residual_normal{what} {side}", lambda rest=rest: residual_normal._residual_triton(*rest)
             back = (noise, tensor(2, 20, dtype=single), *rest)
-            yield f"residual_normal_backward{what} {side}", lambda back=back: residual_normal._backward_triton(*back)
+            yield f"residual_normal_backward{what} {side}", lambda a=back: residual_normal._backward_triton(*a)
     for channels, published in ((3, True),) if half else ((3, False), (3, True), (1, True)):
         logits = tensor(2, mixture_kernels.parameters_of(channels) * 10, 32, 32)
         image, plane = tensor(2, channels, 32, 32, dtype=single), tensor(2, 32, 32, dtype=single)
-        forward, back = (
-            (logits, image, 8, published),
-            (plane, logits, image, tensor(2, 3, 32, 32, dtype=single), 8, published),
-        )
+        forward, sums = (logits, image, 8, published), tensor(2, 3, 32, 32, dtype=single)
+        judged = (plane, logits, image, sums, 8, published)
         what = f"{channels} channels{' published' if published else ''}"
         yield f"mixture_log_prob {what}", lambda forward=forward: mixture_kernels.log_prob_triton(*forward)
-        yield f"mixture_log_prob_backward {what}", lambda back=back: mixture_kernels.backward_triton(*back)
+        yield f"mixture_log_prob_backward {what}", lambda a=judged: mixture_kernels.backward_triton(*a)
         drawn = (tensor(2, 10, 32, 32, dtype=single), image, tensor(mixture_image.LEVELS, dtype=single))
         for name, draws, as_bytes in (("mean", (None, None, None), not published), ("draw", drawn, published)):
             rest, what = (logits, *draws, channels, as_bytes), f"{channels} channels{' bytes' if as_bytes else ''}"

@@ -154,9 +154,9 @@ def _backward_triton(
     w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     by_gate = factor * _sums(g, y)
-    by_means, *by_layers = _through_gate(by_gate, means, gate, w_reduce, b_reduce, w_expand)
+    by_means, w_1, b_1, w_2, b_2 = _through_gate(by_gate, means, gate, w_reduce, b_reduce, w_expand)
     rest = by_means / (y.shape[2] * y.shape[3])
-    return _scaled(g, gate, y.dtype, factor, None, rest), *by_layers
+    return _scaled(g, gate, y.dtype, factor, None, rest), w_1, b_1, w_2, b_2
 
 
 def _backward_aten(
@@ -165,9 +165,10 @@ def _backward_aten(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide = gate.dtype
     by_gate = factor * (g.to(wide) * y.to(wide)).sum((2, 3))
-    by_means, *by_layers = _through_gate(by_gate, means, gate, w_reduce, b_reduce, w_expand)
+    by_means, w_1, b_1, w_2, b_2 = _through_gate(by_gate, means, gate, w_reduce, b_reduce, w_expand)
     rest = (by_means / (y.shape[2] * y.shape[3]))[:, :, None, None]
-    return (g.to(wide) * (factor * gate[:, :, None, None]) + rest).to(y.dtype).contiguous(), *by_layers
+    d_y = g.to(wide) * (factor * gate[:, :, None, None]) + rest
+    return d_y.to(y.dtype).contiguous(), w_1, b_1, w_2, b_2
 
 
 def _through_gate(

@@ -237,9 +237,9 @@ def _combined(draws: list[Parts], bound: Bound, image: int) -> Parts:
     if bound.combine == "mean":
         return means
     nats = image * math.log(2)
-    log_weights = [-nats * sum(_parts(one)) for one in draws]
+    log_weights = [-nats * np.sum(_parts(one), axis=0) for one in draws]
     total = (math.log(len(draws)) - np.logaddexp.reduce(log_weights)) / nats
-    return means | {"image.weighting": total - sum(_parts(means))}
+    return means | {"image.weighting": total - np.sum(_parts(means), axis=0)}
 
 
 def _parts(values: Parts) -> list[NDArray[np.float64]]:

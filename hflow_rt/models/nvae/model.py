@@ -81,7 +81,7 @@ class NVAE(Network, LatentModel):
         if "channels" not in means:  # of bundles of before
             return {}
         config, found = self.config, dict[str, Figure]()
-        active = active_units(torch.from_numpy(means["channels"]).unflatten(0, (-1, config.latent_channels)))
+        active = active_units(torch.from_numpy(means["channels"]).view(-1, config.latent_channels))
         for scale in sorted(set(config.group_scales), reverse=True):
             groups = [int(many) for many, own in zip(active, config.group_scales, strict=True) if own == scale]
             title = f"active channels of z{scale} ({'+'.join(map(str, groups))} of {config.latent_channels} each)"

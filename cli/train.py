@@ -179,7 +179,7 @@ def _figures(found: Evaluation) -> str:
     for title, estimate, of in found.figures.values():
         error = "" if parts or math.isnan(estimate.standard_error) else f" ± {estimate.standard_error:.3f}"
         number = f"{estimate.mean:.3f}" if of else f"{estimate.mean:.4g}"
-        parts.append(f"{'' if of == unit else f'{of} '}{number}{error} {title}")
+        parts.append(f"{'' if of in (unit, '') else f'{of} '}{number}{error} {title}")
         unit = of
     return ", ".join([*parts, *(f"{name}: none, because {reason}" for name, reason in found.reasons.items())])
 

@@ -46,6 +46,7 @@ HEAVIEST = {
     "blur_up_adjoint 256 fp16 halve",
     "coupling_backward post clipped inverse 8x32 fp32 couple_gradient",
     "coupling post sigmoid forward 16x64 fp32 couple",
+    "coupling post clipped inverse 16x64 fp32 couple",
 }
 # of two directions one, and of all types one: what proofs launch is compiled for the others (test_proof.py)
 REST = [

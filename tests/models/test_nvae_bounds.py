@@ -60,9 +60,9 @@ def test_evaluations_tell_how_many_channels_are_in_use() -> None:
     model.posteriors[0].bias[2:] = -8.0
     found = bits_figures(model, photographs(model, 5), 0, draws=2).figures
     assert list(found) == ["elbo", "importance", "active1", "active0"]
-    assert found["active1"].title == "active channels of z1 (2 of 2 each)"
+    assert found["active1"].title == "active channels of z1 (2 of 2 a group, top first)"
     assert found["active1"].estimate.mean == 2
-    assert re.fullmatch(r"active channels of z0 \(\d\+\d of 2 each\)", found["active0"].title)
+    assert re.fullmatch(r"active channels of z0 \(\d(\+|x)\d of 2 a group, top first\)", found["active0"].title)
     quiet = make(residual_posterior=False, flows=0)
     for sampler in quiet.posteriors:
         sampler.weight.zero_()
@@ -72,7 +72,7 @@ def test_evaluations_tell_how_many_channels_are_in_use() -> None:
         prior[1].bias.zero_()
     report = bits_per_dim(quiet, photographs(quiet, 5))
     assert [figure.estimate.mean for figure in report.figures.values()] == [0, 0]
-    assert report.dump()["figures"]["active0"]["title"] == "active channels of z0 (0+0 of 2 each)"
+    assert report.dump()["figures"]["active0"]["title"] == "active channels of z0 (2x0 of 2 a group, top first)"
 
 
 @pytest.mark.parametrize("changes", [{}, BINARY, {"output": "normal"}, {"channels": 1}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -84,7 +85,9 @@ class NVAE(Network, LatentModel):
         active = active_units(torch.from_numpy(means["channels"]).view(-1, config.latent_channels))
         for scale in sorted(set(config.group_scales), reverse=True):
             groups = [int(many) for many, own in zip(active, config.group_scales, strict=True) if own == scale]
-            title = f"active channels of z{scale} ({'+'.join(map(str, groups))} of {config.latent_channels} each)"
+            runs = ((many, len(list(run))) for many, run in groupby(groups))
+            each = "+".join(f"{length}x{many}" if length > 1 else str(many) for many, length in runs)
+            title = f"active channels of z{scale} ({each} of {config.latent_channels} a group, top first)"
             found[f"active{scale}"] = Figure(title, Estimate(sum(groups), math.nan, 1))
         return found
 

@@ -49,14 +49,10 @@ def everything(f: Callable[..., Any], tensors: list[Any], *rest: Any) -> list[Te
     return [*(y.detach() for y in results), *torch.autograd.grad(torch.stack(weighted).sum(), used)]
 
 
-def compare(kernel: Any, reference: Any, tensors: list[Any], *rest: Any, as_good: AsGood, dtype: Any = None) -> None:
-    """dtype: of the first tensor and all of its type, where that is no float32."""
-    given = [t if t is None or dtype is None or not t.requires_grad else t.detach().to(dtype) for t in tensors]
-    for t, before in zip(given, tensors, strict=True):
-        if t is not None:
-            t.requires_grad_(before.requires_grad)
-    wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in given]
-    found, plain = everything(kernel, given, *rest), everything(reference, given, *rest)
+def compare(kernel: Any, reference: Any, tensors: list[Any], *rest: Any, as_good: AsGood) -> None:
+    """Half types are the proofs' (test_proof.py)."""
+    wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    found, plain = everything(kernel, tensors, *rest), everything(reference, tensors, *rest)
     truth = everything(reference, wide, *rest)
     assert len(found) == len(truth)
     for mine, right, torchs in zip(found, truth, plain, strict=True):
@@ -131,7 +127,7 @@ def counted(*inputs: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("published", [False, True])
-@pytest.mark.parametrize(("channels", "count", "side", "bits"), [(3, 4, 12, 8), (1, 3, 5, 8), (3, 1, 2, 5)])
+@pytest.mark.parametrize(("channels", "count", "side", "bits"), [(3, 2, 12, 8), (1, 3, 5, 8), (3, 1, 2, 5)])
 def test_log_probabilities(
     channels: int, count: int, side: int, bits: int, published: bool, normal: Callable[..., Tensor], as_good: AsGood
 ) -> None:
@@ -145,7 +141,7 @@ def test_log_probabilities(
 
 @pytest.mark.parametrize("as_bytes", [False, True])
 @pytest.mark.parametrize("drawn", [False, True])
-@pytest.mark.parametrize(("channels", "count", "side"), [(3, 4, 12), (1, 3, 5)])
+@pytest.mark.parametrize(("channels", "count", "side"), [(3, 2, 12), (1, 3, 5)])
 def test_images(
     channels: int, count: int, side: int, drawn: bool, as_bytes: bool, normal: Callable[..., Tensor]
 ) -> None:
@@ -166,34 +162,24 @@ def test_images(
         assert (found - truth).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, normal: Callable[..., Tensor], as_good: AsGood) -> None:
-    logits, image = mixture(normal, 3, 2, 3, 5)
-    compare(
-        counted, logistic_mixture.mixture_log_prob_reference,
-        [logits.requires_grad_(), image], 8, False, as_good=as_good, dtype=dtype,
-    )  # fmt: skip
-    x, weight = normal(2, 3, 5, 4), normal(3)
-    compare(normed, batch_norm.batch_norm_silu_reference, [*wanting(x), weight, weight], as_good=as_good, dtype=dtype)
-    raw = wanting(normal(2, 6, 3, 5), normal(2, 6, 3, 5))
-    compare(
-        residual_normal._residual, residual_normal.residual_normal_reference,
-        [*raw, normal(2, 3, 3, 5), None], False, as_good=as_good, dtype=dtype,
-    )  # fmt: skip
+def check(operator: Any, *inputs: Any) -> None:
+    """What compilers take for granted; compiling itself is tested of other operators."""
+    promises = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, inputs, test_utils=promises)
 
 
 def test_operators_keep_their_promises(normal: Callable[..., Tensor]) -> None:
     x, weight = wanting(normal(2, 3, 3, 5), normal(3))
-    torch.library.opcheck(batch_norm._norm, (x, weight, weight))
+    check(batch_norm._norm, x, weight, weight)
     layers = wanting(normal(4, 3), normal(4), normal(3, 4), normal(3))
-    torch.library.opcheck(squeeze_excite._excite, (x, x, *layers, 0.1))
+    check(squeeze_excite._excite, x, x, *layers, 0.1)
     raw = normal(2, 6, 3, 5).requires_grad_()
     noise = normal(2, 3, 3, 5)
-    torch.library.opcheck(residual_normal._residual, (raw, raw, noise, None, True))
-    torch.library.opcheck(residual_normal._residual, (raw, raw, noise, x, False))
+    check(residual_normal._residual, raw, raw, noise, None, True)
+    check(residual_normal._residual, raw, raw, noise, x, False)
     logits, image = mixture(normal, 3, 2, 3, 4)
-    torch.library.opcheck(logistic_mixture._log_prob, (logits.requires_grad_(), image, 8, True))
-    torch.library.opcheck(mixture_image._image, (logits.detach(), None, None, None, 3, True))
+    check(logistic_mixture._log_prob, logits.requires_grad_(), image, 8, True)
+    check(mixture_image._image, logits.detach(), None, None, None, 3, True)
 
 
 def test_wrong_shapes_are_refused(device: str) -> None:
@@ -233,7 +219,7 @@ def test_nvae_trains_on_the_kernels(device: str, launched_by: Callable[..., list
 
     def run() -> tuple[NVAE, list[Tensor], list[Tensor]]:
         torch.manual_seed(1)
-        model = NVAE(NVAEConfig(**TINY["model"])).train().to(device)
+        model = NVAE(NVAEConfig(**TINY["model"] | {"groups": (1, 1), "blocks": 0})).train().to(device)
         plan = NVAEPlan(model).to(device)
         plan.start(pixels, torch.Generator().manual_seed(2))
         draws = draw(plan.draws("network"), 4, torch.Generator().manual_seed(4))

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hflow_rt.kernels.batch_norm import batch_norm_silu, batch_norm_silu_reference
 from hflow_rt.kernels.bias_act import bias_act
 from hflow_rt.kernels.blur import blur_down, blur_down_moments, blur_up, blur_up_moments
 from hflow_rt.kernels.coupling import Form, Region, coupling
+from hflow_rt.kernels.dispatch import takes
 from hflow_rt.kernels.instance_norm import instance_norm_act
+from hflow_rt.kernels.logistic_mixture import mixture_log_prob
 from hflow_rt.kernels.mixing import mixing
 from hflow_rt.kernels.modulated_weights import modulated_weights
 from hflow_rt.kernels.moments import moments_reference
 from hflow_rt.kernels.split_act import split_act
+from hflow_rt.kernels.squeeze_excite import squeeze_excite
 
 __all__ = ["OPS", "Op", "Size"]
 
@@ -145,6 +149,28 @@ def _weights(size: Size) -> tuple[Call, list[Tensor]]:
     return lambda style: modulated_weights(style, shared, rank), [style.to(size.dtype)]
 
 
+def _batch_norm(size: Size) -> tuple[Call, list[Tensor]]:
+    x, line = size.images(128, 16), torch.linspace(0.5, 2, 128, device=size.device)
+
+    def f(x: Tensor) -> Tensor:
+        return batch_norm_silu(x, line, line)[0] if takes(x) else batch_norm_silu_reference(x, line, line)
+
+    return f, [x]
+
+
+def _squeeze_excite(size: Size) -> tuple[Call, list[Tensor]]:
+    skip, y = size.images(128, 16), size.images(128, 16).flip(0)
+    weight = torch.linspace(-0.1, 0.1, 8 * 128, device=y.device).view(8, 128)
+    reduce, expand = (weight, weight[:, 0]), (weight.T.contiguous(), weight[0])
+    return lambda y, skip: squeeze_excite(skip, y, reduce, expand, 0.1), [y, skip]
+
+
+def _mixture(size: Size) -> tuple[Call, list[Tensor]]:
+    logits = size.images(100, 32)
+    image = (logits[:, :3].float().sigmoid() * 255).round() / 255
+    return lambda logits: mixture_log_prob(logits, image, 8), [logits]
+
+
 OPS = [
     Op("bias_act 256x256", _act, kept=1),
     Op("split_act 256x256, nearest", _split("nearest"), kept=1, again=(0, 1)),
@@ -165,4 +191,7 @@ OPS = [
     Op("coupling forward, C = 12, additive", _coupling(12, "additive", False), kept=2),
     Op("mixing forward, C = 4", _mixing(4, False), kept=0),
     Op("mixing inverse, C = 12", _mixing(12, True), kept=0),
+    Op("batch_norm_silu 16x16", _batch_norm, kept=1, again=(1, 2)),
+    Op("squeeze_excite 16x16", _squeeze_excite, kept=1, again=(1, 0)),
+    Op("mixture_log_prob of 10", _mixture, kept=1),
 ]

@@ -40,8 +40,8 @@ def squeeze_excite_reference(
     skip: Tensor, y: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor, factor: float
 ) -> Tensor:
     """`squeeze_excite` in plain torch, differentiable any number of times."""
-    hidden = F.relu(F.linear(y.mean((2, 3)), w_reduce, b_reduce))
-    gate = torch.sigmoid(F.linear(hidden, w_expand, b_expand))
+    w_1, b_1, w_2, b_2 = (w.to(y.dtype) for w in (w_reduce, b_reduce, w_expand, b_expand))
+    gate = torch.sigmoid(F.linear(F.relu(F.linear(y.mean((2, 3)), w_1, b_1)), w_2, b_2))
     return skip + factor * (y * gate[:, :, None, None])
 
 

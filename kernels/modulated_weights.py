@@ -142,8 +142,9 @@ def _generate_gradient(
 # -- host
 
 
-def _tile(c_out: int, c_in: int, numbers: int) -> tuple[int, dict[str, int]]:
+def _tile(weight: Tensor, numbers: int) -> tuple[int, dict[str, int]]:
     """Programs and tile for `numbers` in all, of whole rows."""
+    c_out, c_in = weight.shape
     across = round_up(c_in)
     rows = max(1, min(numbers // across, round_up(c_out)))
     return -(-c_out // rows), {"ROWS": rows, "COLUMNS": across}
@@ -160,14 +161,16 @@ def _check(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int) -> 
 def _arguments(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float) -> dict[str, Any]:
     _check(style, weight, columns, rank)
     c_out, c_in = weight.shape
-    packed = {"style": style.contiguous(), "weight": weight.contiguous()}
-    packed["columns"] = None if columns is None else columns.contiguous()
-    return packed | {"c_out": c_out, "c_in": c_in, "rank": rank, "gain": gain}
+    return {
+        "style": style.contiguous(), "weight": weight.contiguous(),
+        "columns": None if columns is None else columns.contiguous(),
+        "c_out": c_out, "c_in": c_in, "rank": rank, "gain": gain,
+    }  # fmt: skip
 
 
 def _generate_triton(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float) -> Tensor:
     known = _arguments(style, weight, columns, rank, gain)
-    programs, tile = _tile(*weight.shape, 4096)
+    programs, tile = _tile(weight, 4096)
     made = torch.empty(len(style), *weight.shape, dtype=_type(style, weight, columns), device=style.device)
     launch(_generate_kernel, (programs, len(style)), 8, made=made, **known, **tile)
     return made
@@ -177,7 +180,7 @@ def _backward_triton(
     g: Tensor, style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = _arguments(style, weight, columns, rank, gain)
-    programs, tile = _tile(*weight.shape, 1024)
+    programs, tile = _tile(weight, 1024)
     d_product = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device=g.device)
     launch(
@@ -236,10 +239,11 @@ _generate.register_autograd(_differentiate, setup_context=_remember)
 
 def _differentiate_backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
     """In plain torch."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    g, style, weight, columns = leaves
     with torch.enable_grad():
-        found = _backward_aten(*leaves, ctx.rank, ctx.gain)  # type: ignore[arg-type]
-    count = 2 if leaves[3] is None else 3
+        found = _backward_aten(g, style, weight, columns, ctx.rank, ctx.gain)
+    count = 2 if columns is None else 3
     used = [t for t in leaves if t is not None]
     second = iter(torch.autograd.grad(found[:count], used, above[:count], allow_unused=True))
     return *(None if t is None else next(second) for t in leaves), None, None

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from hflow_rt.kernels.batch_norm import batch_norm_silu, batch_norm_silu_reference
+from hflow_rt.kernels.bias_act import bias_act
 from hflow_rt.kernels.blur import blur_down, blur_down_moments, blur_up, blur_up_moments
 from hflow_rt.kernels.coupling import Form, Region, coupling
 from hflow_rt.kernels.dispatch import takes
 from hflow_rt.kernels.instance_norm import instance_norm_act
 from hflow_rt.kernels.logistic_mixture import mixture_log_prob
 from hflow_rt.kernels.mixing import mixing
+from hflow_rt.kernels.modulated_weights import modulated_weights
 from hflow_rt.kernels.moments import moments_reference
+from hflow_rt.kernels.split_act import split_act
 from hflow_rt.kernels.squeeze_excite import squeeze_excite
 
 __all__ = ["OPS", "Op", "Size"]
@@ -117,6 +120,35 @@ def _mixing(channels: int, inverse: bool) -> Callable[[Size], Any]:
     return make
 
 
+def _bent(size: Size) -> tuple[Tensor, Tensor]:
+    """Images and a bias whose sum is not about zero, where rounding would decide which slope an activation has."""
+    x = size.images(128, 256)
+    return x + x.sign(), torch.linspace(-0.25, 0.25, 128, device=size.device, dtype=size.dtype)
+
+
+def _act(size: Size) -> tuple[Call, list[Tensor]]:
+    x, bias = _bent(size)
+    return lambda x: bias_act(x, bias), [x]
+
+
+def _split(mode: str) -> Callable[[Size], Any]:
+    def make(size: Size) -> tuple[Call, list[Tensor]]:
+        high, bias = _bent(size)
+        low = 0.25 * high[:, :, ::2, ::2].sign()
+        return lambda high, low: split_act(high, low, bias, mode), [high, low]
+
+    return make
+
+
+def _weights(size: Size) -> tuple[Call, list[Tensor]]:
+    """As many images as the weights of one wide layer fill the size for."""
+    wide, rank = min(512, 8 * size.cap), 10
+    shared = torch.randn(wide, wide, generator=torch.Generator().manual_seed(0)).to(size.device)
+    images = max(1, size.bytes // (4 * wide * wide))
+    style = torch.randn(images, 2 * wide * rank, generator=torch.Generator().manual_seed(1)).to(size.device)
+    return lambda style: modulated_weights(style, shared, rank), [style.to(size.dtype)]
+
+
 def _batch_norm(size: Size) -> tuple[Call, list[Tensor]]:
     x, line = size.images(128, 16), torch.linspace(0.5, 2, 128, device=size.device)
 
@@ -140,6 +172,10 @@ def _mixture(size: Size) -> tuple[Call, list[Tensor]]:
 
 
 OPS = [
+    Op("bias_act 256x256", _act, kept=1),
+    Op("split_act 256x256, nearest", _split("nearest"), kept=1, again=(0, 1)),
+    Op("split_act 256x256, bilinear", _split("bilinear"), kept=1, again=(0, 1)),
+    Op("modulated_weights 512x512", _weights, kept=1),
     Op("blur_down", lambda size: (blur_down, [size.images(32, 256)]), kept=0),
     Op("blur_down with moments", lambda size: (lambda x: blur_down_moments(x)[0], [size.images(32, 256)]), kept=0),
     Op("blur_up", lambda size: (blur_up, [size.images(32, 128)]), kept=0),

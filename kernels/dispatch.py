@@ -67,6 +67,7 @@ CHOICES = ("reference", "auto", "triton")
 # each with its gradient
 OPERATORS = (
     "batch_norm_silu",
+    "bias_act",
     "blur_down",
     "blur_up",
     "coupling",
@@ -75,8 +76,11 @@ OPERATORS = (
     "mixing",
     "mixture_image",
     "mixture_log_prob",
+    "modulated_weights",
+    "quantise",
     "residual_normal",
     "sampler_update",
+    "split_act",
     "squeeze_excite",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

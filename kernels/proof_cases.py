@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hflow_rt.kernels import (
     batch_norm,
+    bias_act,
     blur,
     coupling,
     group_norm,
@@ -21,10 +22,14 @@ from hflow_rt.kernels import (
     logistic_mixture,
     mixing,
     mixture_image,
+    modulated_weights,
+    quantise,
     residual_normal,
     sampler_update,
+    split_act,
     squeeze_excite,
 )
+from hflow_rt.kernels import generator_inputs as generator
 from hflow_rt.kernels import proof_inputs as inputs
 from hflow_rt.kernels.proof_inputs import BRAIN, HALF, Case, Draw
 
@@ -144,6 +149,10 @@ PROOFS = {
         batch_norm._norm, batch_norm._remember, batch_norm._differentiate, inputs.batch_norm_reference,
         ("x", "weight", "bias"), ("result", "moments"), inputs.batch_norms(),
     ),
+    "bias_act": Proof(
+        bias_act._act, bias_act._remember, bias_act._differentiate, bias_act.bias_act_reference, ("x", "bias"),
+        ("result",), generator.acts(),
+    ),
     "blur_down": Proof(
         blur._down, blur._remember_size, blur._differentiate_down, blur._down_aten, ("x",), ("result", "moments"),
         inputs.blurs({torch.float32: (1, 3, 35, 5), HALF: (2, 3, 5, 7), BRAIN: (2, 4, 4, 16)}),
@@ -177,6 +186,15 @@ PROOFS = {
         logistic_mixture._log_prob, logistic_mixture._remember, logistic_mixture._differentiate,
         inputs.log_prob_reference, ("logits", "image"), ("result", "sums"), inputs.log_probs(),
     ),
+    "modulated_weights": Proof(
+        modulated_weights._generate, modulated_weights._remember, modulated_weights._differentiate,
+        modulated_weights.modulated_weights_reference, ("style", "weight", "columns"), ("result",),
+        generator.modulations(),
+    ),
+    "quantise": Proof(
+        quantise._quantise, _nothing, _nothing, quantise.quantise_reference, ("images",), ("result",),
+        generator.rounded(),
+    ),
     "residual_normal": Proof(
         residual_normal._residual, residual_normal._remember, residual_normal._differentiate, inputs.residual_reference,
         ("raw", "prior", "noise", "z"), ("value", "cost"), inputs.residuals(),
@@ -185,6 +203,10 @@ PROOFS = {
         sampler_update._update, sampler_update._remember, sampler_update._differentiate,
         sampler_update.sampler_update_reference, ("state", "change", "noise", "rest", "noise_weight", "rest_weight"),
         ("result", "image"), inputs.updates(),
+    ),
+    "split_act": Proof(
+        split_act._split, split_act._remember, split_act._differentiate, split_act.split_act_reference,
+        ("high", "low", "bias"), ("result",), generator.splits(),
     ),
     "squeeze_excite": Proof(
         squeeze_excite._excite, squeeze_excite._remember, squeeze_excite._differentiate, inputs.excite_reference,

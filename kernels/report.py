@@ -19,6 +19,7 @@ from torch import Tensor
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import (
     batch_norm,
+    bias_act,
     blur,
     coupling_kernels,
     dispatch,
@@ -27,8 +28,11 @@ from hflow_rt.kernels import (
     mixing,
     mixture_image,
     mixture_kernels,
+    modulated_weights,
+    quantise,
     residual_normal,
     sampler_update,
+    split_act,
     squeeze_excite,
 )
 from hflow_rt.kernels.channels import SUMMED
@@ -111,7 +115,9 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     image, numbers = tensor(2, 3, 64, 64), tensor(2)
     update = (image, image, image, image, numbers, numbers)
     yield "sampler_update", lambda: sampler_update._update_triton(*update)
+    yield "quantise", lambda: quantise._quantise_triton(image)
     yield from _autoencoder_calls(dtype)
+    yield from _generator_calls(dtype)
     yield from _coupling_calls(dtype)
 
 
@@ -150,6 +156,31 @@ def _autoencoder_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         for name, draws, as_bytes in (("mean", (None, None, None), not published), ("draw", drawn, published)):
             rest, what = (logits, *draws, channels, as_bytes), f"{channels} channels{' bytes' if as_bytes else ''}"
             yield f"mixture_image {name} {what}", lambda rest=rest: mixture_image._image_triton(*rest)
+
+
+def _generator_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """Layers of a generator whose weights are made for each image: the widest, and one of odd sizes."""
+    half = dtype != torch.float32
+    for channels, side in ((256, 64),) if half else ((256, 64), (6, 3)):
+        low, high, bias = (
+            torch.empty(size, dtype=dtype, device="meta")
+            for size in ((2, channels, side, side), (2, channels, 2 * side, 2 * side), (channels,))
+        )
+        for mode in split_act.MODES[1 if half else 0 :]:
+            call = (high, low, bias, mode)
+            yield f"split_act {mode} {channels}x{side}", lambda call=call: split_act._split_triton(*call)
+            yield f"split_act_backward {mode} {side}", lambda call=(high, side, mode): split_act._gathered_triton(*call)
+        for what, clamp in (("clamp ", 256.0),) if half else (("", None), ("clamp ", 256.0)):
+            name, call = f"{what}{channels}x{2 * side}", (0.2, 1.0, clamp)
+            yield f"bias_act {name}", lambda a=(high, bias, *call): bias_act._act_triton(*a)
+            yield f"bias_act_backward {name}", lambda a=(high, high, *call, True): bias_act._backward_triton(*a)
+    for c_out, c_in, rank in ((512, 688, 10),) if half else ((512, 688, 10), (128, 128, 10), (5, 7, 3)):
+        style = torch.empty(2, (c_out + c_in) * rank, dtype=dtype, device="meta")
+        weight, made = torch.empty(c_out, c_in, device="meta"), torch.empty(2, c_out, c_in, device="meta")
+        for what, columns in (("", None), (" columns", torch.empty(2, c_in, device="meta")))[1 if half else 0 :]:
+            name, rest = f"{c_out}x{c_in}{what}", (style, weight, columns, rank, 1.0)
+            yield f"modulated_weights {name}", lambda a=rest: modulated_weights._generate_triton(*a)
+            yield f"modulated_weights_backward {name}", lambda a=(made, *rest): modulated_weights._backward_triton(*a)
 
 
 def _coupling_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:

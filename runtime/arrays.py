@@ -7,10 +7,21 @@ import numpy as np
 
 from hflow_rt.errors import DataError
 from hflow_rt.manifest import Tensor
-from hflow_rt.runtime.images.pictures import check_pixels, from_uint8
+from hflow_rt.runtime.images.pictures import check_pixels, from_uint8, to_uint8
 from hflow_rt.runtime.noise import Stream
 
-__all__ = ["as_kind", "as_pixels", "check_tensors", "concatenated", "filled", "given", "library", "stacked", "to_numpy"]
+__all__ = [
+    "as_bytes",
+    "as_kind",
+    "as_pixels",
+    "check_tensors",
+    "concatenated",
+    "filled",
+    "given",
+    "library",
+    "stacked",
+    "to_numpy",
+]
 
 _MEANS = {"noise": 0.0, "uniform": 0.5}
 
@@ -83,6 +94,19 @@ def to_numpy(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
 
     device = next(iter(arrays.values())).device
     return {n: t.detach().cpu().numpy() for n, t in arrays.items()}, lambda a: torch.from_numpy(a).to(device)
+
+
+def as_bytes(images: Any) -> Any:
+    """Images float `[B, C, R, R]` in [0, 1] as numpy's uint8 `[B, R, R, C]`; tensors are rounded where they are.
+
+    Raises `DataError` as `to_uint8` does.
+    """
+    if library(images) == "torch" and images.dim() == 4 and images.shape[1] in (1, 3):
+        from hflow_rt.kernels.quantise import quantise
+
+        if images.is_floating_point() and bool(images.isfinite().all()):
+            return quantise(images.detach()).cpu().numpy()
+    return to_uint8(to_numpy({"image": images})[0]["image"])
 
 
 def as_pixels(images: Any, side: int, channels: int = 3) -> Any:

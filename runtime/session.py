@@ -17,10 +17,10 @@ from hflow_rt.files import destination
 from hflow_rt.limits import check_count
 from hflow_rt.manifest import LOG_PROB, Loop
 from hflow_rt.memory import need
-from hflow_rt.runtime.arrays import as_kind, as_pixels, check_tensors, filled, library, to_numpy
+from hflow_rt.runtime.arrays import as_bytes, as_kind, as_pixels, check_tensors, filled, library, to_numpy
 from hflow_rt.runtime.backends import BACKENDS, check_backend
 from hflow_rt.runtime.bundle import Bundle, find_bundle
-from hflow_rt.runtime.images.pictures import check_folder, save_image, to_picture, to_uint8, write_pictures
+from hflow_rt.runtime.images.pictures import check_folder, save_image, to_picture, write_pictures
 from hflow_rt.runtime.known import LATENT_SPACE, Known
 from hflow_rt.runtime.latents.operations import check_latents
 from hflow_rt.runtime.loops import first_inputs
@@ -262,7 +262,7 @@ class Session(Known):
         """
         path = Path(path)
         destination(path)
-        pixels = to_uint8(to_numpy({"image": images})[0]["image"])
+        pixels = as_bytes(images)
         if path.suffix and len(pixels) == 1:
             save_image(path, to_picture(pixels[0]))
             return

@@ -18,6 +18,7 @@ from hflow_rt.cli.info import doctor
 from hflow_rt.errors import BackendUnavailable, ConfigError
 from hflow_rt.kernels import (
     batch_norm,
+    bias_act,
     blur,
     coupling,
     coupling_kernels,
@@ -28,11 +29,14 @@ from hflow_rt.kernels import (
     mixing,
     mixture_image,
     mixture_kernels,
+    modulated_weights,
     proof,
     proof_records,
+    quantise,
     report,
     residual_normal,
     sampler_update,
+    split_act,
     squeeze_excite,
 )
 from hflow_rt.kernels.blur import blur_down
@@ -50,7 +54,13 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
     assert tuple(PROOFS) == dispatch.OPERATORS == tuple(sorted(PROOFS))
     registered = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name[:8] == "hflow_rt"}
     gradients = {"blur_down_adjoint", "blur_up_adjoint"}
-    others = {"blur_down", "blur_up", "mixture_image", "sampler_update"}  # two, or none, or one in plain torch
+    others = {
+        "blur_down",
+        "blur_up",
+        "mixture_image",
+        "quantise",
+        "sampler_update",
+    }  # two, or none, or one in plain torch
     gradients |= {f"{name}_backward" for name in {*PROOFS} - others}
     assert registered == {*PROOFS, *gradients}
     for name, of in PROOFS.items():
@@ -80,10 +90,14 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(instance_norm, "_norm_backward", instance_norm._norm_backward_triton)
     monkeypatch.setattr(mixing, "_mixing_backward", mixing._mixing_backward_triton)
     monkeypatch.setattr(logistic_mixture, "_backward", mixture_kernels.backward_triton)
-    for module in (batch_norm, residual_normal, squeeze_excite):
+    for module in (bias_act, split_act):
+        monkeypatch.setattr(module, "backward", bias_act._backward_triton)
+    monkeypatch.setattr(split_act, "_gathered", split_act._gathered_triton)
+    for module in (batch_norm, modulated_weights, residual_normal, squeeze_excite):
         monkeypatch.setattr(module, "_backward", module._backward_triton)
     operators = {
         "batch_norm_silu": batch_norm._norm_triton,
+        "bias_act": bias_act._act_triton,
         "blur_down": blur._down_triton,
         "blur_up": blur._up_triton,
         "coupling": coupling_kernels.couple,
@@ -92,8 +106,11 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
         "mixing": mixing._mixing_triton,
         "mixture_image": mixture_image._image_triton,
         "mixture_log_prob": mixture_kernels.log_prob_triton,
+        "modulated_weights": modulated_weights._generate_triton,
+        "quantise": quantise._quantise_triton,
         "residual_normal": residual_normal._residual_triton,
         "sampler_update": sampler_update._update_triton,
+        "split_act": split_act._split_triton,
         "squeeze_excite": squeeze_excite._excite_triton,
     }
     found: dict[str, dispatch.Launch] = {}
@@ -102,10 +119,10 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
             largest_difference(dataclasses.replace(of, operator=operators[name]), torch.device("cpu"))
         found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
     kernels = [name for name in found if report._first(found, name)]
-    assert len(kernels) == 123
+    assert len(kernels) == 148
     reported = {but_for_sides(launch) for name, launch in report.launches().items() if " fp32 " in name}
     kernels = [name for name in kernels if but_for_sides(found[name]) not in reported]
-    assert len(kernels) == 67
+    assert len(kernels) == 81
     for at, name in enumerate(kernels):
         capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
         compiled = report.compiled(name, found[name], capability)
@@ -134,7 +151,7 @@ def test_tensors_of_a_cpu_are_never_proved() -> None:
 def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_unknown", ["blur"])
     line = (
-        "HFLOW_RT_KERNELS_OFF must list some of batch_norm_silu, blur_down, .*, squeeze_excite; found 'blur'; unset it"
+        "HFLOW_RT_KERNELS_OFF must list some of batch_norm_silu, bias_act, .*, squeeze_excite; found 'blur'; unset it"
     )
     with dispatch.using("triton"), pytest.raises(ConfigError, match=line):
         blur_down(torch.zeros(1, 1, 2, 2))

@@ -21,6 +21,8 @@ def test_every_kernel_of_every_file_is_compiled() -> None:
     planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
     planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
     planes |= {"_gather_channel", "_residual_kernel", "_residual_gradient", "_plane_sums", "_gated"}
+    planes |= {"_act_kernel", "_act_gradient", "_generate_kernel", "_generate_gradient", "_quantise_kernel"}
+    planes |= {"_split_kernel", "_gather_kernel"}
     planes |= {"_log_prob_kernel", "_log_prob_gradient", "_mean_kernel", "_draw_kernel"}
     assert compiled == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}
     entry = {
@@ -33,7 +35,7 @@ def test_every_kernel_of_every_file_is_compiled() -> None:
     helpers |= {"_cells", "_coupled", "_entered", "_leave", "_net_slopes", "_net_terms", "_uncouple", "_unenter"}
     helpers |= {"_load_either", "_hat_at", "_unleave", "mapped", "outer", "pixels_at"}
     helpers |= {"_sides", "_share_below", "parameter_at", "tanh", "_mass", "_grown", "_clipped", "_written", "_drawn"}
-    helpers |= {"_limited", "_normals"}
+    helpers |= {"_limited", "_normals", "_between", "_first", "_given", "_modulated"}
     assert entry == compiled | helpers
 
 
@@ -44,6 +46,7 @@ HEAVIEST = {
     "blur_up_adjoint 256 fp16 halve",
     "coupling_backward post clipped inverse 8x32 fp32 couple_gradient",
     "coupling post sigmoid forward 16x64 fp32 couple",
+    "coupling post clipped inverse 16x64 fp32 couple",
 }
 # of two directions one, and of all types one: what proofs launch is compiled for the others (test_proof.py)
 REST = [

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hflow_rt.errors import ConfigError
+from hflow_rt.kernels.bias_act import GAIN, bias_act
+from hflow_rt.kernels.dispatch import takes
 from hflow_rt.layers.equalized import EqualizedLinear
 from hflow_rt.models.inrgan.config import FIRST_STAGE, INRGANConfig
 from hflow_rt.models.inrgan.layers import phi
@@ -19,6 +21,7 @@ __all__ = ["Discriminator", "check_groups"]
 _TAPS = (1.0, 3.0, 3.0, 1.0)
 _MAPPING_LAYERS = 8
 _HALF = math.sqrt(0.5)
+_MOST = 256.0
 
 
 def _blurred(x: Tensor, pad: int, stride: int = 1) -> Tensor:
@@ -45,9 +48,19 @@ class _Conv(nn.Module):
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
-    def forward(self, x: Tensor, stride: int = 1, pad: int = 0) -> Tensor:
-        weight = self.weight / math.sqrt(math.prod(self.weight.shape[1:]))
-        return F.conv2d(x, weight, self.bias, stride=stride, padding=pad)
+    def effective(self) -> Tensor:
+        """The weight as it is applied."""
+        return self.weight / math.sqrt(math.prod(self.weight.shape[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.effective(), self.bias)
+
+    def activated(self, x: Tensor, stride: int = 1, pad: int = 0, gain: float = 1.0) -> Tensor:
+        """Through `phi`, times the gain; in mixed precision held to what halves can hold."""
+        clamp = _MOST * gain if torch.is_autocast_enabled(x.device.type) else None
+        own = takes(x)  # elsewhere the convolution adds the bias in passing
+        y = F.conv2d(x, self.effective(), None if own else self.bias, stride=stride, padding=pad)
+        return bias_act(y, self.bias if own else None, gain=GAIN * gain, clamp=clamp)
 
 
 class _Block(nn.Module):
@@ -61,9 +74,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         short = self.skip.forward(_blurred(x, 1, stride=2))
-        x = phi(self.conv0(x, pad=1))
-        long: Tensor = phi(self.conv1(_blurred(x, 2), stride=2))
-        return _HALF * (short + long)
+        x = self.conv0.activated(x, pad=1)
+        return _HALF * short + self.conv1.activated(_blurred(x, 2), stride=2, gain=_HALF)
 
 
 class Discriminator(nn.Module):
@@ -86,10 +98,10 @@ class Discriminator(nn.Module):
 
         Raises `ConfigError` for a batch that no groups share out.
         """
-        x = phi(self.from_colours(images))
+        x = self.from_colours.activated(images)
         for block in self.blocks:
             x = block(x)
-        x = phi(self.conv(self._with_spread(x), pad=1))
+        x = self.conv.activated(self._with_spread(x), pad=1)
         x = self.out.forward(phi(self.fc(x.flatten(1))))
         if self.mapping is None:
             return x.squeeze(1)

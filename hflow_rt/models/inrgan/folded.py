@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from hflow_rt.kernels.bias_act import bias_act
+from hflow_rt.kernels.modulated_weights import modulated_weights, reciprocal
+from hflow_rt.kernels.split_act import enlarged, split_act
 from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, phi
-from hflow_rt.models.inrgan.network import Mapping, Stage, enlarged, shortening
+from hflow_rt.models.inrgan.network import Mapping, Stage, shortening
 from hflow_rt.models.inrgan.view import Pixels, first_seen
 
 if TYPE_CHECKING:
@@ -35,21 +38,22 @@ def _affine(layer: ModulatedLayer | ToColours) -> tuple[Tensor, Tensor]:
     return weight * gain[:, None], bias * gain
 
 
-def _reciprocal(x: Tensor) -> Tensor:
-    """`1 / (x + 1e-8)`, so written that no exporter takes the addition of almost nothing for one of nothing."""
-    return _LARGE / (_LARGE * x + 1)
-
-
 def _normalized(x: Tensor) -> Tensor:
-    """`layers.normalized`, written likewise."""
+    """`layers.normalized`, written as `reciprocal` is."""
     return x * (math.sqrt(_LARGE) * (_LARGE * x.square().mean(1, keepdim=True) + 1).rsqrt())
 
 
 def _reciprocal_spread(x: Tensor) -> Tensor:
-    """1 / (unbiased standard deviation of `[B, C, P]` over P, and a little more), `[B, 1, C]`."""
+    """1 / (unbiased standard deviation of `[B, C, P]` over P, and a little more), `[B, C]`."""
     pixels = x.shape[2]
     off = x - x.mean(2, keepdim=True)
-    return _reciprocal((off.square().mean(2) * (pixels / (pixels - 1))).sqrt()[:, None])
+    return reciprocal((off.square().mean(2) * (pixels / (pixels - 1))).sqrt())
+
+
+def _square(x: Tensor) -> Tensor:
+    """`[B, C, n n]` as `[B, C, n, n]`."""
+    side = math.isqrt(x.shape[2])
+    return x.reshape(*x.shape[:2], side, side)
 
 
 class _Layer(nn.Module):
@@ -58,15 +62,11 @@ class _Layer(nn.Module):
     def __init__(self, layer: ModulatedLayer) -> None:
         super().__init__()
         self.rank = layer.rank
-        self.weight, self.bias = nn.Parameter(layer.weight.clone()), nn.Parameter(layer.bias[:, None].clone())
+        self.weight, self.bias = nn.Parameter(layer.weight.clone()), nn.Parameter(layer.bias.clone())
 
-    def weights(self, style: Tensor) -> Tensor:
-        """`[B, (C_out + C_in) rank]` to `[B, C_out, C_in]`."""
-        c_out, c_in = self.weight.shape
-        left = style[:, : c_out * self.rank].reshape(-1, c_out, self.rank)
-        right = style[:, c_out * self.rank :].reshape(-1, self.rank, c_in)
-        weights = self.weight * (1 + left @ right)
-        return weights * _reciprocal(weights.square().sum(2, keepdim=True).sqrt())
+    def weights(self, style: Tensor, columns: Tensor | None = None) -> Tensor:
+        """`[B, (C_out + C_in) rank]` to `[B, C_out, C_in]`; columns: what multiplies them, `[B, C_in]`."""
+        return modulated_weights(style, self.weight, self.rank, columns=columns)
 
 
 class _Colours(nn.Module):
@@ -106,20 +106,24 @@ class _Stage(nn.Module):
         """`[B, C, P]` of the stage before on this stage's pixels."""
         if not self.doubles:
             return x
-        side = math.isqrt(x.shape[2])
-        x = x.reshape(*x.shape[:2], side, side)
+        x = _square(x)
         return (enlarged(x, self.upsampling) if self.reader is None else self.reader(x)).flatten(2)
 
     def enter(self, x: Tensor | None, style: Tensor) -> Tensor:
         """The first layer."""
         first = self.own_layers()[0]
         weights = first.weights(style)
-        y: Tensor = first.bias
+        parts: list[Tensor] = []
         if x is not None:
-            y = y + self.enlarge(weights[:, :, : x.shape[1]] @ x)
+            parts.append(weights[:, :, : x.shape[1]] @ x)
         if self.embedding is not None:
-            y = y + weights[:, :, weights.shape[2] - self.embedding.shape[1] :] @ self.embedding
-        return phi(y)
+            parts.append(weights[:, :, weights.shape[2] - self.embedding.shape[1] :] @ self.embedding)
+        if len(parts) == 1:
+            return bias_act(parts[0], first.bias)
+        low, high = parts
+        if self.reader is not None:
+            return bias_act(self.enlarge(low) + high, first.bias)
+        return split_act(_square(high), _square(low), first.bias, self.upsampling).flatten(2)
 
     def forward(
         self, x: Tensor | None, styles: Sequence[Tensor], factors: Sequence[Tensor] | None = None
@@ -128,11 +132,9 @@ class _Stage(nn.Module):
         x = self.enter(x, styles[0])
         used: list[Tensor] = []
         for index, (layer, style) in enumerate(zip(self.own_layers()[1:], styles[1:], strict=True)):
-            weights = layer.weights(style)
             if self.upsampling == "bilinear":
                 used.append(_reciprocal_spread(x) if factors is None else factors[index])
-                weights = weights * used[-1]
-            x = phi(weights @ x + layer.bias)
+            x = bias_act(layer.weights(style, used[-1] if used else None) @ x, layer.bias)
         return x, used
 
     def summed(self, image: Tensor | None, x: Tensor, style: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hflow_rt.kernels.bias_act import GAIN, SLOPE, bias_act
+from hflow_rt.kernels.modulated_weights import modulated_weights
 from hflow_rt.layers.equalized import EqualizedLinear
 from hflow_rt.models.inrgan.config import EmbeddingConfig, octaves
 from hflow_rt.models.inrgan.view import Pixels
@@ -31,7 +33,7 @@ LR_SCALE = 0.01  # of mappings
 
 def phi(x: Tensor) -> Tensor:
     """The activation."""
-    return math.sqrt(2) * F.leaky_relu(x, 0.2)
+    return GAIN * F.leaky_relu(x, SLOPE)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -105,16 +107,11 @@ class ModulatedLayer(nn.Module):
 
     def weights(self, w: Tensor) -> Tensor:
         """`[B, W]` to `[B, C_out, C_in]`."""
-        c_out, c_in = self.weight.shape
-        style: Tensor = self.affine(w)
-        left = style[:, : c_out * self.rank].reshape(-1, c_out, self.rank)
-        right = style[:, c_out * self.rank :].reshape(-1, self.rank, c_in)
-        weights = self.weight * (1 + left @ right / math.sqrt(self.rank))
-        return weights / (weights.square().sum(2, keepdim=True).sqrt() + _EPS)
+        return modulated_weights(self.affine(w), self.weight, self.rank, 1 / math.sqrt(self.rank))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """`[B, C_in, H, W]` to `[B, C_out, H, W]`."""
-        return phi(by_pixel(self.weights(w), x) + self.bias[:, None, None])
+        return bias_act(by_pixel(self.weights(w), x), self.bias)
 
 
 class ToColours(nn.Module):

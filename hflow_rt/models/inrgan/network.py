@@ -12,8 +12,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from hflow_rt.kernels.split_act import enlarged
 from hflow_rt.layers.equalized import EqualizedLinear
 from hflow_rt.models.inrgan.config import FIRST_STAGE, INRGANConfig
 from hflow_rt.models.inrgan.layers import (
@@ -27,15 +27,7 @@ from hflow_rt.models.inrgan.layers import (
 )
 from hflow_rt.models.inrgan.view import Pixels
 
-__all__ = ["Mapping", "Stage", "Synthesis", "enlarged", "shortening"]
-
-
-def enlarged(x: Tensor, upsampling: str) -> Tensor:
-    """`[B, C, n, n]` to `[B, C, 2n, 2n]`; bilinear keeps the corners where they are."""
-    if upsampling == "nearest":
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    side = 2 * x.shape[-1]
-    return F.interpolate(x, (side, side), mode="bilinear", align_corners=True)
+__all__ = ["Mapping", "Stage", "Synthesis", "shortening"]
 
 
 def shortening(slots: Tensor, psi: Tensor, cutoff: Tensor) -> Tensor:

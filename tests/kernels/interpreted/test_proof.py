@@ -9,6 +9,7 @@ from torch import Tensor
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.kernels import (
     batch_norm,
+    bias_act,
     blur,
     coupling_kernels,
     dispatch,
@@ -17,10 +18,13 @@ from hflow_rt.kernels import (
     mixing,
     mixture_image,
     mixture_kernels,
+    modulated_weights,
     moments,
     proof,
+    quantise,
     residual_normal,
     sampler_update,
+    split_act,
     squeeze_excite,
 )
 from hflow_rt.kernels.blur import blur_down
@@ -32,6 +36,7 @@ from hflow_rt.kernels.proof_records import Environment
 proves_by_itself = dispatch._proves
 MODULES = {
     "batch_norm_silu": batch_norm,
+    "bias_act": bias_act,
     "blur_down": blur,
     "blur_up": blur,
     "coupling": coupling_kernels,
@@ -40,8 +45,11 @@ MODULES = {
     "mixing": mixing,
     "mixture_image": mixture_image,
     "mixture_log_prob": mixture_kernels,
+    "modulated_weights": modulated_weights,
+    "quantise": quantise,
     "residual_normal": residual_normal,
     "sampler_update": sampler_update,
+    "split_act": split_act,
     "squeeze_excite": squeeze_excite,
 }
 
@@ -62,6 +70,8 @@ def test_right_kernels_pass_and_every_kernel_takes_part(
     planes = {"_halve", "_double", "_gather", "_part_moments", "_normalise", "_gradient", "_update_kernel"}
     planes |= {"_plane_parts", "_gather_groups", "_norm_silu", "_norm_silu_gradient"}
     planes |= {"_gather_channel", "_residual_kernel", "_residual_gradient", "_plane_sums", "_gated"}
+    planes |= {"_act_kernel", "_act_gradient", "_generate_kernel", "_generate_gradient", "_quantise_kernel"}
+    planes |= {"_split_kernel", "_gather_kernel"}
     planes |= {"_log_prob_kernel", "_log_prob_gradient", "_mean_kernel", "_draw_kernel"}
     assert launched == planes | {"_couple", "_couple_gradient", "_mix", "_mix_gradient"}  # as in test_report.py
     assert on_new_gpu.proofs == list(PROOFS)
@@ -75,7 +85,7 @@ def one_level_off(kernel: str) -> Any:
 
     def harm(launched: str, arguments: dict[str, Any]) -> None:
         if launched == kernel:
-            image = arguments["image"]
+            image = arguments.get("image", arguments.get("made"))
             image.copy_(image + (image < 255) if image.dtype == torch.uint8 else image * 1.0001)
 
     return harm
@@ -83,6 +93,9 @@ def one_level_off(kernel: str) -> Any:
 
 WRONG: dict[str, tuple[str, Any, str]] = {
     "batch norm's moments": ("batch_norm_silu", ("_gather_channel", "moments"), "(result|moments|the gradient by .*)"),
+    "activation": ("bias_act", ("_act_kernel", "y"), "result"),
+    "activation's gradient": ("bias_act", ("_act_gradient", "d"), "the gradient by x"),
+    "activation's sums": ("bias_act", ("_act_gradient", "parts"), "the gradient by bias"),
     "blur_down": ("blur_down", ("_halve", "y"), "result"),
     "blur_down's moments": ("blur_down", ("_halve", "emitted"), "moments"),
     "blur_down's gradient": ("blur_down", ("_double", "y", True), "the gradient by x"),
@@ -113,6 +126,12 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "residual's value": ("residual_normal", ("_residual_kernel", "value"), "value"),
     "residual's cost": ("residual_normal", ("_residual_kernel", "parts"), "cost"),
     "residual's gradient": ("residual_normal", ("_residual_gradient", "d_raw"), "the gradient by raw"),
+    "weights": ("modulated_weights", ("_generate_kernel", "made"), "(result|the gradient by columns)"),
+    "weights' products": ("modulated_weights", ("_generate_gradient", "d_product"), "the gradient by style"),
+    "weights' gradient": ("modulated_weights", ("_generate_gradient", "d_weight"), "the gradient by weight"),
+    "two parts": ("split_act", ("_split_kernel", "y"), "(result|the gradient by .*)"),
+    "the smaller part's gradient": ("split_act", ("_gather_kernel", "d_low"), "the gradient by low"),
+    "bytes": ("quantise", one_level_off("_quantise_kernel"), "result"),
     "excitement": ("squeeze_excite", ("_gated", "out"), "(result|the gradient by y)"),
     "update": ("sampler_update", ("_update_kernel", "made"), "result"),
     "update's image": ("sampler_update", ("_update_kernel", "image"), "image"),

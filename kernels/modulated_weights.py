@@ -142,8 +142,9 @@ def _generate_gradient(
 # -- host
 
 
-def _tile(c_out: int, c_in: int, numbers: int) -> tuple[int, dict[str, int]]:
+def _tile(weight: Tensor, numbers: int) -> tuple[int, dict[str, int]]:
     """Programs and tile for `numbers` in all, of whole rows."""
+    c_out, c_in = weight.shape
     across = round_up(c_in)
     rows = max(1, min(numbers // across, round_up(c_out)))
     return -(-c_out // rows), {"ROWS": rows, "COLUMNS": across}
@@ -161,13 +162,13 @@ def _arguments(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int,
     _check(style, weight, columns, rank)
     c_out, c_in = weight.shape
     packed = {"style": style.contiguous(), "weight": weight.contiguous()}
-    packed["columns"] = None if columns is None else columns.contiguous()
-    return packed | {"c_out": c_out, "c_in": c_in, "rank": rank, "gain": gain}
+    packed_columns = None if columns is None else columns.contiguous()
+    return {**packed, "columns": packed_columns, "c_out": c_out, "c_in": c_in, "rank": rank, "gain": gain}
 
 
 def _generate_triton(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float) -> Tensor:
     known = _arguments(style, weight, columns, rank, gain)
-    programs, tile = _tile(*weight.shape, 4096)
+    programs, tile = _tile(weight, 4096)
     made = torch.empty(len(style), *weight.shape, dtype=_type(style, weight, columns), device=style.device)
     launch(_generate_kernel, (programs, len(style)), 8, made=made, **known, **tile)
     return made
@@ -177,7 +178,7 @@ def _backward_triton(
     g: Tensor, style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = _arguments(style, weight, columns, rank, gain)
-    programs, tile = _tile(*weight.shape, 1024)
+    programs, tile = _tile(weight, 1024)
     d_product = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     d_weight = torch.empty(weight.shape, dtype=torch.float32, device=g.device)
     launch(
@@ -238,7 +239,7 @@ def _differentiate_backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ..
     """In plain torch."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     with torch.enable_grad():
-        found = _backward_aten(*leaves, ctx.rank, ctx.gain)  # type: ignore[arg-type]
+        found = _backward_aten(*leaves, ctx.rank, ctx.gain)  # type: ignore[arg-type,call-arg]
     count = 2 if leaves[3] is None else 3
     used = [t for t in leaves if t is not None]
     second = iter(torch.autograd.grad(found[:count], used, above[:count], allow_unused=True))

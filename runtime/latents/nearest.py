@@ -61,8 +61,8 @@ def points(session: Session, values: Mapping[str, Array], address: TensorAddress
     if space not in (LATENT_SPACE, address.space):
         raise DataError(f"'{address.name}' is in space {address.space}, which nothing leads to from space {space}")
     known = values if address.space == space else session.into_space(address.space, values)
-    values = known[address.name]
-    return values.reshape(len(values), -1)
+    found: Array = known[address.name]
+    return found.reshape(len(found), -1)
 
 
 class Nearest:

@@ -161,11 +161,9 @@ def _check(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int) -> 
 def _arguments(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float) -> dict[str, Any]:
     _check(style, weight, columns, rank)
     c_out, c_in = weight.shape
-    return {
-        "style": style.contiguous(), "weight": weight.contiguous(),
-        "columns": None if columns is None else columns.contiguous(),
-        "c_out": c_out, "c_in": c_in, "rank": rank, "gain": gain,
-    }  # fmt: skip
+    packed = {"style": style.contiguous(), "weight": weight.contiguous()}
+    packed_columns = None if columns is None else columns.contiguous()
+    return {**packed, "columns": packed_columns, "c_out": c_out, "c_in": c_in, "rank": rank, "gain": gain}
 
 
 def _generate_triton(style: Tensor, weight: Tensor, columns: Tensor | None, rank: int, gain: float) -> Tensor:
@@ -239,11 +237,10 @@ _generate.register_autograd(_differentiate, setup_context=_remember)
 
 def _differentiate_backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
     """In plain torch."""
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-    g, style, weight, columns = leaves
+    leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     with torch.enable_grad():
-        found = _backward_aten(g, style, weight, columns, ctx.rank, ctx.gain)
-    count = 2 if columns is None else 3
+        found = _backward_aten(*leaves, ctx.rank, ctx.gain)  # type: ignore[arg-type,call-arg]
+    count = 2 if leaves[3] is None else 3
     used = [t for t in leaves if t is not None]
     second = iter(torch.autograd.grad(found[:count], used, above[:count], allow_unused=True))
     return *(None if t is None else next(second) for t in leaves), None, None

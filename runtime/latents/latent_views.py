@@ -144,12 +144,11 @@ def stepped(
         for first in (0, _OTHERS)
     )
     seconds |= {name: firsts[name] for name in session.conditions}
-    ends = [session.into_space(space, drawn) for drawn in (firsts, seconds)]
+    begin, end = (session.into_space(space, drawn) for drawn in (firsts, seconds))
     mode = "slerp" if space == LATENT_SPACE else "lerp"
-    moved = path_by(mode, session.joined(space), *_ways(session))(ends[0], ends[1], share)
+    moved = path_by(mode, session.joined(space), *_ways(session))(begin, end, share)
     first, second = (
-        np.concatenate([session.decode(space, part, controls) for part in batches(values)])
-        for values in (ends[0], moved)
+        np.concatenate([session.decode(space, part, controls) for part in batches(values)]) for values in (begin, moved)
     )
     return first, second
 

@@ -61,7 +61,7 @@ def points(session: Session, values: Mapping[str, Array], address: TensorAddress
     if space not in (LATENT_SPACE, address.space):
         raise DataError(f"'{address.name}' is in space {address.space}, which nothing leads to from space {space}")
     known = values if address.space == space else session.into_space(address.space, values)
-    found = known[address.name]
+    found: Array = known[address.name]
     return found.reshape(len(found), -1)
 
 

@@ -40,5 +40,5 @@ def seeds(
     save_image(asked.output, captioned(np.concatenate(images), [str(seed) for seed in chosen], columns))
     again = "".join(f" --std {one}" for one in asked.std or ())
     following = f"hflow-rt sample{named(asked.model)} --seed {chosen[-1]} -n 1{again} -o one.png"
-    line = f"{len(chosen)} seeds at std {' '.join(stds)}: {asked.output}"
+    line = f"{len(chosen)} seeds{' at std ' + ' '.join(stds) if stds else ''}: {asked.output}"
     asked.finish({"seeds": chosen, "std": stds}, [line], following)

@@ -69,10 +69,7 @@ def sample(
 
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.images.pictures import check_picture_name, check_pictures, to_uint8, write_pictures
-    from hflow_rt.runtime.images.trajectories import check_trajectory, save_trajectory
     from hflow_rt.runtime.in_flight import in_flight
-    from hflow_rt.runtime.latents import latent_views as views
-    from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
     from hflow_rt.runtime.latents.operations import concatenate
     from hflow_rt.runtime.noise import parse_controls
     from hflow_rt.runtime.session import LATENT_SPACE
@@ -87,6 +84,8 @@ def sample(
     if output.suffix:
         check_picture_name(output)
     if latents is not None:
+        from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
+
         check_latents_name(latents)
     session = asked.open(cuda_graph, (resolution, region))
     session = session if steps is None else session.in_steps(steps)
@@ -98,10 +97,14 @@ def sample(
     controls, stds = parse_controls(control or []), asked.std or session.std
     drawn_alike = {"same_start": same_start, "share_noise": share_noise}
     if trajectory is not None:
+        from hflow_rt.runtime.images.trajectories import check_trajectory, save_trajectory
+
         check_trajectory(session, trajectory, number)
     parts = session.draw(indices, stds, asked.seed, batch, asked.label, **drawn_alike)
     space = LATENT_SPACE
     if centre_of is not None:
+        from hflow_rt.runtime.latents import latent_views as views
+
         space = views.space_to_image(session)
         centre = views.centre(session, space, centre_of, stds, asked.seed, asked.label)
         parts = (views.pulled(centre, session.into_space(space, part), pull) for part in parts)

@@ -19,14 +19,25 @@ from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
 from hflow_rt.export.tuning import Stopwatch
 from hflow_rt.files import atomic_directory, atomic_file, exists, is_file, is_folder, is_ours, sha256
-from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, BundledFile, Manifest, graphs_of, read_manifest, routes_of
+from hflow_rt.manifest import (
+    HALF,
+    MANIFEST,
+    MODEL,
+    STD,
+    BundledFile,
+    Manifest,
+    graph_sha256,
+    graphs_of,
+    read_manifest,
+    routes_of,
+)
 from hflow_rt.models.checkpoint import build_model, load_model, read_metadata, save_model, seen_at
 from hflow_rt.models.describe import TABLES, described, latents_of, tables_of
 from hflow_rt.models.family import LatentModel, Loop
 from hflow_rt.models.registry import View
 from hflow_rt.runtime.bundle import REPORT, Bundle
 from hflow_rt.runtime.engines.cpu import threads
-from hflow_rt.runtime.engines.plans import PLANS, graph_sha256
+from hflow_rt.runtime.engines.plans import PLANS
 from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.session import open_bundle
 

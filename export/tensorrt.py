@@ -25,6 +25,7 @@ from hflow_rt.manifest import (
     Graph,
     Manifest,
     Plan,
+    graph_sha256,
     read_manifest,
 )
 from hflow_rt.runtime.bundle import Bundle
@@ -35,7 +36,6 @@ from hflow_rt.runtime.engines.plans import (
     Flavor,
     Product,
     choose_refittable,
-    graph_sha256,
     plan_file,
     plans_key,
     product,

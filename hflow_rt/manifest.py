@@ -1,5 +1,6 @@
 """The manifest of a bundle: what an exported model is, so that it can be run without its training code."""
 
+import hashlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, get_args
 
@@ -29,6 +30,7 @@ __all__ = [
     "Space",
     "Tensor",
     "Way",
+    "graph_sha256",
     "graphs_of",
     "read_manifest",
     "routes_of",
@@ -264,6 +266,13 @@ class Manifest(_Entry):
     def dump(self) -> str:
         """The JSON text of the manifest file."""
         return self.model_dump_json(indent=1) + "\n"
+
+
+def graph_sha256(manifest: Manifest, name: str) -> str:
+    """Digest of a graph: of its ONNX file and of the file of its constants."""
+    graph = manifest.graphs[name]
+    digests = [manifest.files[file].sha256 for file in (graph.file, graph.weights) if file is not None]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def routes_of(choice: Routes) -> tuple[Route, ...]:

@@ -21,8 +21,8 @@ import numpy as np
 
 from hflow_rt.errors import BundleError
 from hflow_rt.files import atomic_directory, atomic_file
+from hflow_rt.manifest import graph_sha256
 from hflow_rt.runtime.bundle import Bundle
-from hflow_rt.runtime.engines.plans import graph_sha256
 
 __all__ = [
     "OPTIMISED",

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,9 +29,11 @@ from hflow_rt.runtime.engines.cpu import (
     threads,
     tuned_graph,
 )
-from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
-from hflow_rt.runtime.engines.device_buffers import Lane
 from hflow_rt.runtime.engines.engine import Calls, Engine
+
+if TYPE_CHECKING:
+    from hflow_rt.runtime.engines.cuda import Cuda
+    from hflow_rt.runtime.engines.device_buffers import Lane
 
 __all__ = ["OnnxEngine", "open_engine"]
 
@@ -62,7 +64,7 @@ class OnnxEngine(Engine):
     """
 
     def __init__(
-        self, bundle: Bundle, device: str, runtime: Any, cuda: Cuda | None = None, settings: Settings | None = None
+        self, bundle: Bundle, device: str, runtime: Any, cuda: "Cuda | None" = None, settings: Settings | None = None
     ) -> None:
         super().__init__(bundle)
         self._device, self._runtime, self._given = device, runtime, settings
@@ -129,7 +131,7 @@ class OnnxEngine(Engine):
         if under_way:
             yield _joined(bound, [tensor.name for tensor in graph.outputs])
 
-    def _replayed(self, cuda: Cuda, calls: Calls) -> Iterator[Mapping[str, Any]]:
+    def _replayed(self, cuda: "Cuda", calls: Calls) -> Iterator[Mapping[str, Any]]:
         """By the CUDA graph of this batch size where it has one."""
         with self._running, cuda.current():
             lane = self._lane(cuda, calls.graph, calls.batch)
@@ -175,7 +177,7 @@ class OnnxEngine(Engine):
         results: list[Any] = session.run(outputs, feeds, options)
         return results
 
-    def _replay(self, cuda: Cuda, session: Any, graph: str, inputs: Sequence[Any]) -> list[Any]:
+    def _replay(self, cuda: "Cuda", session: Any, graph: str, inputs: Sequence[Any]) -> list[Any]:
         """Run by the CUDA graph of this batch size, which the first run records; some sizes have none."""
         described, batch = self._bundle.manifest.graphs[graph], max(len(array) for array in inputs)
         with cuda.current():
@@ -185,8 +187,10 @@ class OnnxEngine(Engine):
                     return lane.run(inputs)
         return self._run(session, described, inputs, self._options(_NO_GRAPH))
 
-    def _lane(self, cuda: Cuda, graph: str, batch: int) -> Lane | None:
+    def _lane(self, cuda: "Cuda", graph: str, batch: int) -> "Lane | None":
         """The buffers of this batch size; None where too many sizes were recorded already."""
+        from hflow_rt.runtime.engines.device_buffers import Lane
+
         place = graph, batch
         if place not in self._lanes:
             if sum(name == graph for name, _ in self._lanes) >= _RECORDED:
@@ -320,7 +324,7 @@ def _joined(bound: Sequence[_Bindings], names: Iterable[str]) -> dict[str, Any]:
 class _Bound:
     """A session bound to fixed addresses at one batch size; to a `Lane` it is what a context of TensorRT's is."""
 
-    def __init__(self, session: Any, graph: Graph, batch: int, options: Any, cuda: Cuda) -> None:
+    def __init__(self, session: Any, graph: Graph, batch: int, options: Any, cuda: "Cuda") -> None:
         self._session, self._batch, self._options, self._cuda = session, batch, options, cuda
         self._binding = session.io_binding()
         self._inputs = {tensor.name for tensor in graph.inputs}
@@ -354,7 +358,7 @@ class _Bound:
         return True
 
 
-def _release(cuda: Cuda | None, lanes: dict[tuple[str, int], Lane]) -> None:
+def _release(cuda: "Cuda | None", lanes: "dict[tuple[str, int], Lane]") -> None:
     if cuda is not None and lanes:
         with contextlib.suppress(BackendUnavailable), cuda.current():
             while lanes:
@@ -419,7 +423,11 @@ def open_engine(bundle: Bundle, device: str, cuda_graph: bool = False) -> OnnxEn
             f"{_PROVIDERS[device]} would compute in TF32, in which a flow cannot be inverted, and has no option against"
             " it; set NVIDIA_TF32_OVERRIDE=0 in the environment"
         )
-    gpu = chosen_gpu() if cuda_graph else None
-    if cuda_graph and gpu is None:
+    if not cuda_graph:
+        return OnnxEngine(bundle, device, onnxruntime)
+    from hflow_rt.runtime.engines.cuda import Cuda, chosen_gpu
+
+    gpu = chosen_gpu()
+    if gpu is None:
         raise BackendUnavailable("--cuda-graph needs an NVIDIA GPU and none was found here (see 'hflow-rt doctor')")
-    return OnnxEngine(bundle, device, onnxruntime, None if gpu is None else Cuda(gpu))
+    return OnnxEngine(bundle, device, onnxruntime, Cuda(gpu))

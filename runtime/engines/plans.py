@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from hflow_rt.errors import BackendUnavailable, BundleError, EngineMismatch
 from hflow_rt.extras import needed
-from hflow_rt.manifest import Engines, Manifest
+from hflow_rt.manifest import Engines, Manifest, graph_sha256
 from hflow_rt.names import quoted
 from hflow_rt.runtime.bundle import Bundle
 from hflow_rt.runtime.engines.cuda import Gpu
@@ -28,7 +28,6 @@ __all__ = [
     "build_command",
     "choose_engines",
     "choose_refittable",
-    "graph_sha256",
     "installed",
     "plan_file",
     "plans_key",
@@ -93,13 +92,6 @@ def product(flavor: Flavor | None = None, gpu: Gpu | None = None) -> Product:
     ):
         api = importlib.import_module(kind.module)
     return Product(flavor, api, str(api.__version__))
-
-
-def graph_sha256(manifest: Manifest, name: str) -> str:
-    """Digest of a graph: of its ONNX file and of the file of its constants."""
-    graph = manifest.graphs[name]
-    digests = [manifest.files[file].sha256 for file in (graph.file, graph.weights) if file is not None]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def plans_key(

@@ -17,8 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from hflow_rt.data.pixels import to_levels
-from hflow_rt.data.resize import fit
-from hflow_rt.data.sources import Skipped, read_file
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_folder, is_ours
 from hflow_rt.memory import need
@@ -109,6 +107,9 @@ def read_image(path: Path | str, resolution: int, crop: str = "center", channels
     than R is reduced with a Lanczos filter. channels: C; with 1 it is the luminance.
     Raises `DataError` for a file that is missing, damaged, no image, too large or too small.
     """
+    from hflow_rt.data.resize import fit
+    from hflow_rt.data.sources import Skipped, read_file
+
     if crop not in ("center", "none"):
         raise DataError(f"crop must be 'center' or 'none'; found '{crop}'")
     picture = read_file(path)

@@ -12,10 +12,9 @@ import hflow_rt.export.bundle as export_module
 from hflow_rt.errors import BundleError, ConfigError
 from hflow_rt.export.bundle import check_bundle, export_bundle
 from hflow_rt.files import sha256
-from hflow_rt.manifest import read_manifest
+from hflow_rt.manifest import graph_sha256, read_manifest
 from hflow_rt.models.hflow.network import HFlow
 from hflow_rt.runtime.bundle import find_bundle
-from hflow_rt.runtime.engines.plans import graph_sha256
 
 IMAGES = np.random.default_rng(0).uniform(0, 1, (2, 3, 16, 16)).astype(np.float32)
 

@@ -18,12 +18,11 @@ from hflow_rt.export import tensorrt_build, tensorrt_engine
 from hflow_rt.export.tensorrt import add_engines, refit_engines, refittable
 from hflow_rt.export.tensorrt_build import BuildRequest, difference, prepared
 from hflow_rt.files import sha256
-from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Plan, read_manifest
+from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Plan, graph_sha256, read_manifest
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.engines import tensorrt as runtime
 from hflow_rt.runtime.engines.cuda import Gpu
-from hflow_rt.runtime.engines.plans import graph_sha256
 
 pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parent.parent / "runtime" / "engines"))

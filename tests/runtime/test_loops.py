@@ -13,7 +13,7 @@ from hflow_rt.bench.floor import work_of
 from hflow_rt.bench.variants import BASELINE, cases_of, opened
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.files import sha256
-from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Loop, Plan
+from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Loop, Plan, graph_sha256
 from hflow_rt.models.checkpoint import save_model
 from hflow_rt.models.family import LatentModel
 from hflow_rt.models.registry import FAMILIES, Family, family
@@ -22,7 +22,6 @@ from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.engines import onnx as onnx_engine
 from hflow_rt.runtime.engines import tensorrt as tensorrt_engine
 from hflow_rt.runtime.engines.cuda import Gpu
-from hflow_rt.runtime.engines.plans import graph_sha256
 from hflow_rt.runtime.inputs import inputs_of
 from hflow_rt.runtime.noise import Stream
 from hflow_rt.runtime.session import Session

@@ -14,12 +14,11 @@ import pytest
 
 from hflow_rt.errors import BackendUnavailable, BundleError, EngineMismatch
 from hflow_rt.files import sha256
-from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Plan
+from hflow_rt.manifest import MANIFEST, BundledFile, Engines, Plan, graph_sha256
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.engines import tensorrt as module
 from hflow_rt.runtime.engines.cuda import Gpu
-from hflow_rt.runtime.engines.plans import graph_sha256
 from hflow_rt.runtime.session import Session
 
 pytest.importorskip("onnxruntime")

@@ -14,7 +14,7 @@ import pytest
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.runtime import load
-from hflow_rt.runtime.engines import cuda
+from hflow_rt.runtime.engines import cuda as driver
 from hflow_rt.runtime.engines import onnx as module
 from hflow_rt.runtime.engines.cuda import Gpu
 from hflow_rt.runtime.session import Session
@@ -122,8 +122,8 @@ def expected(tiny_run: Path) -> Session:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    monkeypatch.setattr(module, "Cuda", lambda gpu: fake)
-    monkeypatch.setattr(cuda, "chosen_gpu", lambda: Gpu(0, "NVIDIA L4", "8.9", 1))
+    monkeypatch.setattr(driver, "Cuda", lambda gpu: fake)
+    monkeypatch.setattr(driver, "chosen_gpu", lambda: Gpu(0, "NVIDIA L4", "8.9", 1))
     return fake
 
 
@@ -227,7 +227,7 @@ def test_where_there_can_be_none(tiny_run: Path, runtime: FakeRuntime, monkeypat
     for device in ("cpu", "tensorrt"):
         with pytest.raises(BackendUnavailable, match=f"--cuda-graph is for --device cuda, not {device}"):
             load(tiny_run, "onnx", device, cuda_graph=True)
-    monkeypatch.setattr(cuda, "chosen_gpu", lambda: None)
+    monkeypatch.setattr(driver, "chosen_gpu", lambda: None)
     with pytest.raises(BackendUnavailable, match="--cuda-graph needs an NVIDIA GPU and none was found"):
         load(tiny_run, "onnx", "cuda", cuda_graph=True)
 

@@ -171,9 +171,9 @@ def _generator_calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             yield f"split_act {mode} {channels}x{side}", lambda call=call: split_act._split_triton(*call)
             yield f"split_act_backward {mode} {side}", lambda call=(high, side, mode): split_act._gathered_triton(*call)
         for what, clamp in (("clamp ", 256.0),) if half else (("", None), ("clamp ", 256.0)):
-            name, shape = f"{what}{channels}x{2 * side}", (0.2, 1.0, clamp)
-            yield f"bias_act {name}", lambda a=(high, bias, *shape): bias_act._act_triton(*a)
-            yield f"bias_act_backward {name}", lambda a=(high, high, *shape, True): bias_act._backward_triton(*a)
+            name, how = f"{what}{channels}x{2 * side}", (0.2, 1.0, clamp)
+            yield f"bias_act {name}", lambda a=(high, bias, *how): bias_act._act_triton(*a)
+            yield f"bias_act_backward {name}", lambda a=(high, high, *how, True): bias_act._backward_triton(*a)
     for c_out, c_in, rank in ((512, 688, 10),) if half else ((512, 688, 10), (128, 128, 10), (5, 7, 3)):
         style = torch.empty(2, (c_out + c_in) * rank, dtype=dtype, device="meta")
         weight, made = torch.empty(c_out, c_in, device="meta"), torch.empty(2, c_out, c_in, device="meta")

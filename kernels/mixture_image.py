@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hflow_rt.kernels.dispatch import jit, launch, operator, takes, tl
 from hflow_rt.kernels.logistic_mixture import logistics
-from hflow_rt.kernels.mixture_kernels import check, parameter_at, tanh
+from hflow_rt.kernels.mixture_kernels import PIXELS, check, parameter_at, tanh
 from hflow_rt.kernels.moments import statistics_dtype
 
 __all__ = ["MIDDLES", "level", "mixture_image", "mixture_image_reference", "of_chosen", "whole_steps"]
@@ -220,8 +220,6 @@ def _draw_kernel(
 
 
 # -- host
-
-PIXELS = 128  # of a program, one a thread
 
 
 def _new(logits: Tensor, channels: int, as_bytes: bool) -> tuple[tuple[int, ...], torch.dtype]:

@@ -10,6 +10,7 @@ from hflow_rt.kernels.dispatch import jit, launch, tl
 
 __all__ = [
     "BOTTOM",
+    "PIXELS",
     "PUBLISHED_LOG_MASS",
     "SMALLEST_LOG_SCALE",
     "backward_triton",

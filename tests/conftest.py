@@ -7,6 +7,10 @@ import json
 import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +165,20 @@ def tiny_run(tiny_model: Any, common: Path) -> Path:
             run.parent.mkdir()
             made.rename(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that setuptools builds of a copy of the sources, offline."""
+    root, sources = Path(__file__).parents[1], tmp_path_factory.mktemp("sources")
+    for folder in tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values():
+        shutil.copytree(root / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, sources)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True, timeout=60)
+    assert built.returncode == 0, built.stderr
+    return sources / "dist" / built.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="session")

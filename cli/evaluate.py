@@ -40,7 +40,14 @@ def bpd(
     limit: Annotated[
         int | None, typer.Option(help="This many images, evenly spaced, instead of all.", show_default=False)
     ] = None,
-    draws: Annotated[int, typer.Option(help="Draws of noise an image, but one for what was published.")] = 1,
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws",
+            "--importance",
+            help="Draws of noise an image, which an importance-weighted bound weights; published figures take one.",
+        ),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of all noise.")] = 0,
     batch: BatchOption = 32,
     backend: Annotated[
@@ -129,6 +136,9 @@ def distance(
             show_default=False,
         ),
     ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Refuse a bundle that was not calibrated for samples of this std.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the samples, and of the subsets of the kernel distance.")] = 0,
     takes: Annotated[
         str | None,
@@ -171,6 +181,7 @@ def distance(
     from hflow_rt.evaluation.path_length import STEP, path_length
     from hflow_rt.evaluation.perception import perception
     from hflow_rt.evaluation.reports import about_data, distance_lines, path_line
+    from hflow_rt.export.calibration import check_calibrated
     from hflow_rt.runtime.backends import check_backend
     from hflow_rt.runtime.latents.latent_views import space_of_slots, stepped
     from hflow_rt.runtime.noise import parse_controls
@@ -180,11 +191,14 @@ def distance(
     check_backend(backend, device)
     processes = Processes(device, None)
     session = open_session(model, backend, device, quiet=json or not processes.is_main)
+    stds = std or session.std
+    if calibrated:
+        check_calibrated(session.calibrated, stds)
     network = open_features(features, session.resolution, processes.device, takes)
     seen = None if path is None else perception(features, session.resolution, processes.device, takes)
     chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
-    stds, controls = std or session.std, parse_controls(control or [])
+    controls = parse_controls(control or [])
     settings = stds, seed, batch, kept, processes, _track(processes), controls
     found = distances(network, session, chosen, number, *settings)
     length = None
@@ -199,6 +213,7 @@ def distance(
         **({} if found is None else found.dump()),
         **({} if length is None else {"path_length": length.dump()}),
         "std": stds,
+        **({} if session.calibrated is None else {"calibrated": session.calibrated}),
         **({"controls": controls} if controls else {}),
         "seed": seed,
         **about_data(chosen),

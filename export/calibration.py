@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hflow_rt.errors import ConfigError
+from hflow_rt.manifest import CALIBRATED
 from hflow_rt.runtime.noise import draw_latents, parse_std
 
 if TYPE_CHECKING:
@@ -13,9 +14,8 @@ if TYPE_CHECKING:
 
     from hflow_rt.models.family import LatentModel
 
-__all__ = ["KEY", "Calibration", "calibrate", "parse_calibration"]
+__all__ = ["Calibration", "calibrate", "check_calibrated", "parse_calibration"]
 
-KEY = "calibrated"  # of what a model file and a manifest say of their weights
 _BATCH = 16  # images of a step, as published
 _STEPS = 500
 
@@ -55,12 +55,29 @@ def calibrate(model: LatentModel, metadata: Mapping[str, Any], text: str) -> dic
     metadata: what is said of them now. Raises `ConfigError`, and `DataError` for an std that cannot be.
     """
     wanted = parse_calibration(text)
-    if metadata.get(KEY) == wanted.words():
+    if metadata.get(CALIBRATED) == wanted.words():
         return None
-    if KEY in metadata:
-        raise ConfigError(f"these weights were calibrated at {metadata[KEY]}; export the run that they were made from")
+    if CALIBRATED in metadata:
+        raise ConfigError(
+            f"these weights were calibrated at {metadata[CALIBRATED]}; export the run that they were made from"
+        )
     model.calibrate(_samples(model, wanted))
-    return {KEY: wanted.words()}
+    return {CALIBRATED: wanted.words()}
+
+
+def check_calibrated(known: str | None, std: Sequence[str]) -> None:
+    """Raise `ConfigError` unless weights were calibrated, `known` tells how, for samples of just this `std`."""
+    if known is None:
+        asked = ",".join(text if "=" in text else f"std={text}" for text in std) or "std=S"
+        raise ConfigError(
+            "this bundle was not calibrated, so there are no calibrated figures; omit --calibrated, or first run "
+            f"'hflow-rt export RUN --calibrate {asked}'"
+        )
+    if (made := parse_calibration(known).std) != tuple(std):
+        raise ConfigError(
+            f"this bundle was calibrated for samples of std {' '.join(made)}, not {' '.join(std)}; omit --calibrated, "
+            "or give --std as it was calibrated"
+        )
 
 
 def _samples(model: LatentModel, wanted: Calibration) -> Iterator[dict[str, Tensor]]:

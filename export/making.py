@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from hflow_rt.assets import demo_images, pretrained
 from hflow_rt.choices import Routes
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
-from hflow_rt.export.calibration import KEY, parse_calibration
+from hflow_rt.export.calibration import parse_calibration
 from hflow_rt.extras import need_extra
 from hflow_rt.files import is_file
-from hflow_rt.manifest import HALF, MANIFEST, MODEL, STD, Manifest, read_manifest, routes_of
+from hflow_rt.manifest import CALIBRATED, HALF, MANIFEST, MODEL, STD, Manifest, read_manifest, routes_of
 from hflow_rt.models.checkpoint import parse_config, read_metadata, seen_at
 from hflow_rt.models.registry import View, family
 from hflow_rt.runs import resolve_run
@@ -95,7 +95,7 @@ class GraphOptions:
                 half=there.checkpoint.get("weights") == HALF,
                 precision=there.precision,
                 tune=there.tuning,
-                calibrate=there.checkpoint.get(KEY, "none"),
+                calibrate=there.checkpoint.get(CALIBRATED, "none"),
                 resolution=None if view is None else view.resolution,
                 region=None if view is None else view.typed,
             )
@@ -260,8 +260,8 @@ def wanted_graphs(source: Path, folder: Path, options: GraphOptions) -> tuple[Gr
             alike = known.model_copy(update={"view": None}) == config.model_copy(update={"view": None})
     if options.half is False and metadata.get("weights") == HALF:
         raise ConfigError(f"{source} was rounded to half precision; with --no-half export the run it was made from")
-    if options.calibrate == "none" and KEY in metadata:
-        raise ConfigError(f"{source} was calibrated at {metadata[KEY]}; export the run that it was made from")
+    if options.calibrate == "none" and CALIBRATED in metadata:
+        raise ConfigError(f"{source} was calibrated at {metadata[CALIBRATED]}; export the run that it was made from")
     return options.filled(there if alike else None), there, config
 
 

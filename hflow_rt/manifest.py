@@ -11,6 +11,7 @@ from hflow_rt.errors import BundleError
 from hflow_rt.names import image_size
 
 __all__ = [
+    "CALIBRATED",
     "HALF",
     "LOG_PROB",
     "MANIFEST",
@@ -38,6 +39,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+CALIBRATED = "calibrated"  # at what, of what a model file and a manifest say of their weights
 HALF = "float16"  # what a model file says of its weights if they were rounded
 LOG_PROB = "log_prob"  # the score that an exact inverse yields, in nats
 MODULE = "module"  # key under which a node of a graph names the module it came from

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from hflow_rt.choices import Precision
 from hflow_rt.conditions import Options
 from hflow_rt.errors import DataError
-from hflow_rt.manifest import Loop, Space, Way
+from hflow_rt.manifest import CALIBRATED, Loop, Space, Way
 from hflow_rt.runtime.running import Runner
 
 __all__ = ["LATENT_SPACE", "Known"]
@@ -32,6 +32,11 @@ class Known(Runner):
     def verified(self) -> bool:
         """Whether what runs was proved to be the model: the bundle's graphs, or the TensorRT engines made of them."""
         return self._engine.verified
+
+    @property
+    def calibrated(self) -> str | None:
+        """At what the weights were calibrated, in the words of `export --calibrate`; None where they were not."""
+        return self.manifest.checkpoint.get(CALIBRATED)
 
     @property
     def precision(self) -> Precision:

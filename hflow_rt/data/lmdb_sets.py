@@ -55,6 +55,7 @@ def lmdb_values(parts: dict[str, Path]) -> Iterator[list[Value]]:
                 raise DataError(f"{path} is not a whole LMDB ({str(error).splitlines()[0]}); copy it again") from error
             if not keys:
                 raise DataError(f"{path} has no keys; it must hold images under the keys 0, 1, ...")
+            _check_counted([number for number, _ in keys], path)
             # .ppm is what raw values are read as, and says that all are images
             values += [(f"{folder}{number}.ppm", partial(_open, transaction, key)) for number, key in keys]
         yield values
@@ -64,6 +65,14 @@ def _number(key: bytes, path: Path) -> int:
     if not key.isdigit():
         raise DataError(f"keys of {path} must be decimal numbers, as in sets of images; found {key[:40]!r}")
     return int(key)
+
+
+def _check_counted(numbers: list[int], path: Path) -> None:
+    """Raise `DataError` unless they are 0, 1, ..., each once: what lacks one was not copied whole."""
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            wrong = f"lacks the key {expected}" if number > expected else f"has the key {number} twice"
+            raise DataError(f"{path} {wrong}; it must hold images under the keys 0 to {numbers[-1]}, so copy it again")
 
 
 def _open(transaction: Any, key: bytes) -> IO[bytes]:

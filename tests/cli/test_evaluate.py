@@ -254,6 +254,8 @@ def test_distances_by_hand(hflow: Command, run: Path, pictures: Path, features: 
     )
     assert "note:" not in result.out
     assert result.out.endswith("next: hflow-rt eval bpd --data pictures\n")
+    assert "calibrated" not in report
+    refused(hflow(*arguments, "--calibrated"), "was not calibrated", "hflow-rt export RUN --calibrate std=0.7")
 
 
 def test_backends_agree_and_the_cache_is_used(hflow: Command, run: Path, pictures: Path, features: Path) -> None:

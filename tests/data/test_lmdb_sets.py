@@ -69,7 +69,13 @@ def test_sets_beside_each_other_are_splits(write: Write) -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({}, "has no keys; it must hold images under the keys 0, 1"), ({"a": b"x"}, r"decimal numbers, .* found b'a'")],
+    [
+        ({}, "has no keys; it must hold images under the keys 0, 1"),
+        ({"a": b"x"}, r"decimal numbers, .* found b'a'"),
+        ({"0": b"x", "2": b"x"}, "lacks the key 1; it must hold images under the keys 0 to 2"),
+        ({"1": b"x"}, "lacks the key 0"),
+        ({"0": b"x", "00": b"x"}, "has the key 0 twice"),
+    ],
 )
 def test_other_databases_are_refused(write: Write, values: dict[str, bytes], message: str) -> None:
     path = write("x.lmdb", values)

@@ -9,13 +9,14 @@ import torch
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.export.bundle import export_bundle
-from hflow_rt.export.calibration import Calibration, calibrate, parse_calibration
+from hflow_rt.export.calibration import Calibration, calibrate, check_calibrated, parse_calibration
 from hflow_rt.export.making import GraphOptions, wanted_graphs
 from hflow_rt.manifest import read_manifest
 from hflow_rt.models.checkpoint import load_model, read_metadata, save_model
 from hflow_rt.models.nvae.config import NVAEConfig
 from hflow_rt.models.nvae.model import NVAE
 from hflow_rt.models.nvae.presets import TINY
+from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import find_bundle
 
 ASKED = "std=0.6,steps=8"
@@ -31,6 +32,14 @@ def test_what_can_be_asked_for() -> None:
 def test_what_cannot(text: str) -> None:
     with pytest.raises(ConfigError, match="--calibrate"):
         parse_calibration(text)
+
+
+def test_calibrated_figures_are_of_calibrated_weights() -> None:
+    check_calibrated("std=0.6,z1=0.9,steps=3,seed=7", ["0.6", "z1=0.9"])
+    with pytest.raises(ConfigError, match=r"was not calibrated, .* 'hflow-rt export RUN --calibrate std=0\.6,z1=0\.9'"):
+        check_calibrated(None, ["0.6", "z1=0.9"])
+    with pytest.raises(ConfigError, match=r"for samples of std 0\.6, not 0\.9; omit --calibrated"):
+        check_calibrated("std=0.6,steps=3,seed=7", ["0.9"])
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +95,5 @@ def test_a_bundle_is_of_the_calibrated_model_and_stays_so(run: Path) -> None:
     undone, _, _ = wanted_graphs(run / "model.safetensors", bundle, GraphOptions(calibrate="none"))
     assert undone.calibrate == "none"
     assert read_manifest(bundle) == manifest
+    with load(bundle) as session:
+        check_calibrated(session.calibrated, session.std)

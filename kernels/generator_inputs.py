@@ -32,7 +32,7 @@ def splits() -> tuple[Case, ...]:
         def inputs(draw: Draw) -> tuple[Any, ...]:
             batch, channels, side = size
             high, low = draw(batch, channels, 2 * side, 2 * side), draw(batch, channels, side, side)
-            return high.to(dtype), low.to(dtype), draw(channels), mode
+            return high.to(dtype), low.to(dtype), draw(channels), mode, 1.4
 
         return Case(f"{mode}, {_name(dtype)} {list(size)}", inputs)
 

@@ -46,7 +46,7 @@ def modulated_weights_reference(
     left, right = halves(style, weight, rank)
     product = left @ right
     made = weight * (1 + (product if gain == 1 else gain * product))
-    made = made * reciprocal(made.square().sum(2, keepdim=True).sqrt())
+    made = made * reciprocal((made * made).sum(2, keepdim=True).sqrt())
     return made if columns is None else made * columns[:, None]
 
 

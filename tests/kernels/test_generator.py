@@ -55,11 +55,11 @@ def test_operator_of_weights_and_its_gradients(columns: bool) -> None:
 @pytest.mark.parametrize("mode", split_act.MODES)
 def test_a_layer_in_two_parts(mode: str) -> None:
     """Enlarging keeps the corners, or makes four of each pixel; twice differentiable."""
-    inputs = (*(draw(1, 2, side, side).requires_grad_() for side in (6, 3)), draw(2).requires_grad_(), mode)
+    inputs = (*(draw(1, 2, side, side).requires_grad_() for side in (6, 3)), draw(2).requires_grad_(), mode, 0.7)
     torch.library.opcheck(split_act._split, inputs)
     torch.library.opcheck(split_act._gathered, (draw(1, 2, 6, 6).requires_grad_(), 3, mode))
-    assert torch.autograd.gradcheck(lambda *t: split_act._split(*t, mode), inputs[:3])
-    assert torch.autograd.gradgradcheck(lambda *t: split_act._split(*t, mode), inputs[:3])
+    assert torch.autograd.gradcheck(lambda *t: split_act._split(*t, mode, 0.7), inputs[:3])
+    assert torch.autograd.gradgradcheck(lambda *t: split_act._split(*t, mode, 0.7), inputs[:3])
     large, low = split_act.enlarged(inputs[1], mode).detach(), inputs[1].detach()
     torch.testing.assert_close(large[..., [0, -1], [0, -1]], low[..., [0, -1], [0, -1]])
     if mode == "nearest":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from hflow_rt.kernels.bias_act import bias_act
+from hflow_rt.kernels.bias_act import GAIN, bias_act
 from hflow_rt.kernels.modulated_weights import modulated_weights, reciprocal
 from hflow_rt.kernels.split_act import enlarged, split_act
 from hflow_rt.models.inrgan.layers import ModulatedLayer, ToColours, phi
@@ -44,10 +44,10 @@ def _normalized(x: Tensor) -> Tensor:
 
 
 def _reciprocal_spread(x: Tensor) -> Tensor:
-    """1 / (unbiased standard deviation of `[B, C, P]` over P, and a little more), `[B, C]`."""
+    """GAIN / (unbiased standard deviation of GAIN x, and a little more), `[B, C]`. x: `[B, C, P]`, over P."""
     pixels = x.shape[2]
     off = x - x.mean(2, keepdim=True)
-    return reciprocal((off.square().mean(2) * (pixels / (pixels - 1))).sqrt())
+    return GAIN * reciprocal(((off * off).mean(2) * (GAIN**2 * pixels / (pixels - 1))).sqrt())
 
 
 def _square(x: Tensor) -> Tensor:
@@ -92,7 +92,9 @@ class _Stage(nn.Module):
         super().__init__()
         self.upsampling = stage.upsampling
         self.doubles = stage.doubles
-        embedding = None if stage.embedding is None else stage.embedding(pixels).flatten(2)
+        embedding = (
+            None if stage.embedding is None else stage.embedding(pixels)[0].flatten(1)
+        )  # [E, P]: runtimes pack a matrix
         self.register_buffer("embedding", embedding, persistent=False)
         self.reader = pixels.reader(pixels.side // 2) if pixels is not None and stage.doubles else None
         self.layers = nn.ModuleList(_Layer(layer) for layer in stage.own_layers()) if like is None else like.layers
@@ -109,7 +111,7 @@ class _Stage(nn.Module):
         x = _square(x)
         return (enlarged(x, self.upsampling) if self.reader is None else self.reader(x)).flatten(2)
 
-    def enter(self, x: Tensor | None, style: Tensor) -> Tensor:
+    def enter(self, x: Tensor | None, style: Tensor, gain: float) -> Tensor:
         """The first layer."""
         first = self.own_layers()[0]
         weights = first.weights(style)
@@ -117,24 +119,29 @@ class _Stage(nn.Module):
         if x is not None:
             parts.append(weights[:, :, : x.shape[1]] @ x)
         if self.embedding is not None:
-            parts.append(weights[:, :, weights.shape[2] - self.embedding.shape[1] :] @ self.embedding)
+            parts.append(weights[:, :, weights.shape[2] - len(self.embedding) :] @ self.embedding)
         if len(parts) == 1:
-            return bias_act(parts[0], first.bias)
+            return bias_act(parts[0], first.bias, gain=gain)
         low, high = parts
         if self.reader is not None:
-            return bias_act(self.enlarge(low) + high, first.bias)
-        return split_act(_square(high), _square(low), first.bias, self.upsampling).flatten(2)
+            return bias_act(self.enlarge(low) + high, first.bias, gain=gain)
+        return split_act(_square(high), _square(low), first.bias, self.upsampling, gain).flatten(2)
 
     def forward(
         self, x: Tensor | None, styles: Sequence[Tensor], factors: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Features, and by layer after the first the reciprocal spreads that they had, or had to have."""
-        x = self.enter(x, styles[0])
+        """Features, and by layer after the first the reciprocal spreads that they had, or had to have.
+
+        What is divided by its spread gets its gain with that, which saves passing over the features once more.
+        """
+        divides, layers = self.upsampling == "bilinear", self.own_layers()
+        gains = [1.0 if divides else GAIN] * (len(layers) - 1) + [GAIN]
+        x = self.enter(x, styles[0], gains[0])
         used: list[Tensor] = []
-        for index, (layer, style) in enumerate(zip(self.own_layers()[1:], styles[1:], strict=True)):
-            if self.upsampling == "bilinear":
+        for index, (layer, style) in enumerate(zip(layers[1:], styles[1:], strict=True)):
+            if divides:
                 used.append(_reciprocal_spread(x) if factors is None else factors[index])
-            x = bias_act(layer.weights(style, used[-1] if used else None) @ x, layer.bias)
+            x = bias_act(layer.weights(style, used[-1] if used else None) @ x, layer.bias, gain=gains[index + 1])
         return x, used
 
     def summed(self, image: Tensor | None, x: Tensor, style: Tensor) -> Tensor:

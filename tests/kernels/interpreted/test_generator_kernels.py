@@ -63,7 +63,7 @@ def test_weights(size: tuple[int, ...], normal: Callable[..., Tensor], as_good: 
 @pytest.mark.parametrize("side", [2, 3, 17])
 def test_a_layer_in_two_parts(side: int, mode: str, normal: Callable[..., Tensor], as_good: AsGood) -> None:
     inputs = [normal(2, 3, 2 * side, 2 * side), normal(2, 3, side, side), normal(3)]
-    compare(lambda high, low, bias: split_act.split_act(high, low, bias, mode), inputs, as_good)
+    compare(lambda high, low, bias: split_act.split_act(high, low, bias, mode, 0.7), inputs, as_good)
 
 
 def test_bytes(normal: Callable[..., Tensor]) -> None:

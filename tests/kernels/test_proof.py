@@ -43,6 +43,9 @@ from hflow_rt.kernels.blur import blur_down
 from hflow_rt.kernels.proof_cases import PROOFS, Difference, largest_difference, tolerance
 from hflow_rt.kernels.proof_records import Environment, Record
 
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import but_for_sides
+
 ENVIRONMENT = Environment("A GPU", "9.0", "580.1", "2.13.0", "13.0", "3.9.0", "0123456789abcdef")
 
 NEEDS_TRITON = pytest.mark.skipif(
@@ -70,14 +73,6 @@ def test_every_operator_has_a_proof_of_its_own() -> None:
         assert len(of.outputs) == len(schema.returns)
         told = " ".join(case.what for case in of.cases)
         assert all(re.search(rf"\b{dtype}\b", told) for dtype in ("float32", "float16", "bfloat16"))
-
-
-def but_for_sides(launch: dispatch.Launch) -> tuple[Any, ...]:
-    """The kernel, the types of its tensors, and what is switched on."""
-    signature, constants, _, _ = report._specialised(launch)
-    types = {name: kind for name, kind in signature.items() if kind[0] == "*"}
-    switches = {name: str(value) for name, value in constants.items() if type(value) is not int}
-    return launch.kernel.fn.__name__, *sorted((types | switches).items())
 
 
 @NEEDS_TRITON

@@ -61,10 +61,11 @@ def make(
 
 
 def _points(asked: Asked, session: "Session", source: Path, where: "TensorAddress") -> "Array":
+    from hflow_rt.runtime.latents.files import as_made
     from hflow_rt.runtime.latents.nearest import points
 
     if are_latents([source]):
-        space, found = asked.values(session, [source])
+        space, found = asked.values(as_made(session, [source]), [source])
         return points(session, found.latents, where, space)
     return points(session, asked.encode(session, *asked.read(session, [source]), only=where.only).latents, where)
 
@@ -92,6 +93,7 @@ def apply(
     """
     from hflow_rt.runtime.images.pictures import to_uint8
     from hflow_rt.runtime.latents.attributes import check_attribute, load_attribute, move, parse_gains
+    from hflow_rt.runtime.latents.files import as_made
     from hflow_rt.runtime.session import LATENT_SPACE
 
     gains = parse_gains(gain or ["-2:2:5"])
@@ -101,6 +103,7 @@ def apply(
     if not images:
         asked.check_table(session, len(gains), asked.number)
     from_files = bool(images) and are_latents(images or [])
+    session = as_made(session, images or []) if from_files else session
     space, start = asked.values(session, images or []) if from_files else (LATENT_SPACE, asked.start(session, images))
     count = len(start.names)
     columns = [

@@ -37,6 +37,7 @@ def interpolate(
     from hflow_rt.runtime.images.pictures import to_uint8
     from hflow_rt.runtime.images.video import check_animation, check_frames, kept, save_animation
     from hflow_rt.runtime.latents import latent_views as views
+    from hflow_rt.runtime.latents.files import as_made
     from hflow_rt.runtime.latents.operations import ping_pong
     from hflow_rt.runtime.session import LATENT_SPACE
 
@@ -49,6 +50,7 @@ def interpolate(
     session = asked.open()
     check_frames(output, frames, session.resolution)
     if images and are_latents(images):
+        session = as_made(session, images)
         space, found = asked.values(session, images, space)
         if len(found.names) != 2:
             raise DataError(f"an interpolation joins two, and these files hold {len(found.names)}")

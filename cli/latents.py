@@ -150,7 +150,7 @@ class Asked:
     def values(self, session: "Session", files: Sequence[Path], space: str | None = None) -> tuple[str, Start]:
         """What latents files hold and its space, that of the first unless one is named. Raises `DataError`.
 
-        Pixels are as the model decodes them without further controls.
+        Pixels are as the session decodes them: it should be what `as_made` says of the files.
         """
         from hflow_rt.runtime.latents.files import load_latents
         from hflow_rt.runtime.latents.operations import check_latents, concatenate

@@ -63,10 +63,12 @@ def mix(
     from hflow_rt.errors import DataError
     from hflow_rt.runtime.images.pictures import Row, save_image, table, to_uint8
     from hflow_rt.runtime.latents import latent_views as views
+    from hflow_rt.runtime.latents.files import as_made
 
     if (cut is not None) + bool(from_rows) + bool(slots) > 1:
         raise DataError("--cut, --from-rows and --slots each say what the rows give; keep one of them")
-    session = asked.open_for_picture()
+    files = [path for images in (row_images or [], column_images or []) if are_latents(images) for path in images]
+    session = as_made(asked.open_for_picture(), files)
     space = views.space_of_slots(session) if slots or (len(session.latent_shapes) == 1 and not cut) else None
     if slots and space is None:
         raise DataError("no layers of this model have values of their own; use --cut")

@@ -25,7 +25,7 @@ def zeroing(
     import numpy as np
 
     from hflow_rt.data.selection import select
-    from hflow_rt.errors import DataError
+    from hflow_rt.errors import DataError, NoInverse
     from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.latents import latent_views as views
 
@@ -39,6 +39,8 @@ def zeroing(
     if images or samples:
         start = asked.start(session, images)
     else:
+        if not session.can("inverse"):
+            raise NoInverse(f"{session.manifest.absent['inverse']}; or start from samples with --samples")
         chosen = select(None, session.resolution, "test", asked.number, session.channels)
         start = asked.encode(session, chosen.names, chosen.pixels().astype(np.float32) / np.float32(255))
     rows, changes = [], {}

@@ -80,7 +80,7 @@ class Known(Runner):
     @property
     def controls(self) -> dict[str, float]:
         """Numbers that `forward` can be given, by name, and their defaults."""
-        return {tensor.name: float(tensor.default or 0) for tensor in self.drawing.inputs("control")}
+        return {tensor.name: float(tensor.default or 0) for tensor in self.drawing.inputs("control")} | self._chosen
 
     @property
     def steps(self) -> int:

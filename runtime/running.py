@@ -26,6 +26,7 @@ class Runner:
         self.manifest: Manifest = bundle.manifest
         self.drawing = Drawing(bundle)
         self._engine = engine
+        self._chosen: dict[str, float] = {}  # controls that have another default than the model's
 
     def run(self, route: Route, values: Mapping[str, Any], only: str | None = None) -> dict[str, Any]:
         """The outputs of a route, unchecked, on any batch size. Raises `NoInverse` where the family has none.

@@ -87,7 +87,21 @@ class Session(Known):
         Traceback (most recent call last):
         hflow_rt.errors.DataError: the number of steps is for models of many, and this ... model takes one; omit it
         """
-        return Session(self.drawing.in_steps(steps), self._engine)
+        return Session(self.drawing.in_steps(steps), self._engine).with_controls(self._chosen)
+
+    def with_controls(self, controls: Mapping[str, float]) -> "Session":
+        """This model with other defaults of its controls; it shares what runs with this session.
+
+        Raises `DataError` as `check_controls` does.
+
+        >>> import hflow_rt
+        >>> hflow_rt.load().with_controls({}).controls
+        {}
+        """
+        self.check_controls(controls)
+        made = Session(self.bundle, self._engine)
+        made._chosen = {**self._chosen, **controls}
+        return made
 
     def forward(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Any:
         """Latents to images float32 `[B, C, R, R]` in [0, 1].
@@ -109,7 +123,7 @@ class Session(Known):
         arrays, restore = self._received(latents)
         check_latents(arrays, self.input_shapes, "these latents")
         check_conditions(self.conditions, arrays)
-        return arrays | self._set(controls or {}, next(iter(arrays.values()))), restore
+        return arrays | self._set({**self._chosen, **(controls or {})}, next(iter(arrays.values()))), restore
 
     def trajectory(self, latents: Mapping[str, Any], controls: Mapping[str, float] | None = None) -> Iterator[Any]:
         """The images of `forward` on their way, `[B, C, R, R]` after each call of its loop; the last are its result.
@@ -169,7 +183,9 @@ class Session(Known):
             )
             raise DataError(f"beside images this model needs {needed}, float32 one-hot; received {found}")
         check_conditions(self.conditions, arrays)
-        beside = self._set(controls or {}, pixels, "inverse")
+        taken = {tensor.name for tensor in self.drawing.inputs("control", route="inverse")}
+        standing = {name: value for name, value in self._chosen.items() if name in taken}
+        beside = self._set({**standing, **(controls or {})}, pixels, "inverse")
         if posterior and self.drawing.beside("inverse") == self.drawing.beside("inverse", every=True):
             raise DataError(
                 f"this {self.manifest.family} model has no posterior to draw latents from; omit 'posterior'"
@@ -325,7 +341,7 @@ class Session(Known):
             return self.forward(self.from_space(space, values), controls)
         check_latents(values, self.space_shapes(space), f"these values of space {space}")
         taken = {tensor.name for tensor in self._graph(found.decode).inputs}
-        known = {name: value for name, value in (controls or {}).items() if name in taken}
+        known = {name: value for name, value in {**self._chosen, **(controls or {})}.items() if name in taken}
         inputs = {**values, **self._set(known, next(iter(values.values())))}
         return self.run_graph(found.decode, inputs)["image"]
 

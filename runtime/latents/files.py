@@ -1,7 +1,7 @@
 """Latents files: safetensors that know their order and where they are from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hflow_rt.runtime.latents.operations import Latents
 from hflow_rt.runtime.latents.round_trips import RoundTrip
 from hflow_rt.runtime.session import LATENT_SPACE, Session
 
-__all__ = ["Made", "about_model", "check_latents_name", "how_made", "load_latents", "save_latents"]
+__all__ = ["Made", "about_model", "as_made", "check_latents_name", "how_made", "load_latents", "save_latents"]
 
 _METADATA_KEY = "hflow_rt.latents"
 
@@ -67,6 +67,20 @@ def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]
     content = save(arrays, {_METADATA_KEY: header})
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def as_made(session: Session, files: Sequence[Path]) -> Session:
+    """The session with the steps and controls that all these latents files were made with. Raises `DataError`."""
+    found = [how_made(load_latents(path)[1], str(path)) for path in files]
+    for path, made in zip(files, found, strict=True):
+        if (made.controls, made.steps) != (found[0].controls, found[0].steps):
+            raise DataError(
+                f"{files[0]} and {path} were made with different controls or steps; choose files that were made alike"
+            )
+    if not found:
+        return session
+    session = session if found[0].steps is None else session.in_steps(found[0].steps)
+    return session.with_controls(found[0].controls)
 
 
 def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:

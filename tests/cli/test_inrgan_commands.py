@@ -12,12 +12,14 @@ from outcomes import ok, pixels, refused
 from PIL import Image
 from safetensors.numpy import load_file
 
+from hflow_rt.errors import DataError
 from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.export.bundle import export_bundle
 from hflow_rt.models.checkpoint import save_model
 from hflow_rt.models.registry import Family, family
 from hflow_rt.runtime import load
 from hflow_rt.runtime.latents import latent_views as views
+from hflow_rt.runtime.latents.files import as_made
 
 Command = Callable[..., Any]
 
@@ -104,6 +106,28 @@ def test_a_target_that_is_not_taken_as_it_is(hflow: Command, generator: Path, mo
     refused(
         hflow("project", "flat.png"), "flat.png cannot be used: it is 40x8, smaller than 16; give a square image of"
     )
+
+
+def test_a_latents_file_keeps_its_controls(hflow: Command, generator: Path) -> None:
+    for psi in (0.2, 0.3):
+        ok(hflow("sample", "-n", 2, "--control", f"psi={psi}", "--latents", f"{psi}.safetensors"))
+    ok(hflow("decode", "0.2.safetensors", "-o", "decoded"))
+    ok(hflow("interpolate", "0.2.safetensors", "--frames", 2, "-o", "walk.png", "--loop"))
+    with load(generator) as session:
+        (latents,) = session.draw([0, 1])
+        image = session.forward(latents, {"psi": 0.2})
+        assert np.abs(image - session.forward(latents)).max() > 0.05
+        held = session.with_controls({"psi": 0.2})
+        np.testing.assert_array_equal(held.forward(latents), image)
+        assert held.controls == session.controls | {"psi": 0.2}
+        shown = views.between(as_made(session, [Path("0.2.safetensors")]), latents, 2)
+        np.testing.assert_allclose(np.concatenate(list(shown)), image, atol=1e-5)
+        with pytest.raises(DataError, match="control psi must be a number in 0"):
+            session.with_controls({"psi": 3.0})
+    first = pixels("decoded/000000.png")
+    assert np.abs(first - 255 * image[0].transpose(1, 2, 0)).max() <= 0.51
+    refused(hflow("interpolate", "0.2.safetensors", "0.3.safetensors"), "were made with different controls or steps")
+    refused(hflow("mix", "--row-images", "0.2.safetensors", "--column-images", "0.3.safetensors"), "different controls")
 
 
 def test_mixing_by_slots(exported: Path) -> None:

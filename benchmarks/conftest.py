@@ -26,6 +26,7 @@ _TABLES: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="NAME", help="write benchmarks/results/NAME.json and .md")
+    parser.addoption("--bundles", metavar="FOLDER", help="keep exported bundles there, and take those that are there")
 
 
 def record(title: str, seconds: dict[str, list[float]], **more: Any) -> None:
@@ -75,13 +76,17 @@ def publish(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], N
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, Path]]:
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Any, Path]]:
     """`exported(preset, route)` gives the model and its verified bundle, made once a session."""
     made: dict[tuple[str, str], tuple[Any, Path]] = {}
+    kept = request.config.getoption("--bundles")
 
     def make(preset: str, route: str = "both") -> tuple[Any, Path]:
         if (preset, route) not in made:
-            made[preset, route] = exported_like(preset, tmp_path_factory.mktemp(preset), route)
+            folder = Path(kept) / f"{preset}-{route}" if kept else tmp_path_factory.mktemp(preset)
+            made[preset, route] = exported_like(preset, folder, route)
         return made[preset, route]
 
     return make

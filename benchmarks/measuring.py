@@ -55,12 +55,18 @@ def trained_like(preset: str, overrides: Sequence[str] = ()) -> Any:
 def exported_like(
     preset: str, folder: Path, route: Any = "both", overrides: Sequence[str] = (), **options: Any
 ) -> tuple[Any, Path]:
-    """`trained_like(preset, overrides)` and its verified bundle, `folder`/bundle; options: of `export_bundle`."""
+    """`trained_like(preset, overrides)` and its verified bundle, `folder`/bundle; options: of `export_bundle`.
+
+    A bundle that is there is taken for it.
+    """
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
     from hflow_rt.training.config import load_config
 
     model, weights = trained_like(preset, overrides), folder / "model.safetensors"
+    if (folder / "bundle").exists():
+        return model, folder / "bundle"
+    folder.mkdir(parents=True, exist_ok=True)
     save_model(weights, load_config(preset).family, model, model.state_dict(), {})
     ramp = np.linspace(0, 1, model.resolution, dtype=np.float32)
     images = np.broadcast_to(ramp, (2, model.channels, model.resolution, model.resolution)).copy()

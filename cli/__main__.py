@@ -16,6 +16,7 @@ COMMANDS = (
     "demo",
     "dataset",
     "train",
+    "curves",
     "import_checkpoint",
     "export",
     "sample",

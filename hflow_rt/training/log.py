@@ -76,8 +76,9 @@ class Log:
     """TensorBoard files; the x-axis is images seen. On a process that does not write, nothing happens."""
 
     def __init__(self, folder: Path, images: int, writes: bool) -> None:
-        # Events after the place a run is resumed at belong to a future that will not happen.
-        self._writer = SummaryWriter(str(folder), purge_step=images or None, flush_secs=20) if writes else None
+        # Events after the place a run is resumed at belong to a future that will not happen; those at it have happened.
+        ends = images + 1 if images else None
+        self._writer = SummaryWriter(str(folder), purge_step=ends, flush_secs=20) if writes else None
 
     def scalars(self, values: Mapping[str, float], images: int) -> None:
         """Add points to curves, by tag."""

@@ -12,12 +12,26 @@ from outcomes import ok, refused
 from hflow_rt import __version__
 from hflow_rt.cli.__main__ import COMMANDS
 from hflow_rt.training.config import preset_names
+from hflow_rt.training.curves import LOG
+from hflow_rt.training.log import Log
 
 Command = Callable[..., Any]
 
 
 def test_version(hflow: Command) -> None:
     assert ok(hflow("--version")).out == f"hflow-rt {__version__}\n"
+
+
+def test_curves(hflow: Command, run: Path) -> None:
+    log = Log(run / LOG, 0, writes=True)
+    for images in (100, 200):
+        log.scalars({"loss": 1 / images}, images)
+    log.close()
+    done = ok(hflow("curves", run))
+    assert done.out.startswith(f"1 curves of {run}, 200 images: curves.png\n")
+    assert Path("curves.png").is_file()
+    assert json.loads(ok(hflow("curves", "--json")).out)["panels"] == ["loss"]
+    refused(hflow("curves", "-o", "curves.jpg"), "must end in .png; found 'curves.jpg'")
 
 
 def test_completion(python: Command) -> None:

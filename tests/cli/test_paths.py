@@ -33,6 +33,7 @@ def readers(path: str) -> dict[str, tuple[object, ...]]:
         "bench": ("bench", path),
         "bench compare": ("bench", "--compare", path, path),
         "tune": ("tune", path),
+        "curves": ("curves", path),
         "eval": ("eval", "bpd", path),
         "eval data": ("eval", "bpd", "--data", path),
         "eval features": ("eval", "distance", "--features", f"{path}.onnx"),

@@ -111,14 +111,18 @@ def test_what_the_proofs_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     found: dict[str, dispatch.Launch] = {}
     for name, of in PROOFS.items():
         with dispatch.recorded() as launches:
-            largest_difference(dataclasses.replace(of, operator=operators[name]), torch.device("cpu"))
+            for case in of.cases:  # each alone, for nothing is computed, and a proof ends at the first that is wrong
+                alone = dataclasses.replace(of, operator=operators[name], cases=(case,))
+                largest_difference(alone, torch.device("cpu"))
         found |= {f"{name} {at}": launch for at, launch in enumerate(launches)}
     kernels = [name for name in found if report._first(found, name)]
     assert len(kernels) == 148
     reported = {but_for_sides(launch) for name, launch in report.launches().items() if " fp32 " in name}
     kernels = [name for name in kernels if but_for_sides(found[name]) not in reported]
     assert len(kernels) == 81
-    for at, name in enumerate(kernels):
+    # the two types of half precision differ in how values are read and written alone: one of them will do
+    different = {str(but_for_sides(found[name])).replace("*bf16", "*fp16"): name for name in kernels}
+    for at, name in enumerate(different.values()):
         capability = report.CAPABILITIES[at % len(report.CAPABILITIES)]
         compiled = report.compiled(name, found[name], capability)
         assert compiled.spilled == 0, compiled

@@ -37,11 +37,12 @@ def read_curves(run: Path) -> dict[str, Curve]:
     """Curves of a run by tag, without what a resumed training left behind. Raises `DataError` where none is."""
     with needed("tensorboard", "reading a run's log needs tensorboard: pip install 'hflow-rt[train]'"):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events: Any = EventAccumulator(str(run / LOG), size_guidance={"scalars": 0})
+    open_log: Any = EventAccumulator
+    events = open_log(str(run / LOG), size_guidance={"scalars": 0})
     if (run / LOG).is_dir():
         events.Reload()
     found = {}
-    for tag in events.Tags()["scalars"] if (run / LOG).is_dir() else ():
+    for tag in events.Tags()["scalars"]:
         points = events.Scalars(tag)
         values = np.array([point.value for point in points], np.float64)
         found[tag] = Curve(np.array([point.step for point in points], np.int64), values)

@@ -46,7 +46,7 @@ def spread(x: Tensor) -> Tensor:
 
     Written out, for `Tensor.std` takes more than twice as long on a CPU.
     """
-    off = torch.linalg.vector_norm(x - x.mean((2, 3), keepdim=True), dim=(2, 3), keepdim=True)
+    off: Tensor = torch.linalg.vector_norm(x - x.mean((2, 3), keepdim=True), dim=(2, 3), keepdim=True)
     return off / math.sqrt(x.shape[2] * x.shape[3] - 1) + _EPS
 
 

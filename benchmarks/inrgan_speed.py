@@ -1,6 +1,6 @@
 """INR-GAN's forward pass in float32: the exported graph against the plain generator, eager and compiled.
 
-    python benchmarks/inrgan_speed.py [--presets inrgan-emoji inrgan-256] [--batches 1 16] [--memory 50] [--out FILE.md]
+    python benchmarks/inrgan_speed.py [--presets inrgan-emoji inrgan-256] [--batches 1 16] [--memory 50] [--out FILE.md] [--bundles FOLDER]
     python benchmarks/inrgan_speed.py --dry-run        the same at a tiny size; figures mean nothing
 
 The plain generator concatenates and computes its embeddings anew in every call. All take turns on the same latents.
@@ -35,7 +35,9 @@ WANTED = {"eager": 3.0, "compiled": 1.5}
 
 
 def made(preset: str, folder: Path) -> Path:
-    """A bundle of random weights, with w_avg as a trained one has it."""
+    """A bundle of random weights, with w_avg as a trained one has it; one that is there is taken for it."""
+    if (folder / "bundle").exists():
+        return folder
     torch.manual_seed(0)
     found = family("inrgan")
     model: Any = build_model("inrgan", found.presets.get(preset, found.tiny)["model"])
@@ -44,7 +46,7 @@ def made(preset: str, folder: Path) -> Path:
         drawn = torch.randn(1000, model.config.z_dim)
         model.w_avg.copy_(model.mapping(drawn, None if labels is None else torch.from_numpy(labels)).mean(0))
     side = model.resolution
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     save_model(folder / "model.safetensors", "inrgan", model, model.state_dict(), {})
     export_bundle(folder / "model.safetensors", folder / "bundle", np.zeros((1, 3, side, side), np.float32))
     return folder
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=50, help="images of a call whose memory is measured too")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bundles", type=Path, help="keep exported bundles there, and take those that are there")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -120,7 +123,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         for preset in presets:
-            folder = made(preset, Path(work) / preset)
+            folder = made(preset, (given.bundles or Path(work)) / preset)
             for batch in given.batches:
                 seconds = take_turns({name: call_of(name, folder, batch) for name in VARIANTS}, given.rounds, fill)
                 best = {name: statistics.median(found) for name, found in seconds.items()}

@@ -1,6 +1,7 @@
 """INR-GAN's forward pass in float32: the exported graph against the plain generator, eager and compiled.
 
-    python benchmarks/inrgan_speed.py [--presets inrgan-emoji inrgan-256] [--batches 1 16] [--memory 50] [--out FILE.md] [--bundles FOLDER]
+    python benchmarks/inrgan_speed.py [--presets inrgan-emoji inrgan-256] [--batches 1 16] [--memory 50]
+        [--bundles FOLDER] [--out FILE.md]
     python benchmarks/inrgan_speed.py --dry-run        the same at a tiny size; figures mean nothing
 
 The plain generator concatenates and computes its embeddings anew in every call. All take turns on the same latents.

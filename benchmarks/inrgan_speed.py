@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,7 +97,11 @@ def _mib(what: str) -> float:
 
 def _peak(variant: str, folder: Path, batch: int) -> str:
     job = [sys.executable, __file__, "--one", json.dumps([variant, str(folder), batch])]
-    done = subprocess.run(job, check=True, capture_output=True, text=True)
+    done = subprocess.run(job, check=False, capture_output=True, text=True)
+    if done.returncode == -signal.SIGKILL:
+        return "out of memory"
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return f"{float(done.stdout):.1f}"
 
 

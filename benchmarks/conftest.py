@@ -26,6 +26,7 @@ _TABLES: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", metavar="NAME", help="write benchmarks/results/NAME.json and .md")
+    parser.addoption("--rounds", type=int, default=9, help="of variants that take turns [9]")
     parser.addoption("--bundles", metavar="FOLDER", help="keep exported bundles there, and take those that are there")
 
 
@@ -49,12 +50,12 @@ def record_fixture() -> Callable[..., None]:
 
 
 @pytest.fixture
-def against() -> Callable[..., None]:
+def against(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`against(TITLE, VARIANTS, AIMS)` times calls in turns and keeps two rows for each baseline in the aims, which say
     by how many times the last variant is to be as fast."""
 
     def compare(title: str, variants: dict[str, Callable[[], Any]], aims: dict[str, float]) -> None:
-        seconds, last = take_turns(variants, 9, 0.3), list(variants)[-1]
+        seconds, last = take_turns(variants, request.config.getoption("--rounds"), 0.3), list(variants)[-1]
         for baseline, aim in aims.items():
             record(f"{title}, aim {aim:g}x", {name: seconds[name] for name in (baseline, last)})
 

@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 64: {"const": 32, "random": 16},
             },
             "discriminator": {"channel_base": 2048, "channel_max": 128}, "r1_gamma": 1.0, "augment": "bgc",
-            "augment_images": 20_000,
+            "augment_images": 100_000,
         },
         "training": _training(16, 5_000, images=1_000_000, decay_start_images=1_000_000),
     },

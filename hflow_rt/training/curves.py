@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file
+from hflow_rt.runs import TENSORBOARD
 
-__all__ = ["LOG", "Curve", "draw_curves", "panel_of", "read_curves"]
+__all__ = ["Curve", "draw_curves", "panel_of", "read_curves"]
 
-LOG = "tensorboard"  # of a run
 _POINTS = 250  # of a line, at most; more are averaged
 _COLUMNS = 3
 _LARGEST_RATIO = 30.0  # of values in a panel, before its axis is logarithmic
@@ -38,8 +38,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
     with needed("tensorboard", "reading a run's log needs tensorboard: pip install 'hflow-rt[train]'"):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     open_log: Any = EventAccumulator
-    events = open_log(str(run / LOG), size_guidance={"scalars": 0})
-    if (run / LOG).is_dir():
+    events = open_log(str(run / TENSORBOARD), size_guidance={"scalars": 0})
+    if (run / TENSORBOARD).is_dir():
         events.Reload()
     found = {}
     for tag in events.Tags()["scalars"]:
@@ -47,7 +47,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
         values = np.array([point.value for point in points], np.float64)
         found[tag] = Curve(np.array([point.step for point in points], np.int64), values)
     if not found:
-        raise DataError(f"{run} has no log to draw; a training writes it to {run / LOG}")
+        raise DataError(f"{run} has no log to draw; a training writes it to {run / TENSORBOARD}")
     return found
 
 

@@ -71,7 +71,7 @@ def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]
 
 def as_made(session: Session, files: Sequence[Path]) -> Session:
     """The session with the steps and controls that all these latents files were made with. Raises `DataError`."""
-    found = [how_made(load_latents(path)[1], str(path)) for path in files]
+    found = [how_made(_opened(path)[1], str(path)) for path in files]
     for path, made in zip(files, found, strict=True):
         if (made.controls, made.steps) != (found[0].controls, found[0].steps):
             raise DataError(
@@ -89,6 +89,11 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
     Raises `DataError` for a missing or broken file and for one that `save_latents` did not write. Whether the
     latents fit a model is for `check_latents` to say.
     """
+    return _opened(path, arrays=True)
+
+
+def _opened(path: Path | str, arrays: bool = False) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+    """As `load_latents`; only the metadata unless `arrays` are wanted."""
     path = Path(path)
     if not is_file(path):
         raise DataError(f"no latents file at {path}; write one with 'hflow-rt encode' or 'hflow-rt sample'")
@@ -101,9 +106,9 @@ def load_latents(path: Path | str) -> tuple[dict[str, NDArray[np.float32]], dict
             order, metadata = described["order"], described["metadata"]
             if sorted(order) != sorted(file.keys()) or not isinstance(metadata, dict):
                 raise ValueError("names differ from the header's")
-            arrays = {name: file.get_tensor(name) for name in order}
-            halves = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype == np.float16}
-            return arrays | halves, metadata
+            read = {name: file.get_tensor(name) for name in (order if arrays else ())}
+            halves = {name: array.astype(np.float32) for name, array in read.items() if array.dtype == np.float16}
+            return read | halves, metadata
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} is not a whole latents file ({reason}); encode or copy it again") from error

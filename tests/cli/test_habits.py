@@ -11,8 +11,8 @@ from outcomes import ok, refused
 
 from hflow_rt import __version__
 from hflow_rt.cli.__main__ import COMMANDS
+from hflow_rt.runs import TENSORBOARD
 from hflow_rt.training.config import preset_names
-from hflow_rt.training.curves import LOG
 from hflow_rt.training.log import Log
 
 Command = Callable[..., Any]
@@ -23,7 +23,7 @@ def test_version(hflow: Command) -> None:
 
 
 def test_curves(hflow: Command, run: Path) -> None:
-    log = Log(run / LOG, 0, writes=True)
+    log = Log(run / TENSORBOARD, 0, writes=True)
     for images in (100, 200):
         log.scalars({"loss": 1 / images}, images)
     log.close()

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from hflow_rt.errors import DataError
-from hflow_rt.training.curves import LOG, draw_curves, panel_of, read_curves
+from hflow_rt.runs import TENSORBOARD
+from hflow_rt.training.curves import draw_curves, panel_of, read_curves
 from hflow_rt.training.log import Log
 
 
@@ -28,7 +29,7 @@ def test_panels(tag: str, panel: tuple[str, str]) -> None:
 
 def test_a_resumed_run_is_one_line(tmp_path: Path) -> None:
     for begun, shift in ((0, 0.0), (30, 5.0)):
-        log = Log(tmp_path / LOG, begun, writes=True)
+        log = Log(tmp_path / TENSORBOARD, begun, writes=True)
         for images in range(begun + 10, begun + 60, 10):
             log.scalars({"loss": images / 10 + shift, "judge/loss": 1.0, "samples/frechet": 300.0 - images}, images)
         log.close()
@@ -42,7 +43,7 @@ def test_a_resumed_run_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_log(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / LOG):
+    for folder in (tmp_path, tmp_path / TENSORBOARD):
         folder.mkdir(exist_ok=True)
         with pytest.raises(DataError, match="has no log to draw"):
             read_curves(tmp_path)

@@ -92,9 +92,8 @@ class _Stage(nn.Module):
         super().__init__()
         self.upsampling = stage.upsampling
         self.doubles = stage.doubles
-        embedding = (
-            None if stage.embedding is None else stage.embedding(pixels)[0].flatten(1)
-        )  # [E, P]: runtimes pack a matrix
+        # [E, P], for runtimes pack a constant matrix
+        embedding = None if stage.embedding is None else stage.embedding(pixels)[0].flatten(1)
         self.register_buffer("embedding", embedding, persistent=False)
         self.reader = pixels.reader(pixels.side // 2) if pixels is not None and stage.doubles else None
         self.layers = nn.ModuleList(_Layer(layer) for layer in stage.own_layers()) if like is None else like.layers

@@ -22,7 +22,7 @@ LATENCY ?=
 # the folders of a checkout are not the package, so the current folder must not be looked in
 ON_GPU = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/benchmarks:$(PYTHONPATH)
 
-.PHONY: install proofs demo test lint types check bench kernels pretrained gpu-install gpu-test gpu-report gpu-train pictures clean
+.PHONY: install proofs web demo test lint types check bench kernels pretrained gpu-install gpu-test gpu-report gpu-train pictures clean
 
 install: $(VENV)/.installed
 
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,dev]"
+	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,explore,dev]"
 	touch $@
 
 demo: install
@@ -43,8 +43,19 @@ $(VENV)/.proofs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[kernels,rtx]"
 	touch $@
 
+# What runs a model in a browser, from npm, for `hflow-rt explore --static`; a wheel that is built later holds it, too.
+ORT_WEB ?= onnxruntime-web@1.30.0
+WEB := runtime/explore/web-runtime
+web: $(WEB)/ort-wasm-simd-threaded.wasm
+
+$(WEB)/ort-wasm-simd-threaded.wasm:
+	mkdir -p build/web $(WEB)
+	cd build/web && tar xzf "$$(npm pack --silent $(ORT_WEB))"
+	cd build/web/package/dist && cp ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm $(abspath $(WEB))
+	rm -r build/web
+
 # One worker a core, each with one thread; a file stays on one worker, and those with slow tests come first.
-test: proofs
+test: proofs $(if $(shell command -v npm),web)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -p no:benchmark -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: install

@@ -27,6 +27,7 @@ COMMANDS = (
     "bench",
     "tune",
     "info",
+    "explore",
     "walk",
     "seeds",
     "heatmap",

@@ -29,7 +29,7 @@ from hflow_rt.data.colour import to_srgb
 from hflow_rt.data.lmdb_sets import lmdb_parts, lmdb_values
 from hflow_rt.errors import DataError
 
-__all__ = ["ImageSource", "Skipped", "looks_like_image", "open_source", "read_file", "short", "to_rgb"]
+__all__ = ["ImageSource", "Skipped", "looks_like_image", "open_source", "read_bytes", "read_file", "short", "to_rgb"]
 
 # An uncompressed RGB image at Pillow's own pixel limit takes this much; anything larger is no photograph.
 MAX_FILE_BYTES = 2**28
@@ -120,6 +120,11 @@ def open_source(source: Path | str) -> Iterator[ImageSource]:
 def read_file(path: Path | str) -> Image.Image | Skipped:
     """The image in a file, as RGB."""
     return _read_image(partial(_open_file, Path(path)))
+
+
+def read_bytes(data: bytes) -> Image.Image | Skipped:
+    """The image that the bytes of a file are, as RGB."""
+    return _read_image(partial(io.BytesIO, data))
 
 
 def looks_like_image(name: str) -> bool:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from hflow_rt.data.pixels import to_levels
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_folder, is_ours
 from hflow_rt.memory import need
+
+if TYPE_CHECKING:
+    from hflow_rt.data.sources import Skipped
 
 __all__ = [
     "Row",
@@ -34,6 +37,7 @@ __all__ = [
     "grid",
     "grid_size",
     "heat_colours",
+    "image_of_bytes",
     "labelled_rows",
     "read_image",
     "save_image",
@@ -107,22 +111,36 @@ def read_image(path: Path | str, resolution: int, crop: str = "center", channels
     than R is reduced with a Lanczos filter. channels: C; with 1 it is the luminance.
     Raises `DataError` for a file that is missing, damaged, no image, too large or too small.
     """
-    from hflow_rt.data.resize import fit
-    from hflow_rt.data.sources import Skipped, read_file
+    from hflow_rt.data.sources import read_file
 
     if crop not in ("center", "none"):
         raise DataError(f"crop must be 'center' or 'none'; found '{crop}'")
-    picture = read_file(path)
+    return _fitted(read_file(path), path, resolution, crop == "none", channels)
+
+
+def image_of_bytes(data: bytes, name: str, resolution: int, channels: int = 3) -> NDArray[np.float32]:
+    """As `read_image`, of the bytes of a file that is called `name`."""
+    from hflow_rt.data.sources import read_bytes
+
+    return _fitted(read_bytes(data), name, resolution, False, channels)
+
+
+def _fitted(
+    picture: "Image.Image | Skipped", name: Path | str, resolution: int, whole: bool, channels: int
+) -> NDArray[np.float32]:
+    from hflow_rt.data.resize import fit
+    from hflow_rt.data.sources import Skipped
+
     if isinstance(picture, Skipped):
         if picture.reason in _DAMAGED:
-            raise DataError(f"{path} is not a whole image of a known kind: {picture.detail}; convert or copy it again")
+            raise DataError(f"{name} is not a whole image of a known kind: {picture.detail}; convert or copy it again")
         if picture.reason == "too large":
-            raise DataError(f"{path} cannot be used: {picture.detail}; reduce it first")
-        raise DataError(f"no image at {path}: {picture.detail}; check the name")
-    fitted = fit(picture, resolution, "none" if crop == "none" else "center", channels)
+            raise DataError(f"{name} cannot be used: {picture.detail}; reduce it first")
+        raise DataError(f"no image at {name}: {picture.detail}; check the name")
+    fitted = fit(picture, resolution, "none" if whole else "center", channels)
     if isinstance(fitted, Skipped):
         wanted = f"{resolution}x{resolution}"
-        raise DataError(f"{path} cannot be used: {fitted.detail}; give a square image of at least {wanted}")
+        raise DataError(f"{name} cannot be used: {fitted.detail}; give a square image of at least {wanted}")
     return np.divide(fitted, 255, dtype=np.float32)
 
 

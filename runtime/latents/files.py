@@ -17,7 +17,16 @@ from hflow_rt.runtime.latents.operations import Latents
 from hflow_rt.runtime.latents.round_trips import RoundTrip
 from hflow_rt.runtime.session import LATENT_SPACE, Session
 
-__all__ = ["Made", "about_model", "as_made", "check_latents_name", "how_made", "load_latents", "save_latents"]
+__all__ = [
+    "Made",
+    "about_model",
+    "as_made",
+    "check_latents_name",
+    "how_made",
+    "latents_file",
+    "load_latents",
+    "save_latents",
+]
 
 _METADATA_KEY = "hflow_rt.latents"
 
@@ -58,15 +67,18 @@ def check_latents_name(path: Path) -> None:
 def save_latents(path: Path | str, latents: Latents, metadata: Mapping[str, Any]) -> None:
     """Write latents and what is known of them (family, model hash, seed, ...: JSON values) as safetensors.
 
-    An array of numbers that half precision holds is stored so, which loses nothing.
     Raises `DataError` if the file cannot be written.
     """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(latents_file(latents, metadata))
+
+
+def latents_file(latents: Latents, metadata: Mapping[str, Any]) -> bytes:
+    """The content of such a file. An array of numbers that half precision holds is stored so, which loses nothing."""
     # contiguous because safetensors writes the memory as it lies; the order because it sorts the names
     arrays = {name: np.ascontiguousarray(_small(values)) for name, values in latents.items()}
     header = json.dumps({"order": list(latents), "metadata": dict(metadata)})
-    content = save(arrays, {_METADATA_KEY: header})
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
+    return save(arrays, {_METADATA_KEY: header})
 
 
 def as_made(session: Session, files: Sequence[Path]) -> Session:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hflow_rt.errors import DataError
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
-from hflow_rt.runtime.latents.operations import Latents, concatenate, interpolate, mix, path_by, random_walk
+from hflow_rt.runtime.latents.operations import Latents, Way, concatenate, interpolate, mix, path_by, random_walk
 from hflow_rt.runtime.latents.round_trips import BATCH
 from hflow_rt.runtime.session import LATENT_SPACE, Array, Session, Stds
 
@@ -31,10 +31,14 @@ __all__ = [
     "repeat",
     "samples",
     "select",
+    "slots_mixed",
     "stepped",
     "style_row",
+    "styled",
     "temperatures",
     "walk",
+    "way_in",
+    "zeroed",
     "zeroing",
 ]
 
@@ -92,6 +96,11 @@ def between(
     return _decoded(session, space, path, 1)
 
 
+def way_in(session: Session, space: str, mode: str) -> Way:
+    """The way through `space` that `between` takes, see `path_by`. Raises `DataError`."""
+    return path_by(mode, session.joined(space), *_ways(session))
+
+
 def walk(
     session: Session,
     paths: int,
@@ -146,7 +155,7 @@ def stepped(
     seconds |= {name: firsts[name] for name in session.conditions}
     begin, end = (session.into_space(space, drawn) for drawn in (firsts, seconds))
     mode = "slerp" if space == LATENT_SPACE else "lerp"
-    moved = path_by(mode, session.joined(space), *_ways(session))(begin, end, share)
+    moved = way_in(session, space, mode)(begin, end, share)
     first, second = (
         np.concatenate([session.decode(space, part, controls) for part in batches(values)]) for values in (begin, moved)
     )
@@ -227,9 +236,14 @@ def zeroing(session: Session, latents: Latents) -> Iterator[tuple[tuple[str, ...
     current, zero = dict(latents), tuple[str, ...]()
     yield zero, _images(session, current)
     for name in reversed(session.levels):
-        current[name] = _scaled(session, name, latents[name], 0)
+        current[name] = zeroed(session, name, latents[name])
         zero = (*zero, name)
         yield zero, _images(session, current)
+
+
+def zeroed(session: Session, name: str, values: Array) -> Array:
+    """The values of latent `name` that say nothing: zero, of a bank of images their mean."""
+    return _scaled(session, name, values, 0)
 
 
 def temperatures(
@@ -312,7 +326,12 @@ def _calls(session: Session, level: str) -> tuple[str, int | None]:
 
 
 def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> Array:
-    """Images `[B, C, R, R]` of `columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
+    """Images `[B, C, R, R]` of what is `styled`."""
+    return _images(session, styled(session, row, columns, names))
+
+
+def styled(session: Session, row: Latents, columns: Latents, names: Iterable[str]) -> dict[str, Array]:
+    """`columns` (a batch of B) with the latents `names` taken from `row` (a batch of 1).
 
     Conditions, such as a class, go with the coarsest latent. names: as of `coarse_down_to`. Raises `DataError` for an
     unknown one.
@@ -324,7 +343,7 @@ def style_row(session: Session, row: Latents, columns: Latents, names: Iterable[
     for name, calls in taken:
         if calls is not None:
             mixed[name] = np.concatenate([given[name][:, :calls], mixed[name][:, calls:]], 1)
-    return _images(session, mixed)
+    return mixed
 
 
 def space_to_image(session: Session) -> str:
@@ -370,12 +389,20 @@ def parse_slots(session: Session, space: str, texts: Sequence[str]) -> list[int]
 
 
 def slots_row(session: Session, space: str, row: Latents, columns: Latents, slots: Sequence[int]) -> Array:
-    """As `style_row`, of values of a space of slots: those of `columns` with some slots of `row`."""
+    """As `style_row`, of values of a space of slots."""
+    mixed = slots_mixed(session, space, row, columns, slots)
+    return np.concatenate([session.decode(space, part) for part in batches(mixed)])
+
+
+def slots_mixed(session: Session, space: str, row: Latents, columns: Latents, slots: Sequence[int]) -> dict[str, Array]:
+    """Values of a space of slots: those of `columns` with some slots of `row`. Raises `DataError`."""
     mixed = dict(columns)
     name = next(iter(session.space_shapes(space)))
     mixed[name] = columns[name].copy()
+    if not all(0 <= slot < mixed[name].shape[1] for slot in slots):
+        raise DataError(f"this model has the slots 0-{mixed[name].shape[1] - 1}; found {max(slots)}")
     mixed[name][:, slots] = row[name][:, slots]
-    return np.concatenate([session.decode(space, part) for part in batches(mixed)])
+    return mixed
 
 
 def _images(session: Session, latents: Latents) -> Array:

@@ -18,6 +18,7 @@ from hflow_rt.runtime.noise import Stream, draw_latents
 __all__ = [
     "MODES",
     "Latents",
+    "Way",
     "check_latents",
     "concatenate",
     "interpolate",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 Latents = Mapping[str, NDArray[np.float32]]
-_Path = Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]
+Way = Callable[[Latents, Latents, float], dict[str, NDArray[np.float32]]]
 
 MODES = ("lerp", "slerp")
 
@@ -160,7 +161,7 @@ def random_walk(
 
 
 def _frames(
-    first: Latents, moving: Sequence[Latents], frames_per_segment: int, closed: bool, path: _Path
+    first: Latents, moving: Sequence[Latents], frames_per_segment: int, closed: bool, path: Way
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     for start, stop in pairwise([*moving, moving[0]] if closed else moving):
         for step in range(frames_per_segment):
@@ -208,7 +209,7 @@ def path_by(
     joined: Iterable[Sequence[str]] = (),
     straight: Collection[str] = (),
     turned: Collection[str] = (),
-) -> _Path:
+) -> Way:
     """The way from `a` to `b` as a function of both and of the share t of it that is gone; see `interpolate`.
 
     Raises `DataError` for an unknown mode, and the function for latents that do not match.
@@ -216,7 +217,7 @@ def path_by(
     if mode not in MODES:
         raise DataError(f"interpolation mode must be one of {', '.join(MODES)}; found '{mode}'")
     groups = list(joined)
-    plain: _Path = lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
+    plain: Way = lerp if mode == "lerp" else lambda a, b, t: slerp(a, b, t, groups, straight)
 
     def path(a: Latents, b: Latents, t: float) -> dict[str, NDArray[np.float32]]:
         _check_pair(a, b)

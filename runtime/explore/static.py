@@ -1,0 +1,123 @@
+"""The page as a folder for any web host: the browser runs the model, and nothing is asked of anybody else."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hflow_rt.errors import BackendUnavailable, BundleError
+from hflow_rt.files import atomic_directory
+from hflow_rt.manifest import Graph, Loop, Tensor
+from hflow_rt.runtime.bundle import find_bundle
+from hflow_rt.runtime.explore.description import described
+from hflow_rt.runtime.explore.server import PAGE, POLICY
+from hflow_rt.runtime.latents.nearest import find_tensor
+from hflow_rt.runtime.session import LATENT_SPACE, Session, open_bundle
+
+__all__ = ["RUNTIME", "find_runtime", "write_static"]
+
+RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+_PACKAGE = "onnxruntime-web"
+_SHIPPED = PAGE.parent / "web-runtime"  # which `make web` fills
+_LARGE = 30 * 2**20
+_LICENCE = PAGE.parent / "onnxruntime-web.txt"
+
+
+def find_runtime(named: Path | None) -> Path:
+    """The folder that holds `RUNTIME`: the one named, what ships with the package, or that of npm in this project.
+
+    Raises `BackendUnavailable`, which says how to get it.
+    """
+    here = Path.cwd()
+    beside = [folder / "node_modules" / _PACKAGE / "dist" for folder in (here, *here.parents)]
+    for folder in [named] if named is not None else [_SHIPPED, *beside]:
+        if all((folder / name).is_file() for name in RUNTIME):
+            return folder
+    where = f"{named} lacks" if named is not None else "this installation lacks"
+    raise BackendUnavailable(
+        f"{where} the web runtime ({', '.join(RUNTIME)}); run 'npm install {_PACKAGE}' here, or name its folder dist"
+        " with --web-runtime"
+    )
+
+
+def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list[str]:
+    """Write the page, the graphs of a bundle or run and the web runtime into a new folder; lines on what it is.
+
+    Raises `BundleError` for a model that takes many calls or whose bundle lacks the way to images,
+    `BackendUnavailable` as `find_runtime` does, and `DataError` for a folder that holds anything else.
+    """
+    files = find_runtime(runtime)
+    bundle = find_bundle(model)
+    session = open_bundle(bundle, "onnx", "cpu")
+    manifest = bundle.manifest
+    if any(isinstance(way, Loop) for way in manifest.routes.values()):
+        raise BundleError(
+            f"this {manifest.family} model takes {session.steps} calls an image, and a static page makes one;"
+            " run 'hflow-rt explore' instead"
+        )
+    web = _web(session)
+    sources = {graph[key] for graph in web["graphs"].values() for key in ("file", "weights") if graph[key]}
+    about = described(session) | {"engine": "browser", "backend": "this browser", "projects": False, "web": web}
+    if not about["encodes"]:
+        about["encodes_not"] = f"{manifest.absent['inverse']}; a static page cannot search"
+    with atomic_directory(folder) as made:
+        for source in PAGE.iterdir():
+            if source.name not in ("server.js", "index.html"):
+                shutil.copyfile(source, made / source.name)
+        page = (PAGE / "index.html").read_text(encoding="utf-8")
+        policy = POLICY | {"script-src": "'self' 'wasm-unsafe-eval'", "worker-src": "'self'"}
+        said_policy = "; ".join(f"{what} {allowed}" for what, allowed in policy.items())
+        tag = f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{said_policy}">'
+        (made / "index.html").write_text(page.replace('<meta charset="utf-8">', tag), encoding="utf-8")
+        (made / "model.json").write_text(json.dumps(about), encoding="utf-8")
+        for source in sorted(sources):
+            shutil.copyfile(bundle.file(source), made / source)
+        (made / "ort").mkdir()
+        for file in RUNTIME:
+            shutil.copyfile(files / file, made / "ort" / file)
+        shutil.copyfile(_LICENCE, made / "ort" / "LICENSE.txt")
+    size = sum(manifest.files[source].bytes for source in sources)
+    lines = [f"{about['name']}, {size / 2**20:.1f} MB of model: {folder}/"]
+    if size > _LARGE:
+        lines.append(f"a model beyond {_LARGE // 2**20} MB takes long to load in a browser, and phones may refuse it")
+    return lines
+
+
+def _web(session: Session) -> dict[str, Any]:
+    """What the browser needs to run the graphs and to do with latents what Python does."""
+    manifest = session.manifest
+    spaces = {
+        name: found.model_dump(include={"into", "back", "decode", "slots"})
+        for name, found in manifest.spaces.items()
+        if found.into in manifest.graphs and (found.decode in manifest.graphs or found.back in manifest.graphs)
+    }
+    forward, inverse = (manifest.routes.get(route) for route in ("forward", "inverse"))
+    if forward not in manifest.graphs:
+        raise BundleError("this bundle has no forward graph; export it with both routes")
+    wanted = [forward, inverse, *(space[way] for space in spaces.values() for way in ("into", "back", "decode"))]
+    address = find_tensor(session)
+    return {
+        "forward": forward,
+        "inverse": inverse if inverse in manifest.graphs else None,
+        "graphs": {name: _signature(manifest.graphs[name]) for name in wanted if name in manifest.graphs},
+        "spaces": spaces,
+        "shapes": {latent.name: latent.shape for latent in manifest.latents},
+        "prior_std": manifest.prior_std,
+        "joined": {space: session.joined(space) for space in (LATENT_SPACE, *spaces)},
+        "ways": {"straight": [*session.conditions, *session.ways("line")], "turned": session.ways("arc")},
+        "address": {"space": address.space, "name": address.name},
+    }
+
+
+def _signature(graph: Graph) -> dict[str, Any]:
+    return {
+        "file": graph.file,
+        "weights": graph.weights,
+        "inputs": _tensors(graph.inputs),
+        "outputs": _tensors(graph.outputs),
+    }
+
+
+def _tensors(tensors: Sequence[Tensor]) -> list[dict[str, Any]]:
+    return [tensor.model_dump(include={"name", "shape", "role", "default"}) for tensor in tensors]

@@ -1,0 +1,347 @@
+"""The page in a real browser: every panel, links, undo, pictures, a server that goes away, and none at all."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from explore_server import running
+from PIL import Image
+
+from hflow_rt.errors import BackendUnavailable
+from hflow_rt.runtime import load
+from hflow_rt.runtime.explore.static import find_runtime, write_static
+from hflow_rt.runtime.images.pictures import to_uint8
+from hflow_rt.runtime.session import Session
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium"),
+]
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
+
+Open = Callable[..., Any]
+Photo = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        made = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def visit(browser: Any, port: int) -> Iterator[Open]:
+    """Open an address; what a page says is wrong with it, and whatever it asks of others, fails the test."""
+    wrong: list[str] = []
+    contexts = []
+
+    def open_page(address: str = "", at: int = port, **settings: Any) -> Any:
+        context = browser.new_context(accept_downloads=True, **settings)
+        contexts.append(context)
+        context.set_default_timeout(20_000)
+        page = context.new_page()
+        own = f"http://127.0.0.1:{at}/"
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda asked: None if asked.url.startswith((own, "blob:")) else wrong.append(asked.url))
+        page.goto(own + address)
+        page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def static_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The folder for any web host, on one."""
+    folder = tmp_path_factory.mktemp("static") / "site"
+    try:
+        find_runtime(None)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    write_static(load(device="cpu").bundle.path, folder)
+
+    class Host(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *about: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=folder)) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        yield host.server_address[1]
+        host.shutdown()
+
+
+def shown(page: Any, canvas: str = "#picture", address: str | None = None) -> Any:
+    """The pixels `[R, R, 3]` of a canvas, once it shows what the address says."""
+    wanted = page.evaluate("location.hash || '#'") if address is None else address
+    if canvas in ("#picture", "#other"):
+        page.wait_for_selector(f"{canvas}[data-shows={json.dumps(wanted)}]")
+    flat = page.eval_on_selector(
+        canvas,
+        "one => [one.width, ...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]",
+    )
+    return np.array(flat[1:], np.uint8).reshape(flat[0], flat[0], 4)[..., :3]
+
+
+def alone(session: Session, image: int, seed: int = 0, **how: Any) -> Any:
+    return to_uint8(session.forward(next(session.draw([image], seed=seed, **how))))[0]
+
+
+def python_of(page: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the Python lines on the page make."""
+    monkeypatch.chdir(folder)
+    exec(page.text_content("#python"), {})
+    return np.asarray(Image.open(folder / "picture.png"))
+
+
+def test_samples_and_sliders(visit: Open, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = visit("#seed=4")
+    page.wait_for_selector("#grid[data-drawn]")
+    assert page.locator("#grid button").count() == 16
+    np.testing.assert_array_equal(shown(page), alone(session, 0, 4))
+    page.get_by_label("sample 5 of seed 4").click()
+    np.testing.assert_array_equal(shown(page), alone(session, 5, 4))
+    page.get_by_label("std of z0").fill("0.9")
+    page.get_by_label("std of z0").dispatch_event("change")
+    stds = {"end0": 1.0, "end1": 1.0, "z2": 0.8, "z1": 0.5, "z0": 0.9}
+    np.testing.assert_array_equal(shown(page), alone(session, 5, 4, std=stds))
+    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    assert "--seed 4 --first 5 -n 1 --std end0=1" in page.text_content("#command")
+    page.get_by_role("button", name="redraw z1").click()
+    page.get_by_role("button", name="zero end1").click()
+    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    assert page.get_by_role("button", name="zero end1").get_attribute("aria-pressed") == "true"
+
+
+def test_back_forward_links_and_a_second_tab(visit: Open) -> None:
+    page = visit()
+    first = shown(page)
+    page.get_by_label("sample 3 of seed 0").click()
+    third = shown(page)
+    page.get_by_role("button", name="zero z2").click()
+    zeroed = shown(page)
+    link = page.url.partition("/#")[2]
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_url("**/#image=3")
+    np.testing.assert_array_equal(shown(page), third)
+    page.keyboard.press("Control+z")
+    page.wait_for_selector("#grid button.is-this[aria-label^='sample 0 ']")
+    np.testing.assert_array_equal(shown(page), first)
+    page.keyboard.press("Control+Shift+z")
+    page.keyboard.press("Control+Shift+z")
+    page.wait_for_url("**zeroed=z2")
+    np.testing.assert_array_equal(shown(page), zeroed)
+    np.testing.assert_array_equal(shown(visit(f"#{link}")), zeroed)
+    assert page.url.endswith(link)  # which the other tab left alone
+
+
+def test_between_mix_and_heat(visit: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = visit("#image=2&other=7")
+    page.get_by_role("tab", name="Between").click()
+    page.get_by_label("From the picture to the other one").fill("0.3")
+    page.get_by_label("From the picture to the other one").dispatch_event("change")
+    page.get_by_label("Way").select_option("slerp")
+    page.get_by_label("Space").select_option("y0")
+    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    with page.expect_download() as waited:
+        page.get_by_role("button", name="GIF").click()
+    with Image.open(waited.value.path()) as gif:
+        assert (gif.format, gif.size, gif.n_frames) == ("GIF", (256, 256), 46)
+    page.get_by_role("tab", name="Mix").click()
+    assert page.text_content("#levels-said") == "end0, end1 of the other one"
+    page.get_by_label("Coarse levels from the other one").fill("3")
+    page.get_by_label("Coarse levels from the other one").dispatch_event("change")
+    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    page.get_by_role("tab", name="Change").click()
+    page.get_by_role("button", name="where it acts: z2").click()
+    page.wait_for_selector("#heat-box:not([hidden])")
+    assert len(np.unique(shown(page, "#heat").reshape(-1, 3), axis=0)) > 20
+
+
+def test_a_picture_of_ones_own(visit: Open, session: Session, photo: Photo, tmp_path: Path) -> None:
+    page, mine = visit(), photo("mine.png", 6)
+    page.locator("#file").set_input_files(mine)
+    page.wait_for_url("**picture=*")
+    original = to_uint8(session.read(mine))[0]
+    np.testing.assert_array_equal(shown(page), original)
+    np.testing.assert_array_equal(shown(page, "#original"), original)
+    bits = float(session.bits_per_dim(session.inverse(session.read(mine)).log_prob)[0])
+    caption = f"from your picture: every 8-bit value comes back; {bits:.3f} bits/dim (plug-in estimate)"
+    assert page.text_content("#picture-said") == caption
+    for button, name in (("PNG", "picture.png"), ("Latents file", "picture.safetensors")):
+        with page.expect_download() as waited:
+            page.get_by_role("button", name=button, exact=True).click()
+        assert waited.value.suggested_filename == name
+        waited.value.save_as(tmp_path / name)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")), original)
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_selector("#original-box", state="hidden")
+    np.testing.assert_array_equal(shown(page), alone(session, 0))
+
+
+def test_a_dropped_and_a_broken_picture(visit: Open, photo: Photo, tmp_path: Path) -> None:
+    page = visit()
+    data = photo("dropped.png", 7).read_bytes()
+    drop = """([target, bytes, name]) => {
+      const given = new DataTransfer();
+      given.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+      document.querySelector(target).dispatchEvent(new DragEvent("drop", { dataTransfer: given, bubbles: true }));
+    }"""
+    page.evaluate(drop, ["#stage", list(data), "dropped.png"])
+    page.wait_for_url("**picture=*")
+    page.evaluate(drop, ["#stage", list(data[:100]), "broken.png"])
+    page.wait_for_selector("#banner:not([hidden])")
+    assert page.text_content("#banner").startswith("broken.png is not a whole image of a known kind")
+    page.get_by_label("sample 1 of seed 0").click()
+    page.wait_for_selector("#banner", state="hidden")
+
+
+def test_an_attribute(visit: Open, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Attribute").click()
+    page.locator("#with").set_input_files([photo("a.png", 1), photo("b.png", 2)])
+    page.get_by_text("2 pictures with it, 0 without it").wait_for()
+    page.locator("#without").set_input_files([photo("c.png", 3), photo("d.png", 4)])
+    page.get_by_text("2 pictures with it, 2 without it").wait_for()
+    page.get_by_role("button", name="What sets them apart").click()
+    page.wait_for_url("**attribute=*")
+    assert "stds apart" in page.text_content("#attribute-said")
+    page.get_by_label("How much of it to add").fill("-0.5")
+    page.get_by_label("How much of it to add").dispatch_event("change")
+    with page.expect_download() as waited:
+        page.get_by_role("button", name="Save the attribute").click()
+    waited.value.save_as(tmp_path / "attribute.safetensors")
+    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+
+
+def test_over_time_controls_and_steps(visit: Open, many_steps: Path, tmp_path: Path) -> None:
+    session = load(many_steps, device="cpu")
+    with running(session) as port:
+        page = visit("#panel=time&image=2", port)
+        np.testing.assert_array_equal(shown(page), alone(session, 2))
+        page.get_by_label("From the start to the picture").fill("0")
+        page.get_by_text("after 1 of 4 steps").wait_for()
+        first = next(session.trajectory(next(session.draw([2]))))
+        np.testing.assert_array_equal(shown(page), to_uint8(first)[0])
+        page.get_by_role("tab", name="Change").click()
+        page.get_by_label("steps").fill("2")
+        page.get_by_label("steps").dispatch_event("change")
+        np.testing.assert_array_equal(shown(page), alone(session.in_steps(2), 2))
+        assert "hflow-rt sample MODEL --seed 0 --first 2 -n 1 --steps 2" in page.text_content("#command")
+
+
+def test_a_server_that_goes_away(visit: Open, session: Session, photo: Photo) -> None:
+    with running(session) as port:
+        page = visit("", port)
+        page.locator("#file").set_input_files(photo("kept.png", 8))
+        page.wait_for_url("**picture=*")
+        before = shown(page)
+    page.get_by_role("button", name="zero z0").click()
+    page.get_by_text("The server does not answer. This page goes on when it does.").wait_for()
+    with running(session, port):
+        page.wait_for_selector("#banner", state="hidden")
+        page.get_by_role("button", name="zero z0").click()
+        np.testing.assert_array_equal(shown(page), before)  # it was given again
+
+
+def test_by_keyboard_on_a_phone_in_the_dark(visit: Open) -> None:
+    page = visit(viewport={"width": 360, "height": 740}, color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.locator("#grid button").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/#image=2")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Shift+Enter")
+    page.wait_for_url("**other=0*")
+    page.locator("#tab-change").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**panel=between*")
+    unnamed = """() => [...document.querySelectorAll("button, input, select, canvas")]
+      .filter((one) => one.checkVisibility())
+      .filter((one) => !one.textContent && !one.labels?.length && !one.getAttribute("aria-label"))
+      .filter((one) => !one.closest("button"))
+      .map((one) => one.outerHTML)"""
+    assert page.evaluate(unnamed) == []
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
+
+
+def test_without_a_server(
+    visit: Open, static_port: int, session: Session, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit("#seed=4&image=5", static_port)
+    close = partial(np.testing.assert_allclose, atol=1, rtol=0)  # in 8-bit levels
+    signed = lambda pixels: pixels.astype(int)  # noqa: E731
+    close(signed(shown(page)), signed(alone(session, 5, 4)))
+    page.get_by_role("button", name="redraw z1").click()
+    close(signed(shown(page)), signed(python_of(page, tmp_path, monkeypatch)))
+    page.get_by_role("tab", name="Between").click()
+    page.get_by_label("Way").select_option("slerp")
+    page.get_by_label("Space").select_option("y0")
+    close(signed(shown(page)), signed(python_of(page, tmp_path, monkeypatch)))
+    page.get_by_role("tab", name="Mix").click()
+    close(signed(shown(page)), signed(python_of(page, tmp_path, monkeypatch)))
+    page.get_by_role("tab", name="Change").click()
+    page.get_by_role("button", name="where it acts: z2").click()
+    page.wait_for_selector("#heat-box:not([hidden])")
+    mine = photo("mine.png", 6)
+    page.locator("#file").set_input_files(mine)
+    page.wait_for_url("**picture=*")
+    close(signed(shown(page)), signed(to_uint8(session.read(mine))[0]))
+    close(signed(shown(page, "#original")), signed(to_uint8(session.read(mine))[0]))
+    bits = float(session.bits_per_dim(session.inverse(session.read(mine)).log_prob)[0])
+    said = page.text_content("#picture-said")
+    assert "every 8-bit value comes back" in said
+    assert abs(float(said.split("; ")[1].split()[0]) - bits) < 0.05  # of pixels that differ by one here and there
+    page.get_by_role("tab", name="Attribute").click()
+    for side, seeds in (("#with", (1, 2)), ("#without", (3, 4))):
+        page.locator(side).set_input_files([photo(f"{seed}.png", seed) for seed in seeds])
+        page.get_by_text("2 pictures with it, 2" if side == "#without" else "2 pictures with it, 0").wait_for()
+    page.get_by_role("button", name="What sets them apart").click()
+    page.wait_for_url("**attribute=*")
+    with page.expect_download() as waited:
+        page.get_by_role("button", name="Save the attribute").click()
+    waited.value.save_as(tmp_path / "attribute.safetensors")
+    page.evaluate("history.back()")
+    page.get_by_label("sample 5 of seed 4").click()
+    page.evaluate("history.forward()")
+    with page.expect_download() as waited:
+        page.get_by_role("button", name="Latents file").click()
+    waited.value.save_as(tmp_path / "picture.safetensors")
+    from hflow_rt.runtime.latents.attributes import load_attribute
+    from hflow_rt.runtime.latents.files import load_latents
+
+    assert load_attribute(tmp_path / "attribute.safetensors").about.positives == 2
+    _, about = load_latents(tmp_path / "picture.safetensors")
+    assert about["model"] == session.manifest.checkpoint["sha256"]
+    page.locator("#file").set_input_files({"name": "no.png", "mimeType": "image/png", "buffer": b"no image"})
+    page.get_by_text("no.png is not a whole image").wait_for()
+
+
+def test_static_needs_a_model_of_one_call(many_steps: Path, tmp_path: Path) -> None:
+    from hflow_rt.errors import BundleError
+
+    with pytest.raises(BundleError, match="takes 4 calls an image, and a static page makes one"):
+        write_static(many_steps, tmp_path / "site", Path("runtime/explore/web-runtime"))
+    assert not (tmp_path / "site").exists()
+
+
+def test_without_the_web_runtime(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="npm install onnxruntime-web"):
+        write_static(tmp_path, tmp_path / "site", tmp_path)

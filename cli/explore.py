@@ -61,6 +61,7 @@ def explore(
         say(f"next: python -m http.server --directory {quoted(static)} 8000")
         return
     need_extra("explore", "starlette", "uvicorn")
+    import os
     import secrets
     import sys
     import webbrowser
@@ -84,3 +85,5 @@ def explore(
     if browser and sys.stdout.isatty():
         webbrowser.open(at)
     serve(session, description, listening, token)
+    sys.stdout.flush()
+    os._exit(0)  # a call of the model or a search goes on in a thread, and nobody waits for it

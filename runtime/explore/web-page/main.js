@@ -222,14 +222,20 @@ async function take(file) {
   if (model.encodes) {
     found = await engine.encode(file, how, state.label);
   } else if (model.projects) {
-    at("search").hidden = false;
+    at("search").hidden = at("give-up").hidden = false;
+    const ended = new AbortController();
+    at("give-up").onclick = () => ended.abort();
+    const began = performance.now();
+    const news = ({ step, of, distance }) => {
+      at("search").value = step / of;
+      const left = Math.round((((performance.now() - began) / step) * (of - step)) / 1000);
+      say(`searching: ${step} of ${of}, distance ${distance.toFixed(3)}, about ${left} s left`);
+    };
     try {
-      found = await engine.project(file, how, state.label, ({ step, of, distance }) => {
-        at("search").value = step / of;
-        say(`searching: ${step} of ${of}, distance ${distance.toFixed(3)}`);
-      });
+      found = await engine.project(file, how, state.label, news, ended.signal);
     } finally {
-      at("search").hidden = true;
+      at("search").hidden = at("give-up").hidden = true;
+      say("");
     }
   } else {
     say("");
@@ -280,6 +286,7 @@ at("file").addEventListener("change", () => {
   takeFiles([...at("file").files]);
   at("file").value = "";
 });
+at("model-said").hidden = !model.said;
 at("open").disabled = !model.encodes && !model.projects;
 at("open").title = at("open").disabled ? (model.encodes_not ?? "") : "or drop one anywhere on this page";
 

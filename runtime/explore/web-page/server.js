@@ -5,7 +5,7 @@ import { Lost, Refused, Stale } from "./engine.js";
 const tab = crypto.getRandomValues(new Uint32Array(2)).join("-");
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
-async function ask(what, body, address = "") {
+async function ask(what, body, address = "", signal = undefined) {
   const raw = body instanceof Blob;
   for (let tries = 0; ; tries++) {
     let answer;
@@ -14,8 +14,10 @@ async function ask(what, body, address = "") {
         method: "POST",
         headers: { "Content-Type": raw ? "application/octet-stream" : "application/json" },
         body: raw ? body : JSON.stringify(body),
+        signal,
       });
     } catch {
+      if (signal?.aborted) throw new Stale();
       throw new Lost("the server does not answer");
     }
     if (answer.ok) return answer;
@@ -68,9 +70,9 @@ export const server = {
   async encode(file, how, label) {
     return (await ask("pictures", file, told(file.name, how, label))).json();
   },
-  async project(file, how, label, news) {
+  async project(file, how, label, news, signal) {
     const { controls } = how;
-    const answer = await ask("projections", file, told(file.name, { controls }, label));
+    const answer = await ask("projections", file, told(file.name, { controls }, label), signal);
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {
@@ -78,6 +80,7 @@ export const server = {
       try {
         part = await reader.read();
       } catch {
+        if (signal.aborted) throw new Stale();
         throw new Lost("the server does not answer");
       }
       if (part.done) throw new Lost("the server does not answer");

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.errors import BackendUnavailable, BundleError
-from hflow_rt.files import atomic_directory
-from hflow_rt.manifest import Graph, Loop, Tensor
+from hflow_rt.errors import BackendUnavailable, BundleError, DataError
+from hflow_rt.files import atomic_directory, is_file, is_folder
+from hflow_rt.manifest import Graph, Tensor, graphs_of
 from hflow_rt.runtime.bundle import find_bundle
 from hflow_rt.runtime.explore.description import described
 from hflow_rt.runtime.explore.server import PAGE, POLICY
@@ -44,20 +44,18 @@ def find_runtime(named: Path | None) -> Path:
 def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list[str]:
     """Write the page, the graphs of a bundle or run and the web runtime into a new folder; lines on what it is.
 
-    Raises `BundleError` for a model that takes many calls or whose bundle lacks the way to images,
-    `BackendUnavailable` as `find_runtime` does, and `DataError` for a folder that holds anything else.
+    Raises `BundleError` for a bundle that lacks the way to images, `BackendUnavailable` as `find_runtime` does, and
+    `DataError` for a folder that holds anything else.
     """
     files = find_runtime(runtime)
+    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / "worker.js"):
+        raise DataError(f"{folder} holds other files than such a page; choose another folder, or empty it")
     bundle = find_bundle(model)
     session = open_bundle(bundle, "onnx", "cpu")
     manifest = bundle.manifest
-    if any(isinstance(way, Loop) for way in manifest.routes.values()):
-        raise BundleError(
-            f"this {manifest.family} model takes {session.steps} calls an image, and a static page makes one;"
-            " run 'hflow-rt explore' instead"
-        )
     web = _web(session)
     sources = {graph[key] for graph in web["graphs"].values() for key in ("file", "weights") if graph[key]}
+    sources |= {way["schedule"] for way in web["routes"].values() if "schedule" in way} | {*filter(None, [web["bank"]])}
     about = described(session) | {"engine": "browser", "backend": "this browser", "projects": False, "web": web}
     if not about["encodes"]:
         about["encodes_not"] = f"{manifest.absent['inverse']}; a static page cannot search"
@@ -92,18 +90,22 @@ def _web(session: Session) -> dict[str, Any]:
         for name, found in manifest.spaces.items()
         if found.into in manifest.graphs and (found.decode in manifest.graphs or found.back in manifest.graphs)
     }
-    forward, inverse = (manifest.routes.get(route) for route in ("forward", "inverse"))
-    if forward not in manifest.graphs:
-        raise BundleError("this bundle has no forward graph; export it with both routes")
-    wanted = [forward, inverse, *(space[way] for space in spaces.values() for way in ("into", "back", "decode"))]
+    routes = {
+        name: {"graph": way} if isinstance(way, str) else way.model_dump()
+        for name, way in manifest.routes.items()
+        if all(graph in manifest.graphs for graph in graphs_of(way))
+    }
+    if "forward" not in routes:
+        raise BundleError("this bundle has no way from latents to images; export it with both routes")
+    wanted = [graph for name in routes for graph in graphs_of(manifest.routes[name])]
+    wanted += [space[way] for space in spaces.values() for way in ("into", "back", "decode")]
     address = find_tensor(session)
     return {
-        "forward": forward,
-        "inverse": inverse if inverse in manifest.graphs else None,
+        "routes": routes,
         "graphs": {name: _signature(manifest.graphs[name]) for name in wanted if name in manifest.graphs},
         "spaces": spaces,
-        "shapes": {latent.name: latent.shape for latent in manifest.latents},
-        "prior_std": manifest.prior_std,
+        "drawn": [latent.model_dump(include={"name", "shape", "prior_std", "prior"}) for latent in manifest.latents],
+        "bank": manifest.bank,
         "joined": {space: session.joined(space) for space in (LATENT_SPACE, *spaces)},
         "ways": {"straight": [*session.conditions, *session.ways("line")], "turned": session.ways("arc")},
         "address": {"space": address.space, "name": address.name},

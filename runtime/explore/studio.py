@@ -26,6 +26,7 @@ from hflow_rt.runtime.session import LATENT_SPACE, Array, Session
 __all__ = ["Studio"]
 
 _REDRAWS = 16  # of a heat map: half of what the command takes, for somebody waits
+_FRAMES = 48  # of an animation of a picture that comes to be
 _ENLARGED = 256  # pixels a side at least of an animation
 
 
@@ -51,7 +52,8 @@ class Studio:
     def animation(self, session: Session, recipes: Sequence[Recipe], on_the_way: bool, fps: float) -> bytes:
         """A .gif of the pictures, or of how the first comes to be. Raises `DataError`."""
         if on_the_way:
-            frames = np.concatenate(self._trajectory(session, recipes[0]))
+            way = np.concatenate(self._trajectory(session, recipes[0]))
+            frames = way[np.linspace(0, len(way) - 1, min(len(way), _FRAMES)).round().astype(int)]
         else:
             frames = np.concatenate([to_uint8(part) for part in images(session, self.shelf, recipes)])
         scale = -(-_ENLARGED // session.resolution)

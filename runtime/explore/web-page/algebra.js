@@ -4,6 +4,21 @@ const fround = Math.fround;
 const SAME = 1e-3;
 const PARALLEL = 1e-6;
 
+export const size = (shape) => shape.reduce((all, side) => all * side, 1);
+
+// To the nearest whole number, of two the even one.
+export const rounded = (value) => {
+  const down = Math.floor(value);
+  const rest = value - down;
+  return rest === 0.5 ? down + (down % 2) : Math.round(value);
+};
+
+export function joined(parts) {
+  const all = new Float32Array(parts.length * parts[0].length);
+  parts.forEach((part, index) => all.set(part, index * part.length));
+  return all;
+}
+
 export const zipped = (a, b, of) => Float32Array.from(a, (value, index) => of(value, b[index]));
 
 export function line(a, b, share) {

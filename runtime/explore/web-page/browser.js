@@ -29,6 +29,8 @@ export async function browser(model) {
   await ask("open", [model]);
   return {
     images: (recipes, how, channel) => ask("images", [recipes, how], channel),
+    trajectory: (recipe, how) => ask("trajectory", [recipe, how], "trajectory"),
+    animation: (recipes, how, onTheWay, fps) => ask("animation", [recipes, how, onTheWay, fps]),
     heat: (recipe, how, latent) => ask("heat", [recipe, how, latent], "heat"),
     latents: (recipes, how) => ask("latents", [recipes, how]),
     encode: (file, how, label) => ask("encode", [file, how, label]),

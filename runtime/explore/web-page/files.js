@@ -85,3 +85,16 @@ export function safetensors(tensors, metadata) {
   const length = new BigUint64Array([BigInt(head.length)]);
   return new Blob([length, head, ...Object.values(tensors).map(({ values }) => values)]);
 }
+
+// The tensors of such a file by name, as `safetensors` takes them.
+export function tensorsOf(buffer) {
+  const length = Number(new BigUint64Array(buffer.slice(0, 8))[0]);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
+  const found = {};
+  for (const [name, { dtype, shape, data_offsets: [start, end] }] of Object.entries(header)) {
+    if (name === "__metadata__") continue;
+    if (dtype !== "F32") throw new Error(`${name} is ${dtype}, which this page does not read`);
+    found[name] = { shape, values: new Float32Array(buffer.slice(8 + length + start, 8 + length + end)) };
+  }
+  return found;
+}

@@ -163,8 +163,8 @@ function show() {
   at("other").setAttribute("aria-label", at("other-said").textContent);
   at("command").textContent = commandOf(state, model);
   at("python").textContent = pythonOf(state, model);
-  at("save-gif").disabled = !engine.animation || !(state.panel === "between" || state.panel === "time");
-  at("save-attribute").disabled = !state.attribute || !engine.attributeFile;
+  at("save-gif").disabled = !["between", "time"].includes(state.panel);
+  at("save-attribute").disabled = !state.attribute;
   drawPicture();
   if (both) drawOther();
   showGrid(state);

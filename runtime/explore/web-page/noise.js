@@ -109,10 +109,20 @@ export function drawnLatents(shapes, seed, image) {
   return drawn;
 }
 
-// What is random beside latents has a stream for each name.
-export function drawnBeside(kind, name, shape, seed, image) {
-  const stream = new Stream(seed, image, [0, 0, 0, 1 + crc32(name)]);
+// What is random beside latents has a stream for each name, and in a loop for each of its calls.
+export function drawnBeside(kind, name, shape, seed, image, step = 0) {
+  const stream = new Stream(seed, image, [0, 0, step, 1 + crc32(name)]);
   return Float32Array.from({ length: size(shape) }, () => (kind === "uniform" ? stream.uniform() : stream.normal()));
+}
+
+// The row that an image has of a table with so many (Lemire 2019).
+export function drawnRow(rows, seed, image) {
+  const stream = new Stream(seed, image, [0, 0, 0, 1 + crc32("bank")]);
+  const unfair = (2 ** 32 - rows) % rows;
+  for (;;) {
+    const product = stream.next() * rows;
+    if (product % 2 ** 32 >= unfair) return Math.floor(product / 2 ** 32);
+  }
 }
 
 function crc32(text) {

@@ -20,7 +20,8 @@ export function commandOf(state, model) {
   const { controls, steps } = howOf(state, model);
   const found = model.said ? ` ${model.said}` : "";
   const plain = !state.picture && !Object.keys(state.redrawn).length && !state.zeroed.length;
-  if (plain && state.panel === "change") {
+  const itself = { change: true, time: true, mix: !state.levels, attribute: !state.attribute }[state.panel];
+  if (plain && itself) {
     const words = [`hflow-rt sample${found} --seed ${state.seed} --first ${state.image} -n 1`];
     for (const [name, value] of Object.entries(stdOf(state, model))) words.push(`--std ${name}=${value}`);
     for (const [name, value] of Object.entries(controls)) words.push(`--control ${name}=${value}`);

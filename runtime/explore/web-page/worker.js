@@ -1,100 +1,76 @@
-// The model in this browser: graphs run by onnxruntime-web, all else as Python does it. See `recipes.py`.
+// The model in this browser: what the page asks for, done as Python does it. See `recipes.py`.
 
-import * as ort from "./ort/ort.wasm.min.mjs";
-import { between, difference, spreadOf } from "./algebra.js";
+import { between, difference, joined, rounded, size, spreadOf } from "./algebra.js";
 import { pixelsOf, safetensors } from "./files.js";
-import { drawnBeside, drawnLatents } from "./noise.js";
+import { gif } from "./gif.js";
+import { follow, inputsOf, opened, run, table } from "./graphs.js";
+import { drawnBeside, drawnLatents, drawnRow } from "./noise.js";
 
 const REDRAWS = 16;
 const GRID = 1 / 16;
-const BATCH = 16;
+const FRAMES = 48;
+const ENLARGED = 256;
 // violet, blue, green and yellow, as in `heat_colours`
 const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
-ort.env.wasm.numThreads = 1;
-ort.env.wasm.wasmPaths = new URL("ort/", import.meta.url).href;
-
 let model;
 let web; // of the model: graphs, spaces, priors
-const sessions = new Map();
 const kept = new Map(); // pictures: id to space, values and scores
 const attributes = new Map();
-const size = (shape) => shape.reduce((all, side) => all * side, 1);
-
-const loaded = new Map();
-function fetched(name) {
-  if (!loaded.has(name)) {
-    loaded.set(name, fetch(name).then((answer) => {
-      if (!answer.ok) throw new Error(`${name} is missing on this web host`);
-      return answer.arrayBuffer();
-    }));
-  }
-  return loaded.get(name);
-}
-
-function session(name) {
-  if (!sessions.has(name)) {
-    const { file, weights } = web.graphs[name];
-    const made = async () => {
-      const graph = new Uint8Array(await fetched(file));
-      const data = weights ? [{ path: weights, data: new Uint8Array(await fetched(weights)) }] : undefined;
-      return ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData: data });
-    };
-    sessions.set(name, made());
-  }
-  return sessions.get(name);
-}
-
-// rows: one object of values by name for each picture; the outputs likewise
-async function run(name, rows) {
-  const { inputs, outputs } = web.graphs[name];
-  const found = [];
-  for (let start = 0; start < rows.length; start += BATCH) {
-    const part = rows.slice(start, start + BATCH);
-    const feeds = {};
-    for (const { name: input, shape } of inputs) {
-      const all = new Float32Array(part.length * size(shape));
-      part.forEach((row, index) => all.set(row[input], index * size(shape)));
-      feeds[input] = new ort.Tensor("float32", all, [part.length, ...shape]);
-    }
-    const results = await (await session(name)).run(feeds);
-    part.forEach((_, index) => {
-      found.push(Object.fromEntries(outputs.map(({ name: output, shape }) => {
-        const length = size(shape);
-        return [output, results[output].data.slice(index * length, (index + 1) * length)];
-      })));
-    });
-  }
-  return found;
-}
 
 const oneHot = (options, chosen) => Float32Array.from(options, (_, index) => (index === chosen ? 1 : 0));
 
-function drawn(start, image) {
+function beside({ role, name, shape, steps }, seed, image) {
+  if (steps === null) return drawnBeside(role, name, shape, seed, image);
+  return joined(Array.from({ length: steps }, (_, step) => drawnBeside(role, name, shape, seed, image, step)));
+}
+
+async function drawn(start, image, how) {
   const { seed } = start;
-  const values = drawnLatents(web.shapes, seed, image);
-  for (const [name, numbers] of Object.entries(values)) {
-    const std = Math.fround(web.prior_std[name] * (start.std[name] ?? 1));
-    values[name] = numbers.map((value) => value * std);
+  const own = web.drawn.filter(({ prior }) => prior !== "bank");
+  const values = drawnLatents(Object.fromEntries(own.map(({ name, shape }) => [name, shape])), seed, image);
+  for (const { name, prior_std } of own) {
+    const std = Math.fround(prior_std * (start.std[name] ?? 1));
+    values[name] = values[name].map((value) => value * std);
   }
-  for (const { name, shape, role, default: given } of web.graphs[web.forward].inputs) {
-    if ((role === "noise" || role === "uniform") && given === null) {
-      values[name] = drawnBeside(role, name, shape, seed, image);
-    }
+  for (const [name, { shape, values: rows }] of Object.entries(await table(web.bank))) {
+    const row = drawnRow(shape[0], seed, image);
+    values[name] = rows.slice(row * size(shape.slice(1)), (row + 1) * size(shape.slice(1)));
+  }
+  for (const input of inputsOf("forward", how)) {
+    const random = input.role === "noise" || input.role === "uniform";
+    if (random && input.default === null) values[input.name] = beside(input, seed, image);
   }
   for (const [name, options] of Object.entries(model.conditions)) {
     values[name] = oneHot(options, start.label ? options.indexOf(start.label) : image % options.length);
   }
-  return values;
+  return Object.fromEntries(wantedNames(how).map((name) => [name, values[name]]));
 }
 
-async function begun(start) {
-  const made = start.picture ? taken(kept, start.picture, "picture") : { space: model.latent_space, values: drawn(start, start.image) };
+// Latents, what is random beside them, and conditions, in the order of Python.
+function wantedNames(how) {
+  const latents = web.drawn.map(({ name }) => name);
+  const others = inputsOf("forward", how).filter((one) => ["noise", "uniform"].includes(one.role) && one.default === null);
+  return [...latents, ...others.map(({ name }) => name), ...Object.keys(model.conditions)];
+}
+
+// What says nothing: zero, of a bank the mean of its rows.
+async function zeroOf(name, values) {
+  const { [name]: rows } = await table(web.bank);
+  if (!rows) return new Float32Array(values.length);
+  const sums = new Float64Array(values.length);
+  rows.values.forEach((value, index) => (sums[index % values.length] += value));
+  return Float32Array.from(sums, (sum) => sum / rows.shape[0]);
+}
+
+async function begun(start, how) {
+  const known = start.picture ? taken(kept, start.picture, "picture") : null;
+  const made = known ?? { space: model.latent_space, values: await drawn(start, start.image, how) };
   const changed = [...Object.keys(start.redrawn ?? {}), ...(start.zeroed ?? [])];
   if (!changed.length) return made;
   const values = { ...made.values };
-  for (const [name, image] of Object.entries(start.redrawn ?? {})) values[name] = drawn(start, image)[name];
-  for (const name of start.zeroed ?? []) values[name] = new Float32Array(values[name].length);
+  for (const [name, image] of Object.entries(start.redrawn ?? {})) values[name] = (await drawn(start, image, how))[name];
+  for (const name of start.zeroed ?? []) values[name] = await zeroOf(name, values[name]);
   return { space: model.latent_space, values };
 }
 
@@ -112,10 +88,10 @@ async function within({ space, values }, wanted) {
   return { ...(await run(into, [values]))[0], ...rest };
 }
 
-async function cooked(recipe) {
-  let made = await begun(recipe);
+async function cooked(recipe, how) {
+  let made = await begun(recipe, how);
   if (recipe.mixed) {
-    const other = await begun(recipe.mixed.other);
+    const other = await begun(recipe.mixed.other, how);
     if (recipe.mixed.slots?.length) {
       const space = Object.keys(web.spaces).find((name) => web.spaces[name].slots);
       const [base, given] = [await within(made, space), await within(other, space)];
@@ -133,7 +109,7 @@ async function cooked(recipe) {
   }
   if (recipe.between) {
     const { share, mode, space } = recipe.between;
-    const ends = [await within(made, space), await within(await begun(recipe.between.other), space)];
+    const ends = [await within(made, space), await within(await begun(recipe.between.other, how), space)];
     made = { space, values: between(...ends, share, mode, { ...web.ways, joined: web.joined[space] }) };
   }
   if (recipe.moved) {
@@ -146,9 +122,9 @@ async function cooked(recipe) {
   return made;
 }
 
-function asked(name, how) {
+function asked(inputs, how) {
   const values = {};
-  for (const { name: input, shape, role, default: given } of web.graphs[name].inputs) {
+  for (const { name: input, shape, role, default: given } of inputs) {
     if (role === "control") values[input] = new Float32Array(size(shape)).fill(how.controls[input] ?? given ?? 0);
   }
   return values;
@@ -160,24 +136,18 @@ async function decoded(made, how) {
   for (const space of new Set(made.map((one) => one.space))) {
     const places = [...made.keys()].filter((index) => made[index].space === space);
     let rows = places.map((index) => made[index].values);
-    let graph = web.forward;
-    if (space !== model.latent_space && web.spaces[space].decode) {
-      graph = web.spaces[space].decode;
-    } else if (space !== model.latent_space) {
+    const decode = web.spaces[space]?.decode;
+    if (space !== model.latent_space && !decode) {
       const back = await run(web.spaces[space].back, rows);
       rows = rows.map((row, index) => ({ ...row, ...back[index] }));
     }
-    const images = await run(graph, rows.map((row) => ({ ...row, ...asked(graph, how) })));
+    const controls = asked(decode ? web.graphs[decode].inputs : inputsOf("forward", how), how);
+    rows = rows.map((row) => ({ ...row, ...controls }));
+    const images = decode ? await run(decode, rows) : await follow("forward", rows, how);
     places.forEach((place, index) => (found[place] = images[index].image));
   }
   return found;
 }
-
-const rounded = (value) => {
-  const down = Math.floor(value);
-  const rest = value - down;
-  return rest === 0.5 ? down + (down % 2) : Math.round(value); // as numpy does
-};
 
 function asBytes(pictures) {
   const pixels = model.resolution ** 2;
@@ -214,37 +184,56 @@ const works = {
   async open(description) {
     model = description;
     web = description.web;
+    opened(description);
   },
   async images(recipes, how) {
     const made = [];
-    for (const recipe of recipes) made.push(await cooked(recipe));
+    for (const recipe of recipes) made.push(await cooked(recipe, how));
     return asBytes(await decoded(made, how));
   },
+  async trajectory(recipe, how) {
+    const { values } = await cooked(recipe, how);
+    const frames = [];
+    const row = { ...values, ...asked(inputsOf("forward", how), how) };
+    await follow("forward", [row], how, ([{ image }]) => frames.push(image));
+    return asBytes(frames);
+  },
+  async animation(recipes, how, onTheWay, fps) {
+    const pixels = onTheWay ? await works.trajectory(recipes[0], how) : await works.images(recipes, how);
+    const length = 3 * model.resolution ** 2;
+    const all = Array.from({ length: pixels.length / length }, (_, at) => pixels.subarray(at * length, (at + 1) * length));
+    const shown = Math.min(all.length, onTheWay ? FRAMES : all.length);
+    const place = (index) => rounded(shown === 1 ? 0 : (index * (all.length - 1)) / (shown - 1));
+    const frames = Array.from({ length: shown }, (_, index) => all[place(index)]);
+    return gif(frames, model.resolution, Math.ceil(ENLARGED / model.resolution), fps);
+  },
   async heat(recipe, how, name) {
-    const made = await cooked(recipe);
+    const made = await cooked(recipe, how);
     const first = 1 + Math.max(recipe.image, ...Object.values(recipe.redrawn ?? {}));
     const alone = { seed: recipe.seed, std: {} };
-    const rows = Array.from({ length: REDRAWS }, (_, index) => ({
-      space: model.latent_space,
-      values: { ...made.values, [name]: drawn(alone, first + index)[name] },
-    }));
+    const rows = [];
+    for (let index = 0; index < REDRAWS; index++) {
+      const { [name]: redrawn } = await drawn(alone, first + index, how);
+      rows.push({ space: model.latent_space, values: { ...made.values, [name]: redrawn } });
+    }
     const spread = spreadOf(await decoded(rows, how), model.resolution ** 2);
     const largest = spread.reduce((most, value) => Math.max(most, value), 0);
     return { pixels: heatColours(spread, largest), largest };
   },
   async latents(recipes, how) {
     const made = [];
-    for (const recipe of recipes) made.push(await cooked(recipe));
+    for (const recipe of recipes) made.push(await cooked(recipe, how));
     const [{ space }] = made;
     const tensors = {};
     for (const name of Object.keys(made[0].values)) {
-      const shape = shapeOf(space, name);
+      const shape = shapeOf(space, name, how);
       const values = new Float32Array(made.length * size(shape));
       made.forEach((one, index) => values.set(one.values[name], index * size(shape)));
       tensors[name] = { shape: [made.length, ...shape], values };
     }
     const about = { family: model.family, model: model.model, ...(Object.keys(how.controls).length ? { controls: how.controls } : {}) };
     if (space !== model.latent_space) about.space = space;
+    if (how.steps) about.steps = how.steps;
     const header = JSON.stringify({ order: Object.keys(tensors), metadata: about });
     return safetensors(tensors, { "hflow_rt.latents": header });
   },
@@ -260,16 +249,16 @@ const works = {
     const image = Float32Array.from({ length: model.channels * pixels }, (_, at) =>
       Math.fround(levels[3 * (at % pixels) + Math.floor(at / pixels)] / 255),
     );
-    const row = { image, ...asked(web.inverse, how) };
+    const row = { image, ...asked(inputsOf("inverse", how), how) };
     for (const [name, options] of Object.entries(model.conditions)) row[name] = oneHot(options, label ? options.indexOf(label) : 0);
-    for (const { name, shape, role, default: given } of web.graphs[web.inverse].inputs) {
+    for (const input of inputsOf("inverse", how)) {
+      const { name, shape, role, default: given } = input;
       if (role === "grid") row[name] = new Float32Array(size(shape)).fill(GRID);
       if (role !== "noise" && role !== "uniform") continue;
-      row[name] = given === null ? drawnBeside(role, name, shape, 0, 0) : new Float32Array(size(shape)).fill(given);
+      row[name] = given === null ? beside(input, 0, 0) : new Float32Array(size(shape) * (input.steps ?? 1)).fill(given);
     }
-    const [found] = await run(web.inverse, [row]);
-    const wanted = web.graphs[web.forward].inputs.filter(({ role }) => role !== "control").map((one) => one.name);
-    const values = Object.fromEntries(wanted.map((name) => [name, found[name] ?? row[name]]));
+    const [found] = await follow("inverse", [row], how);
+    const values = Object.fromEntries(wantedNames(how).map((name) => [name, found[name] ?? row[name]]));
     const picture = await digest(levels);
     kept.set(picture, { space: model.latent_space, values });
     const logProb = found.log_prob?.[0];
@@ -299,14 +288,15 @@ const works = {
       positive: "with it", negative: "without it", positives: counts[0], negatives: counts[1],
       norm, separation: apart, held_out_separation: held_out,
     };
-    const tensors = { direction: { shape: shapeOf(space, name), values: vector } };
+    const tensors = { direction: { shape: shapeOf(space, name, { controls: {} }), values: vector } };
     return safetensors(tensors, { "hflow_rt.direction": JSON.stringify(about) });
   },
 };
 
-function shapeOf(space, name) {
+function shapeOf(space, name, how) {
   const here = space === model.latent_space ? [] : web.graphs[web.spaces[space].into].outputs;
-  return [...here, ...web.graphs[web.forward].inputs].find((one) => one.name === name).shape;
+  const { shape, steps } = [...here, ...inputsOf("forward", how), ...web.drawn].find((one) => one.name === name);
+  return steps ? [steps, ...shape] : shape;
 }
 
 // One call at a time; of those of one channel that wait only the latest is made.

@@ -18,6 +18,7 @@ from hflow_rt.errors import BackendUnavailable
 from hflow_rt.runtime import load
 from hflow_rt.runtime.explore.static import find_runtime, write_static
 from hflow_rt.runtime.images.pictures import to_uint8
+from hflow_rt.runtime.latents.latent_views import slots_mixed, space_of_slots, way_in, zeroed
 from hflow_rt.runtime.session import Session
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -31,6 +32,7 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 
 Open = Callable[..., Any]
 Photo = Callable[..., Path]
+Static = Callable[[Path], int]
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +68,30 @@ def visit(browser: Any, port: int) -> Iterator[Open]:
 
 
 @pytest.fixture(scope="module")
-def static_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The folder for any web host, on one."""
-    folder = tmp_path_factory.mktemp("static") / "site"
+def static(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], int]]:
+    """The folder of a bundle for any web host, on one."""
     try:
         find_runtime(None)
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    write_static(load(device="cpu").bundle.path, folder)
 
     class Host(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *about: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=folder)) as host:
-        threading.Thread(target=host.serve_forever, daemon=True).start()
-        yield host.server_address[1]
-        host.shutdown()
+    hosts = []
+
+    def host(bundle: Path) -> int:
+        folder = tmp_path_factory.mktemp("static") / "site"
+        write_static(bundle, folder)
+        hosts.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=folder)))
+        threading.Thread(target=hosts[-1].serve_forever, daemon=True).start()
+        return int(hosts[-1].server_address[1])
+
+    yield host
+    for one in hosts:
+        one.shutdown()
+        one.server_close()
 
 
 def shown(page: Any, canvas: str = "#picture", address: str | None = None) -> Any:
@@ -97,8 +106,17 @@ def shown(page: Any, canvas: str = "#picture", address: str | None = None) -> An
     return np.array(flat[1:], np.uint8).reshape(flat[0], flat[0], 4)[..., :3]
 
 
-def alone(session: Session, image: int, seed: int = 0, **how: Any) -> Any:
-    return to_uint8(session.forward(next(session.draw([image], seed=seed, **how))))[0]
+def alone(session: Session, image: int, seed: int = 0, redrawn: dict[str, int] | None = None, **how: Any) -> Any:
+    latents = dict(next(session.draw([image], seed=seed, **how)))
+    for name, other in (redrawn or {}).items():
+        latents[name] = next(session.draw([other], seed=seed, **how))[name]
+    return to_uint8(session.forward(latents))[0]
+
+
+def close(found: Any, expected: Any) -> None:
+    """Within one 8-bit level."""
+    assert found.shape == expected.shape
+    assert abs(found.astype(int) - expected).max() <= 1
 
 
 def python_of(page: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -283,28 +301,32 @@ def test_by_keyboard_on_a_phone_in_the_dark(visit: Open) -> None:
 
 
 def test_without_a_server(
-    visit: Open, static_port: int, session: Session, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visit: Open, static: Static, session: Session, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = visit("#seed=4&image=5", static_port)
-    close = partial(np.testing.assert_allclose, atol=1, rtol=0)  # in 8-bit levels
-    signed = lambda pixels: pixels.astype(int)  # noqa: E731
-    close(signed(shown(page)), signed(alone(session, 5, 4)))
+    page = visit("#seed=4&image=5", static(session.bundle.path))
+    close(shown(page), alone(session, 5, 4))
     page.get_by_role("button", name="redraw z1").click()
-    close(signed(shown(page)), signed(python_of(page, tmp_path, monkeypatch)))
+    close(shown(page), python_of(page, tmp_path, monkeypatch))
     page.get_by_role("tab", name="Between").click()
     page.get_by_label("Way").select_option("slerp")
     page.get_by_label("Space").select_option("y0")
-    close(signed(shown(page)), signed(python_of(page, tmp_path, monkeypatch)))
+    close(shown(page), python_of(page, tmp_path, monkeypatch))
+    with page.expect_download() as waited:
+        page.get_by_role("button", name="GIF").click()
+    with Image.open(waited.value.path()) as gif:
+        assert (gif.format, gif.size, gif.n_frames) == ("GIF", (256, 256), 46)
+        first = np.asarray(gif.convert("RGB"))[::4, ::4].astype(int)
+    assert abs(first - alone(session, 5, 4, redrawn={"z1": 1000})).mean() < 4  # of 256 colours
     page.get_by_role("tab", name="Mix").click()
-    close(signed(shown(page)), signed(python_of(page, tmp_path, monkeypatch)))
+    close(shown(page), python_of(page, tmp_path, monkeypatch))
     page.get_by_role("tab", name="Change").click()
     page.get_by_role("button", name="where it acts: z2").click()
     page.wait_for_selector("#heat-box:not([hidden])")
     mine = photo("mine.png", 6)
     page.locator("#file").set_input_files(mine)
     page.wait_for_url("**picture=*")
-    close(signed(shown(page)), signed(to_uint8(session.read(mine))[0]))
-    close(signed(shown(page, "#original")), signed(to_uint8(session.read(mine))[0]))
+    close(shown(page), to_uint8(session.read(mine))[0])
+    close(shown(page, "#original"), to_uint8(session.read(mine))[0])
     bits = float(session.bits_per_dim(session.inverse(session.read(mine)).log_prob)[0])
     said = page.text_content("#picture-said")
     assert "every 8-bit value comes back" in said
@@ -334,12 +356,45 @@ def test_without_a_server(
     page.get_by_text("no.png is not a whole image").wait_for()
 
 
-def test_static_needs_a_model_of_one_call(many_steps: Path, tmp_path: Path) -> None:
-    from hflow_rt.errors import BundleError
+def test_many_steps_without_a_server(visit: Open, static: Static, many_steps: Path, photo: Photo) -> None:
+    session = load(many_steps, device="cpu")
+    page = visit("#image=2&seed=3", static(many_steps))
+    close(shown(page), alone(session, 2, 3))
+    page.get_by_role("button", name="zero start", exact=True).click()
+    latents = dict(next(session.draw([2], seed=3)))
+    latents["start"] = zeroed(session, "start", latents["start"])
+    close(shown(page), to_uint8(session.forward(latents))[0])
+    page.get_by_role("button", name="As it was").click()
+    page.get_by_label("steps").fill("2")
+    page.get_by_label("steps").dispatch_event("change")
+    close(shown(page), alone(session.in_steps(2), 2, 3))
+    page.get_by_role("tab", name="Over time").click()
+    page.get_by_text("after 2 of 2 steps").wait_for()
+    page.get_by_label("From the start to the picture").fill("0")
+    page.get_by_text("after 1 of 2 steps").wait_for()
+    frame = next(session.in_steps(2).trajectory(next(session.in_steps(2).draw([2], seed=3))))
+    close(shown(page), to_uint8(frame)[0])
+    page.get_by_role("tab", name="Change").click()
+    page.locator("#file").set_input_files(photo("eight.png", 6, 8))
+    page.wait_for_url("**picture=*")
+    close(shown(page), to_uint8(session.read(photo("eight.png", 6, 8)))[0])
 
-    with pytest.raises(BundleError, match="takes 4 calls an image, and a static page makes one"):
-        write_static(many_steps, tmp_path / "site", Path("runtime/explore/web-runtime"))
-    assert not (tmp_path / "site").exists()
+
+def test_layers_without_a_server(visit: Open, static: Static, slotted: Session) -> None:
+    page = visit("#panel=mix&image=2&other=4&levels=2", static(slotted.bundle.path))
+    space = space_of_slots(slotted)
+    assert space is not None
+    base, other = (slotted.into_space(space, next(slotted.draw([image]))) for image in (2, 4))
+    close(shown(page), to_uint8(slotted.decode(space, slots_mixed(slotted, space, other, base, [0, 1])))[0])
+    page.get_by_role("tab", name="Between").click()
+    page.get_by_label("Space").select_option(space)
+    half = way_in(slotted, space, "lerp")(base, other, 0.5)
+    close(shown(page), to_uint8(slotted.decode(space, half))[0])
+    page.get_by_role("tab", name="Change").click()
+    page.get_by_label("psi").fill("0.5")
+    page.get_by_label("psi").dispatch_event("change")
+    close(shown(page), alone(slotted.with_controls({"psi": 0.5}), 2))
+    assert page.get_by_role("button", name="Open a picture").is_disabled()
 
 
 def test_without_the_web_runtime(tmp_path: Path) -> None:

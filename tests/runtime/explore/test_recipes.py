@@ -1,6 +1,5 @@
 """What recipes of the page mean, against the same done by hand."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,6 @@ import pytest
 from pydantic import ValidationError
 
 from hflow_rt.errors import DataError
-from hflow_rt.export.bundle import export_bundle
-from hflow_rt.models.checkpoint import save_model
-from hflow_rt.models.registry import Family, family
 from hflow_rt.runtime import load
 from hflow_rt.runtime.explore.recipes import Kept, Recipe, Shelf, cook, images
 from hflow_rt.runtime.latents import latent_views as views
@@ -19,21 +15,6 @@ from hflow_rt.runtime.latents.attributes import measure_attribute
 from hflow_rt.runtime.latents.nearest import find_tensor
 from hflow_rt.runtime.latents.operations import slerp
 from hflow_rt.runtime.session import Session
-
-
-@pytest.fixture(scope="module")
-def session() -> Session:
-    return load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def slotted(tiny: Callable[[Family], Any], tmp_path_factory: pytest.TempPathFactory) -> Session:
-    """A model of one latent without an inverse, whose layers have values of their own."""
-    folder = tmp_path_factory.mktemp("slotted")
-    made = tiny(family("inrgan"))
-    save_model(folder / "model.safetensors", "inrgan", made, made.state_dict(), {"images": 0})
-    export_bundle(folder / "model.safetensors", folder / "bundle", np.zeros((1, 3, 16, 16), np.float32))
-    return load(folder / "bundle", device="cpu")
 
 
 def made(session: Session, recipe: dict[str, Any], shelf: Shelf | None = None) -> Any:

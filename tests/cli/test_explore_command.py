@@ -1,0 +1,67 @@
+"""`hflow-rt explore`: where it answers, how it ends, and the folder it writes."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outcomes import ok, refused
+
+from hflow_rt.runtime.explore import static
+
+Command = Callable[..., Any]
+
+
+def test_it_says_where_it_is_and_ends_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "hflow_rt.cli", "explore", "--no-browser", "--port", str(port), "--token", "t"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        assert process.stdout.readline() == f"hflow-emoji is at http://127.0.0.1:{port}/?token=t\n"
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/model.json", headers={"Cookie": "hflow_rt_token=t"})
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            assert json.load(answer)["name"] == "hflow-emoji"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_for_any_host(hflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runtime = tmp_path / "dist"
+    runtime.mkdir()
+    refused(hflow("explore", "--static", "site", "--web-runtime", "dist"), "npm install onnxruntime-web")
+    for name in static.RUNTIME:
+        (runtime / name).write_text(name)
+    found = ok(hflow("explore", "--static", "site", "--web-runtime", "dist"))
+    assert "hflow-emoji, 5.4 MB of model: site/" in found.out
+    assert "next: python -m http.server --directory site" in found.out
+    written = {path.relative_to("site").as_posix() for path in Path("site").rglob("*") if path.is_file()}
+    needed = {"index.html", "model.json", "forward.onnx", "weights.bin", "ort/LICENSE.txt", "worker.js", "main.js"}
+    assert needed <= written
+    assert "server.js" not in written
+    assert "'wasm-unsafe-eval'" in Path("site/index.html").read_text()
+    assert str(tmp_path) not in Path("site/model.json").read_text()
+    ok(hflow("explore", "--static", "site", "--web-runtime", "dist"))  # made again
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("keep")
+    refused(hflow("explore", "--static", "mine", "--web-runtime", "dist"), "mine holds other files than such a page")
+    assert Path("mine/letter.txt").read_text() == "keep"
+
+
+def test_without_its_packages(hflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(hflow("explore"), "this command needs starlette: pip install 'hflow-rt[explore]'")

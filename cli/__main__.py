@@ -28,6 +28,7 @@ COMMANDS = (
     "tune",
     "info",
     "explore",
+    "serve",
     "walk",
     "seeds",
     "heatmap",

@@ -1,7 +1,7 @@
 """`hflow-rt export` and `hflow-rt check`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,9 @@ from hflow_rt.cli.options import (
 from hflow_rt.cli.terminal import note, print_json, say, say_next, status
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
+
+if TYPE_CHECKING:
+    from hflow_rt.export.making import GraphOptions
 
 _TRT = "TensorRT"  # heading in the help
 
@@ -43,7 +46,13 @@ def export(
             metavar="RUN", help="A run, a bundle or a model file; by default the latest run.", show_default=False
         ),
     ] = None,
-    engine: Annotated[str, typer.Option(help="What to build: onnx, or trt for TensorRT engines beside it.")] = "onnx",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What to build: onnx, trt for TensorRT engines beside it, or triton-repo: the bundle as models of"
+            " NVIDIA's Triton Inference Server."
+        ),
+    ] = "onnx",
     route: Annotated[
         Routes | None,
         typer.Option(
@@ -55,7 +64,12 @@ def export(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="The bundle's folder; by default RUN/bundle.", show_default=False),
+        typer.Option(
+            "-o",
+            "--out",
+            help="The bundle's folder, by default RUN/bundle; of triton-repo the repository's, ./model_repository.",
+            show_default=False,
+        ),
     ] = None,
     images: _ImagesOption = None,
     bound: Annotated[
@@ -151,6 +165,10 @@ def export(
             rich_help_panel=_TRT,
         ),
     ] = False,
+    serve: Annotated[
+        Literal["onnx", "trt"],
+        typer.Option(help="Of triton-repo: what the server runs, graphs or the bundle's TensorRT engines."),
+    ] = "onnx",
     json: JsonOption = False,
 ) -> None:
     """Write the engines of a trained model and prove that they are that model.
@@ -166,6 +184,9 @@ def export(
     graphs = GraphOptions(images, route, bound, std, half, precision, tune, calibrate, resolution, region)
     options = EngineOptions(flavor, capabilities, batch, workspace, refit, update_weights)
     check_engine(engine, options)
+    if engine == "triton-repo":
+        _export_repository(run, output, graphs, serve, json)
+        return
     if engine == "trt":
         from hflow_rt.cli.engines import make_engines
 
@@ -188,6 +209,20 @@ def export(
         plain = run is None and output is None and resolution is None and region is None
         say_next("hflow-rt sample" if plain else f"hflow-rt sample {quoted(folder)}")
     fail_on(report)
+
+
+def _export_repository(
+    run: Path | None, output: Path | None, graphs: "GraphOptions", serve: Literal["onnx", "trt"], json: bool
+) -> None:
+    from hflow_rt.export.making import repository_of
+
+    folder, versions = repository_of(run, output, graphs, serve)
+    if json:
+        print_json({"repository": str(folder), "models": versions})
+        return
+    for name, version in versions.items():
+        say(f"{folder / name}: version {version}")
+    say_next(f"hflow-rt serve --repository {quoted(folder)}")
 
 
 @app.command()

@@ -23,7 +23,7 @@ from hflow_rt.models.checkpoint import parse_config, read_metadata, seen_at
 from hflow_rt.models.registry import View, family
 from hflow_rt.runs import resolve_run
 from hflow_rt.runtime.backends import check_backend
-from hflow_rt.runtime.bundle import BUNDLE, Bundle, find_bundle
+from hflow_rt.runtime.bundle import BUNDLE, Bundle, default_model, find_bundle
 from hflow_rt.runtime.images.reading import read_pictures
 
 __all__ = [
@@ -38,13 +38,15 @@ __all__ = [
     "model_and_bundle",
     "nobody",
     "proof_pictures",
+    "repository_of",
     "typed_region",
     "viewed",
     "wanted_graphs",
     "went",
 ]
 
-ENGINES = ("onnx", "trt")
+REPOSITORY = "model_repository"  # the folder of models for a server
+ENGINES = ("onnx", "trt", "triton-repo")
 # Images for the proof: in float64, 256x256 takes seconds each.
 _IMAGES, _LARGE_IMAGES = 8, 3
 
@@ -164,6 +166,24 @@ def check_engine(engine: str, options: EngineOptions) -> None:
             "--flavor, --compute-capability, --batch, --workspace, --refit and --update-weights are for --engine trt;"
             " add it"
         )
+
+
+def repository_of(
+    run: Path | None, folder: Path | None, graphs: GraphOptions, served: Literal["onnx", "trt"] = "onnx"
+) -> tuple[Path, dict[str, int]]:
+    """Write the bundle of a run, as it is, into a model repository; its folder, and the models' versions.
+
+    run: by default the latest, else the bundled model. Raises as `write_repository`, and `ConfigError` for options of
+    graphs, which are there already.
+    """
+    from hflow_rt.export.repository import write_repository
+
+    if graphs != GraphOptions():
+        raise ConfigError(
+            "a model repository takes a bundle as it is; export with these options first, without --engine"
+        )
+    folder = Path(REPOSITORY) if folder is None else folder
+    return folder, write_repository(find_bundle(default_model()[0] if run is None else run), folder, served)
 
 
 def model_and_bundle(run: Path | None, output: Path | None, options: GraphOptions | None = None) -> tuple[Path, Path]:

@@ -18,6 +18,7 @@ from hflow_rt.export.making import (
     fail_on,
     model_and_bundle,
     nobody,
+    repository_of,
     typed_region,
     went,
 )
@@ -58,6 +59,7 @@ def export(
     workspace: int | None = None,
     refit: bool = False,
     update_weights: bool = False,
+    serve: Literal["onnx", "trt"] = "onnx",
     progress: Callable[[str], None] = nobody,
 ) -> Path:
     """Write the engines of a trained model, prove that they are that model, and return the bundle's folder.
@@ -66,7 +68,9 @@ def export(
     beside it, for the GPU that is here. out: by default RUN/bundle. images: to prove the engines on (the first 8, or 3
     above 64x64); by default bundled ones. resolution, region: as of `load`; then out is by default a folder beside
     RUN/bundle. Everything else is as of `hflow-rt export` and, where it is None, as in the bundle that is replaced;
-    `flavor` and what follows are for TensorRT. progress: hears of each step. Raises `ParityError` for engines that are
+    `flavor` and what follows are for TensorRT. With `triton-repo` the bundle as it is becomes a model repository of
+    NVIDIA's Triton Inference Server, by default ./model_repository, whose folder is returned; serve: what its models
+    run, see `write_repository`. progress: hears of each step. Raises `ParityError` for engines that are
     not the model, and `CheckpointError`, `BundleError`, `ConfigError`, `DataError`, `BackendUnavailable`; warns of
     images that cannot be used and of TensorRT engines that went with the graphs they were built from.
 
@@ -88,6 +92,8 @@ def export(
                 warn(went(gone))
             fail_on(manifest.parity or {})
 
+        if engine == "triton-repo":
+            return repository_of(run, out, options, serve)[0]
         if engine == "trt":
             from hflow_rt.export.tensorrt_bundle import add_plans
 

@@ -1,0 +1,190 @@
+"""A bundle as a model repository of NVIDIA's Triton Inference Server: `export --engine triton-repo`.
+
+Every graph but those of a loop becomes a model `NAME_GRAPH`, for the server's ONNX Runtime or TensorRT backend;
+`NAME_sample` is a model of its Python backend that draws images as `hflow-rt sample` does, by loops as well. A model
+that is there gets another version. A server may watch: what it sees is whole at any time.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from hflow_rt.errors import BundleError, ConfigError
+from hflow_rt.files import atomic_directory, atomic_file, is_folder
+from hflow_rt.manifest import MANIFEST, Engines, Graph, Loop, Tensor
+from hflow_rt.runtime.bundle import BUNDLE, Bundle
+from hflow_rt.runtime.served import DEFAULTS
+
+__all__ = ["model_name", "write_repository"]
+
+_DELAY = 500  # microseconds that a request waits for others to be run together
+_CONFIG = "config.pbtxt"
+_ONNX = "model.onnx"  # a folder of this name holds a graph and its constants
+_PYTHON = '''"""Images of the bundle beside this file, drawn as `hflow-rt sample` draws them."""
+
+from hflow_rt.runtime.served import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+Served = Literal["onnx", "trt"]
+
+
+def model_name(bundle: Bundle) -> str:
+    """What models are called before the underscore: the run or the bundle, in letters that every server takes."""
+    folder = bundle.path.parent if bundle.path.name == BUNDLE else bundle.path
+    return re.sub(r"[^A-Za-z0-9.-]", "-", folder.resolve().name).strip(".-") or bundle.manifest.family
+
+
+def write_repository(bundle: Bundle, folder: Path, served: Served = "onnx", name: str | None = None) -> dict[str, int]:
+    """Write the models into `folder`, which may hold others; versions by the models' names.
+
+    Raises `BundleError` for files that are not whole or lack, `ConfigError` for engines that the server cannot run.
+    """
+    manifest, name = bundle.manifest, name or model_name(bundle)
+    engines = _engines(bundle) if served == "trt" else []
+    looped = {graph for way in manifest.routes.values() if isinstance(way, Loop) for graph in way.graphs}
+    graphs = {key: graph for key, graph in manifest.graphs.items() if key not in looped}  # which are nothing alone
+    graphs = {key: graph for key, graph in graphs.items() if served == "onnx" or key in engines[0].plans}
+    folder.mkdir(parents=True, exist_ok=True)
+    versions: dict[str, int] = {}
+    for key, graph in graphs.items():
+        model = folder / f"{name}_{key}"
+        largest = graph.batch[1] if served == "onnx" else min(one.batch[2] for one in engines)
+        plans = {capability: one.plans[key].file for one in engines for capability in one.capabilities}
+        with _version(model, _config(model.name, graph, largest, plans)) as (made, versions[model.name]):
+            if served == "onnx":
+                (made / _ONNX).mkdir()
+                shutil.copyfile(bundle.graph(key), made / _ONNX / _ONNX)
+                if graph.weights is not None:
+                    shutil.copyfile(bundle.file(graph.weights), made / _ONNX / graph.weights)
+            for file in set(plans.values()):
+                shutil.copyfile(bundle.file(file), made / _plan(file))
+    model = folder / f"{name}_sample"
+    with _version(model, _sample_config(model.name)) as (made, versions[model.name]):
+        (made / "model.py").write_text(_PYTHON)
+        (made / BUNDLE).mkdir()
+        for file in (MANIFEST, *_needed(bundle)):
+            (made / BUNDLE / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / MANIFEST if file == MANIFEST else bundle.file(file), made / BUNDLE / file)
+    with atomic_file(folder / f"{name}.{MANIFEST}") as temporary:
+        temporary.write_text(manifest.dump())
+    return versions
+
+
+@contextmanager
+def _version(model: Path, config: str) -> Iterator[tuple[Path, int]]:
+    """A folder to fill, and the number of the version that it becomes when it is whole."""
+    if not is_folder(model):
+        with atomic_directory(model, replace=False) as made:
+            (made / "1").mkdir()
+            yield made / "1", 1
+            (made / _CONFIG).write_text(config)
+        return
+    number = 1 + max((int(path.name) for path in model.iterdir() if path.name.isdigit()), default=0)
+    with atomic_directory(model / str(number), replace=False) as made:
+        yield made, number
+        with atomic_file(model / _CONFIG) as temporary:
+            temporary.write_text(config)
+
+
+def _engines(bundle: Bundle) -> list[Engines]:
+    """The newest TensorRT engines for each compute capability. Raises `BundleError`, `ConfigError`."""
+    found = list(bundle.manifest.engines.values())
+    if not found:
+        raise BundleError(f"{bundle.path} has no TensorRT engines; build them with 'hflow-rt export --engine trt'")
+    usable = [one for one in found if one.flavor == "tensorrt"]
+    if not usable:
+        raise ConfigError(
+            "these engines are of TensorRT for RTX, whose plans the server's TensorRT cannot read; build others with"
+            " 'hflow-rt export --engine trt --flavor tensorrt', or serve the graphs with --serve onnx"
+        )
+    newest = {capability: one for one in usable for capability in one.capabilities}
+    return [one for one in usable if one in newest.values()]
+
+
+def _plan(file: str) -> str:
+    """What a plan is called beside others of the same graph."""
+    return file.replace("/", "-")
+
+
+def _needed(bundle: Bundle) -> set[str]:
+    """What a session of the bundle reads."""
+    manifest = bundle.manifest
+    files = {file for graph in manifest.graphs.values() for file in (graph.file, graph.weights)}
+    files |= {way.schedule for way in manifest.routes.values() if isinstance(way, Loop)} | {manifest.bank}
+    return {file for file in files if file is not None}
+
+
+def _config(name: str, graph: Graph, largest: int, plans: Mapping[str, str]) -> str:
+    """The settings of a model: its tensors without the batch, which the server makes of what waits."""
+    backend: dict[str, Any] = {"backend": "onnxruntime"}
+    if plans:
+        file = _plan(next(iter(plans.values())))
+        backend = {"platform": "tensorrt_plan", "default_model_filename": file}
+        backend["cc_model_filenames"] = [{"key": cc, "value": _plan(plan)} for cc, plan in plans.items()]
+    defaults = {one.name: one.default for one in graph.inputs if one.default is not None}
+    parameters = {DEFAULTS: json.dumps(defaults)}
+    if not plans:
+        parameters["intra_op_thread_count"] = "0"  # as many as there are cores
+    zeros = {"data_type": _Raw("TYPE_FP32"), "zero_data": True}
+    warm = [{"key": one.name, "value": zeros | {"dims": list(one.shape) or [1]}} for one in graph.inputs]
+    return _text(
+        {"name": name}
+        | backend
+        | {
+            "max_batch_size": largest,
+            "input": [_tensor(tensor) for tensor in graph.inputs],
+            "output": [_tensor(tensor) for tensor in graph.outputs],
+            "dynamic_batching": {"max_queue_delay_microseconds": _DELAY},
+            "instance_group": [{"count": 1, "kind": _Raw("KIND_AUTO")}],
+            "model_warmup": [{"name": "zeros", "batch_size": 1, "inputs": warm}],
+        }
+        | {"parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()]}
+    )
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": tensor.name, "data_type": _Raw("TYPE_FP32"), "dims": list(tensor.shape) or [1]}
+    return found | ({} if tensor.shape else {"reshape": {"shape": []}})  # one number an image
+
+
+def _sample_config(name: str) -> str:
+    """The settings of the model that draws: a request is one call of `sample`, so there is no batch."""
+    inputs = {"seed": "TYPE_UINT64", "count": "TYPE_INT32", "first": "TYPE_UINT64", "steps": "TYPE_INT32"}
+    inputs |= {"std": "TYPE_STRING", "control": "TYPE_STRING", "label": "TYPE_STRING"}
+    listed = ("std", "control")  # as the command takes them, repeated
+    return _text(
+        {
+            "name": name,
+            "backend": "python",
+            "max_batch_size": 0,
+            "input": [
+                {"name": key, "data_type": _Raw(kind), "dims": [-1 if key in listed else 1], "optional": True}
+                for key, kind in inputs.items()
+            ],
+            "output": [{"name": "image", "data_type": _Raw("TYPE_FP32"), "dims": [-1, -1, -1, -1]}],
+            "instance_group": [{"count": 1, "kind": _Raw("KIND_AUTO")}],
+        }
+    )
+
+
+class _Raw(str):
+    """A name of the protocol's, which is written without quotes."""
+
+
+def _text(message: Mapping[str, Any], indent: str = "") -> str:
+    """A protobuf message as text."""
+    return "".join(_field(key, value, indent) for key, value in message.items())
+
+
+def _field(key: str, value: Any, indent: str) -> str:
+    if isinstance(value, Mapping):
+        return f"{indent}{key} {{\n{_text(value, indent + '  ')}{indent}}}\n"
+    if isinstance(value, list) and all(isinstance(one, Mapping) for one in value) and value:
+        return "".join(_field(key, one, indent) for one in value)
+    said = value if isinstance(value, _Raw) else json.dumps(value)
+    return f"{indent}{key}: {said}\n"

@@ -22,7 +22,7 @@ LATENCY ?=
 # the folders of a checkout are not the package, so the current folder must not be looked in
 ON_GPU = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/gpu:$(CURDIR)/benchmarks:$(PYTHONPATH)
 
-.PHONY: install proofs web demo test lint types check bench kernels pretrained gpu-install gpu-test gpu-report gpu-train pictures clean
+.PHONY: install proofs web serving demo test lint types check bench kernels pretrained gpu-install gpu-test gpu-report gpu-train pictures clean
 
 install: $(VENV)/.installed
 
@@ -53,6 +53,17 @@ $(WEB)/ort-wasm-simd-threaded.wasm:
 	cd build/web && tar xzf "$$(npm pack --silent $(ORT_WEB))"
 	cd build/web/package/dist && cp ort.wasm.min.mjs ort-wasm-simd-threaded.mjs ort-wasm-simd-threaded.wasm $(abspath $(WEB))
 	rm -r build/web
+
+# The real inference server, half a GB, for the tests of serving; it wants an older numpy, hence a virtualenv of its own.
+TRITON_VENV ?= .venv-triton
+serving: $(TRITON_VENV)/.installed
+
+$(TRITON_VENV)/.installed:
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/pip install --quiet nvidia-pytriton onnxruntime pydantic safetensors platformdirs psutil pillow typer rich
+	$(TRITON_VENV)/bin/pip install --quiet --no-deps .
+	rm -rf build
+	touch $@
 
 # One worker a core, each with one thread; a file stays on one worker, and those with slow tests come first.
 test: proofs $(if $(shell command -v npm),web)

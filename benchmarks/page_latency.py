@@ -19,7 +19,11 @@ MOVE = """async ([count, pause]) => {
   const times = [];
   for (let move = 0; move < count; move++) {
     const shown = new Promise((done) => {
-      const seen = new MutationObserver(() => { seen.disconnect(); requestAnimationFrame(done); });
+      const seen = new MutationObserver(() => {
+        if (!picture.dataset.shows) return; // it is asked for
+        seen.disconnect();
+        requestAnimationFrame(done);
+      });
       seen.observe(picture, { attributeFilter: ["data-shows"] });
     });
     slider.value = Number(slider.min) + ((move % 20) + 1) * (slider.max - slider.min) / 25;

@@ -9,6 +9,7 @@ from hflow_rt.cli.app import app
 from hflow_rt.cli.opening import locate, open_session
 from hflow_rt.cli.options import BackendOption, DeviceOption, ModelArgument
 from hflow_rt.cli.terminal import note, say
+from hflow_rt.errors import DataError
 from hflow_rt.extras import need_extra
 from hflow_rt.names import quoted
 
@@ -53,6 +54,8 @@ def explore(
     Example: hflow-rt explore --backend onnx
     """
     if static is not None:
+        if (host, port, token, backend) != (None, None, None, "onnx"):
+            raise DataError("--host, --port, --token and --backend are for a server; a static page has none; omit them")
         from hflow_rt.runtime.explore.static import write_static
 
         found = write_static(locate(model), static, web_runtime)
@@ -64,7 +67,9 @@ def explore(
     import os
     import secrets
     import sys
+    import threading
     import webbrowser
+    from urllib.parse import quote
 
     from hflow_rt.runtime.explore.description import described
     from hflow_rt.runtime.explore.server import listen, serve
@@ -78,12 +83,12 @@ def explore(
     if port is None and address[1] != _PORT:
         note(f"port {_PORT} is taken; this is another")
     named = f"[{host}]" if host is not None and ":" in host else host or "127.0.0.1"
-    at = f"http://{named}:{address[1]}/" + (f"?token={token}" if token else "")
+    at = f"http://{named}:{address[1]}/" + (f"?token={quote(token, safe='')}" if token else "")
     say(f"{description['name']} is at {at}")
     note("Ctrl-C ends it")
     sys.stdout.flush()
     if browser and sys.stdout.isatty():
-        webbrowser.open(at)
+        threading.Timer(0.5, webbrowser.open, [at]).start()  # once somebody answers
     serve(session, description, listening, token)
     sys.stdout.flush()
     os._exit(0)  # a call of the model or a search goes on in a thread, and nobody waits for it

@@ -95,7 +95,7 @@ class Client:
     ) -> Array:
         """As `Session.sample`: the images `first`, ... of `seed`."""
         check_count("the number of images", n)
-        asked = {"seed": np.array([seed], np.uint64), "count": np.array([n], np.int32)}
+        asked: dict[str, NDArray[Any]] = {"seed": np.array([seed], np.uint64), "count": np.array([n], np.int32)}
         asked |= {"first": np.array([first], np.uint64)} if first else {}
         asked |= {} if steps is None else {"steps": np.array([steps], np.int32)}
         asked |= {} if option is None else {"label": _texts([option])}

@@ -6,7 +6,7 @@ and moved along an attribute, in this order. The page in the browser follows the
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,7 @@ __all__ = ["Between", "Kept", "Mixed", "Moved", "Recipe", "Shelf", "Start", "coo
 Share = Annotated[float, Field(ge=0, le=1)]
 Gain = Annotated[float, Field(ge=-100, le=100)]
 Number = Annotated[int, Field(ge=0, lt=2**53)]  # what a browser counts exactly
+Std = Annotated[float, Field(gt=0, le=100)]
 _PICTURES, _ATTRIBUTES = 512, 64
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Start(_Part):
     image: Number = 0
     picture: str | None = None
     label: str | None = None
-    std: dict[str, float] = {}
+    std: dict[str, Std] = {}
     redrawn: dict[str, Number] = {}
     zeroed: tuple[str, ...] = ()
 
@@ -80,7 +81,6 @@ class Kept:
 
     space: str
     values: Latents
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Shelf:

@@ -5,14 +5,14 @@ here (`Host` and `Origin` are checked), and with a token only who knows it.
 """
 
 import asyncio
+import hashlib
 import json
 import secrets
 import socket
 import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hflow_rt.errors import BackendUnavailable, ConfigError, DataError, HFlowError, NoInverse, OutOfMemory
 from hflow_rt.names import shown
 from hflow_rt.runtime.explore.jobs import Busy, Jobs, Superseded
+from hflow_rt.runtime.explore.page import PAGE, POLICY
 from hflow_rt.runtime.explore.recipes import Number, Recipe
 from hflow_rt.runtime.explore.studio import Studio
 from hflow_rt.runtime.session import Session
@@ -34,20 +35,8 @@ from hflow_rt.runtime.session import Session
 if TYPE_CHECKING:
     import uvicorn
 
-__all__ = ["PAGE", "POLICY", "application", "listen", "serve", "server_of"]
+__all__ = ["application", "hosts_of", "listen", "serve", "server_of"]
 
-PAGE = Path(str(files(__package__) / "web-page"))
-# of what the page may load and do: nothing that is not from here, no script inside of the page
-POLICY = {
-    "default-src": "'none'",
-    "script-src": "'self'",
-    "style-src": "'self'",
-    "img-src": "'self' blob: data:",
-    "connect-src": "'self'",
-    "base-uri": "'none'",
-    "form-action": "'none'",
-}
-_COOKIE = "hflow_rt_token"
 _JSON_BYTES, _FILE_BYTES = 2**18, 2**25
 _FRAMES, _SEARCH, _SEARCHES = 120, 2000, 4  # most pictures of a request, steps of a search, searches that wait
 _REFUSED = (DataError, NoInverse, BackendUnavailable, ConfigError, OutOfMemory)
@@ -87,11 +76,16 @@ class _How(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(default="the picture", max_length=256)
+    name: str = Field(default="", max_length=256)
     label: str | None = None
     steps: Number | None = None
     search: int = Field(default=300, ge=1, le=_SEARCH)
     controls: dict[str, float] = {}
+
+    @property
+    def called(self) -> str:
+        """The name of its file, fit for a terminal and a page."""
+        return shown(self.name).strip() or "the picture"
 
 
 class _TooLarge(Exception):  # noqa: N818 - a state, not a fault
@@ -135,8 +129,8 @@ def application(session: Session, description: dict[str, Any], hosts: Sequence[s
 
     async def pictures(request: Request) -> Response:
         asked, data = _how(request), await _body(request, _FILE_BYTES)
-        how, name = studio.set(asked.controls, asked.steps), shown(asked.name)
-        return JSONResponse(await jobs.run(lambda: studio.encode(how, data, name, asked.label)))
+        how = studio.set(asked.controls, asked.steps)
+        return JSONResponse(await jobs.run(lambda: studio.encode(how, data, asked.called, asked.label)))
 
     async def projections(request: Request) -> Response:
         asked, data = _how(request), await _body(request, _FILE_BYTES)
@@ -175,6 +169,8 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str], token: str | None) -> None:
         self._app, self._hosts, self._token = app, hosts, token
+        # browsers share cookies among the ports of a host, and each server has its own
+        self._cookie = f"hflow_rt_{hashlib.sha256(token.encode()).hexdigest()[:16]}" if token else ""
         self._policy = "; ".join(f"{what} {where}" for what, where in (POLICY | {"frame-ancestors": "'none'"}).items())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -205,9 +201,9 @@ class _Guard:
         given = request.query_params.get("token")
         if given is not None and secrets.compare_digest(given.encode(), self._token.encode()):
             kept = RedirectResponse(request.url.path, 303)
-            kept.set_cookie(_COOKIE, self._token, httponly=True, samesite="strict")
+            kept.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
             return kept
-        known = request.cookies.get(_COOKIE, "")
+        known = request.cookies.get(self._cookie, "")
         if secrets.compare_digest(known.encode(), self._token.encode()):
             return None
         return _error("this page needs its token; open the whole address that was printed", 403)
@@ -227,15 +223,22 @@ def listen(host: str | None, port: int | None, preferred: int) -> socket.socket:
     )
 
 
+def hosts_of(address: str, port: int) -> list[str]:
+    """What a browser may call a server at this address; none where it answers at every address of the machine."""
+    if address in ("0.0.0.0", "::"):
+        return []
+    local = address in ("127.0.0.1", "::1")
+    names = ["127.0.0.1", "localhost", "[::1]"] if local else [f"[{address}]" if ":" in address else address]
+    return [f"{name}:{port}" for name in names] + (names if port == 80 else [])  # which browsers leave out
+
+
 def server_of(
     session: Session, description: dict[str, Any], listening: socket.socket, token: str | None
 ) -> "uvicorn.Server":
     """What answers on an open socket; only a browser that was sent here may ask, where none else can."""
     import uvicorn
 
-    host, port = listening.getsockname()[:2]
-    named = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")] if host in ("127.0.0.1", "::1") else []
-    app = application(session, description, named, token)
+    app = application(session, description, hosts_of(*listening.getsockname()[:2]), token)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, ws="none"))
     server.force_exit = True  # when it ends, it does not wait for those who still ask
     return server
@@ -258,14 +261,15 @@ def _answered(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Re
         except Busy:
             return _error("too many requests wait; try again", 503)
         except _TooLarge:
-            return _error(f"a picture may have at most {_FILE_BYTES // 2**20} MiB; reduce it first", 413)
+            return _error(f"more was sent than is taken: a picture may have {_FILE_BYTES // 2**20} MiB; reduce it", 413)
         except asyncio.CancelledError:
             return _error("this server is being stopped", 503)
         except ClientDisconnect:
             return Response(status_code=499)
         except ValidationError as error:
             first = error.errors()[0]
-            return _error(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 400)
+            where = ".".join(map(str, first["loc"]))
+            return _error(f"{where}: {first['msg']}" if where else first["msg"], 400)
         except _REFUSED as error:
             return _error(str(error), 422)
         except HFlowError as error:  # of files of this machine
@@ -316,7 +320,7 @@ async def _searching(studio: Studio, jobs: Jobs, asked: _How, data: bytes) -> As
         try:
             found = await jobs.run(
                 lambda: studio.project(
-                    data, shown(asked.name), asked.label, asked.search, asked.controls, told, lambda: wanted
+                    data, asked.called, asked.label, asked.search, asked.controls, told, lambda: wanted
                 )
             )
             await news.put(found)
@@ -324,6 +328,11 @@ async def _searching(studio: Studio, jobs: Jobs, asked: _How, data: bytes) -> As
             await news.put({"error": "too many requests wait; try again"})
         except _REFUSED as error:
             await news.put({"error": str(error)})
+        except Exception as error:  # of files of this machine, or a fault: the terminal says which
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if not isinstance(error, HFlowError):
+                traceback.print_exception(error)
+            await news.put({"error": "the model cannot be searched; the terminal of the server says why"})
 
     task = asyncio.create_task(search())
     try:

@@ -1,5 +1,6 @@
 """The page as a folder for any web host: the browser runs the model, and nothing is asked of anybody else."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -7,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hflow_rt.errors import BackendUnavailable, BundleError, DataError
-from hflow_rt.files import atomic_directory, is_file, is_folder
+from hflow_rt.files import atomic_directory, is_folder
 from hflow_rt.manifest import Graph, Tensor, graphs_of
 from hflow_rt.runtime.bundle import find_bundle
 from hflow_rt.runtime.explore.description import described
-from hflow_rt.runtime.explore.server import PAGE, POLICY
+from hflow_rt.runtime.explore.page import PAGE, POLICY
 from hflow_rt.runtime.latents.nearest import find_tensor
 from hflow_rt.runtime.session import LATENT_SPACE, Session, open_bundle
 
@@ -48,8 +49,6 @@ def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list
     `DataError` for a folder that holds anything else.
     """
     files = find_runtime(runtime)
-    if is_folder(folder) and any(folder.iterdir()) and not is_file(folder / "worker.js"):
-        raise DataError(f"{folder} holds other files than such a page; choose another folder, or empty it")
     bundle = find_bundle(model)
     session = open_bundle(bundle, "onnx", "cpu")
     manifest = bundle.manifest
@@ -59,27 +58,43 @@ def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list
     about = described(session) | {"engine": "browser", "backend": "this browser", "projects": False, "web": web}
     if not about["encodes"]:
         about["encodes_not"] = f"{manifest.absent['inverse']}; a static page cannot search"
+    page = {source.name: source for source in PAGE.iterdir() if source.name not in ("server.js", "index.html")}
+    copies = page | {source: bundle.file(source) for source in sorted(sources)}
+    copies |= {f"ort/{file}": files / file for file in RUNTIME} | {"ort/LICENSE.txt": _LICENCE}
+    about["files"] = sorted([*copies, "index.html", "model.json"])
+    _check_ours(folder, about["files"])
     with atomic_directory(folder) as made:
-        for source in PAGE.iterdir():
-            if source.name not in ("server.js", "index.html"):
-                shutil.copyfile(source, made / source.name)
-        page = (PAGE / "index.html").read_text(encoding="utf-8")
-        policy = POLICY | {"script-src": "'self' 'wasm-unsafe-eval'", "worker-src": "'self'"}
-        said_policy = "; ".join(f"{what} {allowed}" for what, allowed in policy.items())
-        tag = f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{said_policy}">'
-        (made / "index.html").write_text(page.replace('<meta charset="utf-8">', tag), encoding="utf-8")
-        (made / "model.json").write_text(json.dumps(about), encoding="utf-8")
-        for source in sorted(sources):
-            shutil.copyfile(bundle.file(source), made / source)
         (made / "ort").mkdir()
-        for file in RUNTIME:
-            shutil.copyfile(files / file, made / "ort" / file)
-        shutil.copyfile(_LICENCE, made / "ort" / "LICENSE.txt")
+        for name, source in copies.items():
+            shutil.copyfile(source, made / name)
+        (made / "index.html").write_text(_page_alone(), encoding="utf-8")
+        (made / "model.json").write_text(json.dumps(about), encoding="utf-8")
     size = sum(manifest.files[source].bytes for source in sources)
     lines = [f"{about['name']}, {size / 2**20:.1f} MB of model: {folder}/"]
     if size > _LARGE:
         lines.append(f"a model beyond {_LARGE // 2**20} MB takes long to load in a browser, and phones may refuse it")
     return lines
+
+
+def _check_ours(folder: Path, written: Sequence[str]) -> None:
+    """Raise `DataError` for a folder that holds anything but what is written, or was when it was made before."""
+    if not is_folder(folder):
+        return
+    ours = set(written)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        ours |= set(json.loads((folder / "model.json").read_text(encoding="utf-8"))["files"])
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if others := sorted(there - ours):
+        raise DataError(f"{folder} holds {others[0]}, which is not of such a page; choose another folder, or move it")
+
+
+def _page_alone() -> str:
+    """The page with its content policy inside, because a host of files says none."""
+    policy = POLICY | {"script-src": "'self' 'wasm-unsafe-eval'", "worker-src": "'self'"}
+    said = "; ".join(f"{what} {allowed}" for what, allowed in policy.items())
+    first = '<meta charset="utf-8">'
+    tag = f'{first}\n<meta http-equiv="Content-Security-Policy" content="{said}">'
+    return (PAGE / "index.html").read_text(encoding="utf-8").replace(first, tag)
 
 
 def _web(session: Session) -> dict[str, Any]:

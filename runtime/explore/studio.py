@@ -89,7 +89,7 @@ class Studio:
         found = encoded(session, pixels, conditions)
         scores = {score: float(values[0]) for score, values in found.scores.items()}
         told = {"bits_per_dim": float(session.bits_per_dim(scores[LOG_PROB]))} if LOG_PROB in scores else {}
-        return self._keep(Kept(LATENT_SPACE, found.latents, scores), pixels) | told
+        return self._keep(Kept(LATENT_SPACE, found.latents), pixels) | told
 
     def project(
         self,
@@ -158,8 +158,10 @@ class Studio:
 
     def _keep(self, picture: Kept, pixels: Array) -> dict[str, Any]:
         levels = to_uint8(pixels)
-        digest = hashlib.sha256(levels.tobytes() + repr(sorted(picture.scores.items())).encode())
-        name = f"{digest.hexdigest()[:16]}{picture.space}"
+        digest = hashlib.sha256(picture.space.encode())  # the same file has other values with other controls or steps
+        for values in picture.values.values():
+            digest.update(np.ascontiguousarray(values).tobytes())
+        name = digest.hexdigest()[:16]
         self.shelf.keep(name, picture)
         return {"picture": name, "space": picture.space, "original": _rgb(levels).hex()}
 

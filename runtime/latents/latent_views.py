@@ -54,7 +54,7 @@ def select(latents: Latents, start: int, stop: int | None = None) -> dict[str, A
 
 def repeat(latents: Latents, times: int) -> dict[str, Array]:
     """A batch of 1 as a batch of `times` equal items."""
-    return {name: values.repeat(times, axis=0) for name, values in latents.items()}
+    return {name: np.repeat(values, times, axis=0) for name, values in latents.items()}
 
 
 def count(latents: Latents) -> int:

@@ -21,14 +21,15 @@ Command = Callable[..., Any]
 def test_it_says_where_it_is_and_ends_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "hflow_rt.cli", "explore", "--no-browser", "--port", str(port), "--token", "t"]
+    command = [sys.executable, "-m", "hflow_rt.cli", "explore", "--no-browser", "--port", str(port), "--token", "a&b"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        assert process.stdout.readline() == f"hflow-emoji is at http://127.0.0.1:{port}/?token=t\n"
-        asked = urllib.request.Request(f"http://127.0.0.1:{port}/model.json", headers={"Cookie": "hflow_rt_token=t"})
-        with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert process.stdout.readline() == f"hflow-emoji is at http://127.0.0.1:{port}/?token=a%26b\n"
+        jar = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        jar.open(f"http://127.0.0.1:{port}/?token=a%26b", timeout=30).close()
+        with jar.open(f"http://127.0.0.1:{port}/model.json", timeout=30) as answer:
             assert json.load(answer)["name"] == "hflow-emoji"
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
@@ -56,10 +57,24 @@ def test_a_folder_for_any_host(hflow: Command, tmp_path: Path, monkeypatch: pyte
     assert "'wasm-unsafe-eval'" in Path("site/index.html").read_text()
     assert str(tmp_path) not in Path("site/model.json").read_text()
     ok(hflow("explore", "--static", "site", "--web-runtime", "dist"))  # made again
-    Path("mine").mkdir()
-    Path("mine/letter.txt").write_text("keep")
-    refused(hflow("explore", "--static", "mine", "--web-runtime", "dist"), "mine holds other files than such a page")
-    assert Path("mine/letter.txt").read_text() == "keep"
+    Path("site/CNAME").write_text("keep")
+    refused(hflow("explore", "--static", "site", "--web-runtime", "dist"), "site holds CNAME, which is not of such")
+    assert Path("site/CNAME").read_text() == "keep"
+    refused(hflow("explore", "--static", "site", "--port", "99"), "a static page has none; omit them")
+
+
+def test_a_folder_without_the_extra(python: Command, tmp_path: Path) -> None:
+    for name in static.RUNTIME:
+        (tmp_path / name).write_text(name)
+    code = """
+import sys
+from pathlib import Path
+sys.modules |= {"starlette": None, "uvicorn": None}
+from hflow_rt.assets import pretrained
+from hflow_rt.runtime.explore.static import write_static
+print(write_static(pretrained(), Path(sys.argv[1]) / "site", Path(sys.argv[1])))
+"""
+    assert "hflow-emoji, 5.4 MB of model" in ok(python(code, tmp_path)).out
 
 
 def test_without_its_packages(hflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:

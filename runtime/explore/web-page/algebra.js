@@ -13,9 +13,14 @@ export const rounded = (value) => {
   return rest === 0.5 ? down + (down % 2) : Math.round(value);
 };
 
+// Arrays one after the other.
 export function joined(parts) {
-  const all = new Float32Array(parts.length * parts[0].length);
-  parts.forEach((part, index) => all.set(part, index * part.length));
+  const all = new Float32Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let start = 0;
+  for (const part of parts) {
+    all.set(part, start);
+    start += part.length;
+  }
   return all;
 }
 

@@ -19,10 +19,17 @@ export function opened(description) {
 const loaded = new Map();
 function fetched(name) {
   if (!loaded.has(name)) {
-    loaded.set(name, fetch(name).then((answer) => {
-      if (!answer.ok) throw new Error(`${name} is missing on this web host`);
-      return answer.arrayBuffer();
-    }));
+    const found = fetch(name).then(
+      (answer) => {
+        if (!answer.ok) throw new Error(`${name} is missing on this web host`);
+        return answer.arrayBuffer();
+      },
+      () => {
+        throw new Error(`${name} could not be loaded; try again`);
+      },
+    );
+    loaded.set(name, found);
+    found.catch(() => loaded.delete(name)); // or nobody could try again
   }
   return loaded.get(name);
 }
@@ -35,7 +42,9 @@ function session(name) {
       const data = weights ? [{ path: weights, data: new Uint8Array(await fetched(weights)) }] : undefined;
       return ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData: data });
     };
-    sessions.set(name, made());
+    const found = made();
+    sessions.set(name, found);
+    found.catch(() => sessions.delete(name));
   }
   return sessions.get(name);
 }
@@ -53,7 +62,10 @@ export async function run(name, rows, shared = {}) {
         continue;
       }
       const all = new Float32Array(part.length * size(shape));
-      part.forEach((row, index) => all.set(row[input], index * size(shape)));
+      part.forEach((row, index) => {
+        if (row[input]?.length !== size(shape)) throw new Error(`${input} does not fit the model as it runs now`);
+        all.set(row[input], index * size(shape));
+      });
       feeds[input] = new ort.Tensor("float32", all, [part.length, ...shape]);
     }
     const results = await (await session(name)).run(feeds);

@@ -1,61 +1,48 @@
 // The page: one state, which is in its address; what changes it, and what is drawn of it.
 
-import { asPng, fromHex, largestDifference, paint, saved } from "./canvas.js";
+import { asPng, largestDifference, paint, saved } from "./canvas.js";
 import { at } from "./dom.js";
-import { Lost, Refused, Stale, latest, opened } from "./engine.js";
+import { Lost, Refused, latest, opened } from "./engine.js";
 import { samples } from "./grid.js";
 import { panels } from "./panels.js";
+import { pictures } from "./pictures.js";
+import { player } from "./playing.js";
 import { changedStart, howOf, otherStart, recipeOf } from "./recipes.js";
+import { complain, failed, forgive, guarded, onLoss, say } from "./saying.js";
 import { fromAddress, initial, toAddress } from "./state.js";
 import { commandOf, pythonOf } from "./words.js";
 
 const FRAMES = 24;
 const FPS = 12;
 
-const say = (text) => (at("said").textContent = text);
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 
 async function begun() {
   for (;;) {
     try {
-      return await opened();
+      const found = await opened();
+      complain("server", "");
+      return found;
     } catch (error) {
-      complain(error instanceof Lost || error instanceof Refused ? error.message : String(error));
+      complain("server", error instanceof Lost || error instanceof Refused ? error.message : String(error));
       if (!(error instanceof Lost)) throw error;
       await pause(1000);
     }
   }
 }
 
-function complain(text) {
-  at("banner").textContent = text;
-  at("banner").hidden = !text;
-}
-
 const { model, engine } = await begun();
 const begin = initial(model);
 let state = fromAddress(location.hash, begin, model);
-const given = new Map(); // pictures people gave: id to file, original pixels and what is known
+const given = pictures(model, engine);
 const sets = { with: [], without: [] };
 let frames = null; // of a trajectory: what it is of, and its pixels
-let playing = 0;
 let lost = false;
 
-// ---- what goes wrong
-
-async function failed(error) {
-  if (error instanceof Stale) return;
-  if (error instanceof Refused) {
-    complain(error.message);
-    return;
-  }
-  if (!(error instanceof Lost)) {
-    complain(`this page has a fault: ${error}`);
-    throw error;
-  }
+onLoss(async () => {
   if (lost) return;
   lost = true;
-  complain("The server does not answer. This page goes on when it does.");
+  complain("server", "The server does not answer. This page goes on when it does.");
   for (;;) {
     await pause(1000);
     try {
@@ -64,76 +51,70 @@ async function failed(error) {
         if ((await again.json()).model !== model.model) location.reload();
         break;
       }
+      complain("server", (await again.json()).error);
     } catch {
       // not yet
     }
   }
   lost = false;
-  complain("");
-  await keptAgain();
+  complain("server", "");
+  await given.again();
+  if (state.attribute && sets.with.length) await engine.attribute(sets.with, sets.without).catch(() => null);
   show();
-}
-
-// What a server that was started anew no longer knows.
-async function keptAgain() {
-  for (const { file, how, label } of given.values()) {
-    if (model.encodes) await engine.encode(file, how, label).catch(() => null);
-  }
-}
-
-const guarded = (work) => async (...given) => {
-  try {
-    await work(...given);
-  } catch (error) {
-    await failed(error);
-  }
-};
+});
 
 // ---- what is drawn
 
 const drawPicture = latest(
-  guarded(async () => {
-    if (state.panel === "time") return drawFrame();
-    const now = state;
-    const pixels = await engine.images([recipeOf(now, model)], howOf(now, model), "picture");
-    paint(at("picture"), pixels, model.resolution);
-    at("picture").dataset.shows = toAddress(now, begin);
-    at("picture-said").textContent = captionOf(now, pixels);
-    complain("");
+  guarded("picture", async () => {
+    const address = toAddress(state, begin);
+    const now = await given.suited(state);
+    if (now.panel === "time") await drawFrame(now);
+    else {
+      const pixels = await engine.images([recipeOf(now, model)], howOf(now, model), "picture");
+      paint(at("picture"), pixels, model.resolution);
+      at("picture-said").textContent = captionOf(now, pixels);
+    }
+    at("picture").dataset.shows = address;
   }),
 );
 
 const drawOther = latest(
-  guarded(async () => {
-    const pixels = await engine.images([otherStart(state)], howOf(state, model), "other");
+  guarded("other", async () => {
+    const address = toAddress(state, begin);
+    const now = await given.suited(state);
+    const pixels = await engine.images([otherStart(now)], howOf(now, model), "other");
     paint(at("other"), pixels, model.resolution);
-    at("other").dataset.shows = toAddress(state, begin);
+    at("other").dataset.shows = address;
   }),
 );
 
-async function drawFrame() {
-  const now = state;
+async function drawFrame(now) {
   const of = JSON.stringify([changedStart(now), howOf(now, model)]);
   if (frames?.of !== of) {
     say("making every step…");
-    frames = { of, pixels: await engine.trajectory(changedStart(now), howOf(now, model)) };
-    at("frame").max = frames.pixels.length / (3 * model.resolution ** 2) - 1;
-    at("frame").value = at("frame").max;
-    say("");
+    const pixels = await engine.trajectory(changedStart(now), howOf(now, model)).finally(() => say(""));
+    frames = { of, pixels };
   }
-  paint(at("picture"), frames.pixels, model.resolution, Number(at("frame").value));
-  at("picture").dataset.shows = toAddress(now, begin);
-  at("picture-said").textContent = `after ${Number(at("frame").value) + 1} of ${Number(at("frame").max) + 1} steps`;
+  const last = frames.pixels.length / (3 * model.resolution ** 2) - 1;
+  const frame = Math.min(now.frame ?? last, last);
+  at("frame").max = last;
+  at("frame").value = frame;
+  paint(at("picture"), frames.pixels, model.resolution, frame);
+  at("picture-said").textContent = `after ${frame + 1} of ${last + 1} steps`;
 }
 
+const nameOf = (picture, image, now) => (picture ? "your picture" : `sample ${image} of seed ${now.seed}`);
+
 function captionOf(now, pixels) {
-  const what = now.picture ? "from your picture" : `sample ${now.image} of seed ${now.seed}`;
   const changed = Object.keys(now.redrawn).length + now.zeroed.length ? ", changed" : "";
-  if (now.panel === "between") return `${Math.round(now.share * 100)} % of the way from ${what}${changed}`;
-  if (now.panel === "mix") return `${what}${changed}, mixed with the other one`;
-  if (now.panel === "attribute" && now.attribute) return `${what}${changed}, attribute times ${now.gain}`;
-  const known = given.get(now.picture);
-  if (!known || changed) return `${what}${changed}`;
+  const what = `${nameOf(now.picture, now.image, now)}${changed}`;
+  const other = nameOf(now.otherPicture, now.other, now);
+  if (now.panel === "between") return `${Math.round(now.share * 100)} % of the way from ${what} to ${other}`;
+  if (now.panel === "mix" && now.levels) return `${what}, mixed with ${other}`;
+  if (now.panel === "attribute" && now.attribute) return `${what}, attribute times ${now.gain}`;
+  const known = given.about(now.picture);
+  if (!known || changed) return what;
   const off = largestDifference(pixels, known.original);
   const same = off ? `differs by up to ${off} of 255` : "every 8-bit value comes back";
   const bits = known.bits_per_dim === undefined ? "" : `; ${known.bits_per_dim.toFixed(3)} bits/dim (plug-in estimate)`;
@@ -141,58 +122,77 @@ function captionOf(now, pixels) {
   return `${what}: ${same}${bits}${far}`;
 }
 
-const showGrid = samples(model, engine, choose, (error) => failed(error));
-const showPanels = panels(model, change, {
-  heat: guarded(showHeat),
-  plain: () => change((now) => Object.assign(now, { redrawn: {}, zeroed: [], std: { ...begin.std }, control: { ...begin.control }, steps: begin.steps }), true),
-});
+const showGrid = samples(model, engine, choose, (error) => failed("samples", error));
+const showPanels = panels(model, change, { heat: guarded("heat", showHeat), plain });
+const stops = [player(at("share"), at("play")), player(at("frame"), at("play-time"))];
 
 function show() {
-  if (!at(state.panel)?.matches("[role=tabpanel]") || !at(`tab-${state.panel}`)) state.panel = begin.panel;
   showPanels(state);
   at("seed").value = state.seed;
-  const known = given.get(state.picture);
+  const known = given.about(state.picture);
   at("original-box").hidden = !known;
   if (known) paint(at("original"), known.original, model.resolution);
   at("forget").hidden = !state.picture && !state.otherPicture;
-  const both = state.panel === "between" || state.panel === "mix";
+  at("std-said").hidden = !state.picture || !Object.keys(begin.std).length;
+  const both = state.panel === "between" || state.panel === "mix" || state.otherPicture !== "";
   at("other-box").hidden = !both;
-  at("other-said").textContent = state.otherPicture ? "the other one: your picture" : `the other one: sample ${state.other}`;
-  at("picture").setAttribute("aria-label", state.picture ? "your picture through the model" : `sample ${state.image} of seed ${state.seed}`);
+  at("other-said").textContent = `the other one: ${nameOf(state.otherPicture, state.other, state)}`;
+  at("picture").setAttribute("aria-label", nameOf(state.picture, state.image, state));
   at("original").setAttribute("aria-label", "your picture as you gave it");
   at("other").setAttribute("aria-label", at("other-said").textContent);
   at("command").textContent = commandOf(state, model);
-  at("python").textContent = pythonOf(state, model);
+  at("python").textContent = pythonOf(state, model, given.about);
   at("save-gif").disabled = !["between", "time"].includes(state.panel);
   at("save-attribute").disabled = !state.attribute;
+  for (const canvas of [at("picture"), at("other")]) delete canvas.dataset.shows; // until it is drawn
+  at("undo").disabled = !place();
+  at("redo").disabled = place() >= furthest;
   drawPicture();
   if (both) drawOther();
   showGrid(state);
 }
 
-// ---- what changes it
+// ---- what changes it, and how far back and forward there is to go
+
+const place = () => history.state?.place ?? 0;
+let current = toAddress(state, begin);
+history.replaceState({ place: place() }, "", current); // in the one way of saying it
+let furthest = place();
 
 // whole: a step of its own, to which undo leads back; the rest is a slider on its way
 function change(make, whole) {
   const next = structuredClone(state);
   make(next);
+  if (next.panel !== state.panel) stops.forEach((stop) => stop());
   state = next;
   at("heat-box").hidden = true;
   const address = toAddress(state, begin);
   if (whole && address !== current) {
-    history.pushState(null, "", address);
+    furthest = place() + 1;
+    history.pushState({ place: furthest }, "", address);
     current = address;
+    forgive();
   }
   show();
 }
-let current = toAddress(state, begin);
 
 addEventListener("popstate", () => {
+  stops.forEach((stop) => stop());
   state = fromAddress(location.hash, begin, model);
   current = toAddress(state, begin);
+  furthest = Math.max(furthest, place());
   at("heat-box").hidden = true;
+  forgive();
   show();
 });
+
+const undo = () => place() && history.back();
+const redo = () => place() < furthest && history.forward();
+
+function plain() {
+  const { std, control, steps } = begin;
+  change((now) => Object.assign(now, structuredClone({ redrawn: {}, zeroed: [], std, control, steps })), true);
+}
 
 function choose(image, asOther) {
   const other = asOther || at("chooses-other").checked;
@@ -203,56 +203,23 @@ function choose(image, asOther) {
 }
 
 async function showHeat(latent) {
+  const asked = state;
   say(`redrawing ${latent}…`);
-  const now = state;
-  const { pixels, largest } = await engine.heat(changedStart(now), howOf(now, model), latent);
-  say("");
-  if (now !== state) return;
+  const now = await given.suited(asked);
+  const { pixels, largest } = await engine.heat(changedStart(now), howOf(now, model), latent).finally(() => say(""));
+  if (asked !== state) return;
   paint(at("heat"), pixels, model.resolution);
   at("heat").setAttribute("aria-label", `where ${latent} decides the picture`);
   at("heat-said").textContent = `where ${latent} acts: yellow most, std up to ${largest.toFixed(3)}`;
   at("heat-box").hidden = false;
 }
 
-// A picture of theirs, encoded or searched for; what is known of it.
-async function take(file) {
-  const how = howOf(state, model);
-  say(`reading ${file.name}…`);
-  let found;
-  if (model.encodes) {
-    found = await engine.encode(file, how, state.label);
-  } else if (model.projects) {
-    at("search").hidden = at("give-up").hidden = false;
-    const ended = new AbortController();
-    at("give-up").onclick = () => ended.abort();
-    const began = performance.now();
-    const news = ({ step, of, distance }) => {
-      at("search").value = step / of;
-      const left = Math.round((((performance.now() - began) / step) * (of - step)) / 1000);
-      say(`searching: ${step} of ${of}, distance ${distance.toFixed(3)}, about ${left} s left`);
-    };
-    try {
-      found = await engine.project(file, how, state.label, news, ended.signal);
-    } finally {
-      at("search").hidden = at("give-up").hidden = true;
-      say("");
-    }
-  } else {
-    say("");
-    throw new Refused(model.encodes_not ?? "this model takes no pictures");
-  }
-  say("");
-  given.set(found.picture, { ...found, original: fromHex(found.original), file, how, label: state.label });
-  return found.picture;
-}
-
-const takeFiles = guarded(async (files) => {
-  complain("");
-  for (const file of [...files].slice(0, 2)) {
-    const other = at("chooses-other").checked || file !== files[0];
-    const picture = await take(file).finally(() => say(""));
+const takeFiles = guarded("file", async (files) => {
+  const other = at("chooses-other").checked;
+  for (const [number, file] of [...files].slice(0, 2).entries()) {
+    const picture = await given.take(file, state);
     change((now) => {
-      if (other) now.otherPicture = picture;
+      if (other || number) now.otherPicture = picture;
       else Object.assign(now, { picture, redrawn: {}, zeroed: [] });
     }, true);
   }
@@ -262,14 +229,15 @@ const takeFiles = guarded(async (files) => {
 
 at("name").textContent = model.name;
 document.title = `${model.name} – hflow-rt explore`;
-at("about").textContent = `${model.family} ${model.resolution}x${model.resolution} on ${model.backend}${model.verified ? ", verified" : ", NOT verified"}`;
-at("undo").addEventListener("click", () => history.back());
-at("redo").addEventListener("click", () => history.forward());
+const proved = model.verified ? "verified" : "NOT verified";
+at("about").textContent = `${model.family} ${model.resolution}x${model.resolution} on ${model.backend}, ${proved}`;
+at("undo").addEventListener("click", undo);
+at("redo").addEventListener("click", redo);
 addEventListener("keydown", (event) => {
   if (!(event.ctrlKey || event.metaKey) || event.key.toLowerCase() !== "z" || event.target.type === "number") return;
   event.preventDefault();
-  if (event.shiftKey) history.forward();
-  else history.back();
+  if (event.shiftKey) redo();
+  else undo();
 });
 at("seed").addEventListener("change", () => {
   const seed = at("seed").valueAsNumber;
@@ -289,6 +257,8 @@ at("file").addEventListener("change", () => {
 at("model-said").hidden = !model.said;
 at("open").disabled = !model.encodes && !model.projects;
 at("open").title = at("open").disabled ? (model.encodes_not ?? "") : "or drop one anywhere on this page";
+at("frame").addEventListener("input", () => change((now) => (now.frame = Number(at("frame").value)), false));
+at("frame").addEventListener("change", () => change((now) => (now.frame = Number(at("frame").value)), true));
 
 addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -300,71 +270,58 @@ addEventListener("drop", (event) => {
   at("stage").classList.remove("over");
   const files = [...event.dataTransfer.files];
   const box = event.target.closest?.(".drop");
-  if (box) addTo(box.id === "with-box" ? "with" : "without", files);
+  if (box) addTo(box.id === "with-box" ? "with" : "without", files, sets[box.id === "with-box" ? "with" : "without"]);
   else if (files.length) takeFiles(files);
 });
 
 // ---- attributes
 
-const addTo = guarded(async (side, files) => {
-  for (const file of files) sets[side].push(await take(file).finally(() => say("")));
+const rounds = { with: 0, without: 0 };
+
+// A choice that was made since takes the place of this one; a file that cannot be used does not end the others.
+async function addTo(side, files, before) {
+  const mine = ++rounds[side];
+  const found = [...before];
+  complain("sets", "");
+  for (const file of files) {
+    try {
+      found.push(await given.take(file, state));
+    } catch (error) {
+      await failed("sets", error);
+    }
+  }
+  if (mine !== rounds[side]) return;
+  sets[side] = found;
   at("attribute-said").textContent = `${sets.with.length} pictures with it, ${sets.without.length} without it`;
-});
+}
 for (const side of ["with", "without"]) {
-  at(side).addEventListener("change", () => {
-    sets[side] = [];
-    addTo(side, [...at(side).files]);
-  });
+  at(side).addEventListener("change", () => addTo(side, [...at(side).files], []));
 }
-at("measure").addEventListener("click", guarded(async () => {
-  const found = await engine.attribute(sets.with, sets.without);
-  complain("");
-  change((now) => (now.attribute = found.attribute), true);
-  at("attribute-said").textContent = `the sets are ${found.apart.toFixed(2)} stds apart in ${found.in}, ${found.held_out.toFixed(2)} where each picture is judged by the others`;
-}));
-at("save-attribute").addEventListener("click", guarded(async () => {
-  saved(await engine.attributeFile(state.attribute), "attribute.safetensors");
-}));
-
-// ---- movement
-
-async function play(slider, button, ms) {
-  const mine = ++playing;
-  if (button.textContent === "Stop") {
-    button.textContent = "Play";
-    return;
-  }
-  button.textContent = "Stop";
-  if (Number(slider.value) >= Number(slider.max)) slider.value = slider.min;
-  const step = (slider.max - slider.min) / FRAMES;
-  while (mine === playing && button.isConnected && Number(slider.value) < Number(slider.max)) {
-    slider.value = Number(slider.value) + Math.max(step, Number(slider.step));
-    slider.dispatchEvent(new Event("input"));
-    await pause(ms);
-  }
-  if (mine === playing) {
-    slider.dispatchEvent(new Event("change"));
-    button.textContent = "Play";
-  }
-}
-at("play").addEventListener("click", () => play(at("share"), at("play"), 1000 / FPS));
-at("play-time").addEventListener("click", () => play(at("frame"), at("play-time"), 1000 / FPS));
-at("frame").addEventListener("input", () => drawPicture());
+at("measure").addEventListener(
+  "click",
+  guarded("attribute", async () => {
+    const found = await engine.attribute(sets.with, sets.without);
+    change((now) => (now.attribute = found.attribute), true);
+    const [apart, heldOut] = [found.apart.toFixed(2), found.held_out.toFixed(2)];
+    const others = `${heldOut} where each picture is judged by the others`;
+    at("attribute-said").textContent = `the sets are ${apart} stds apart in ${found.in}, ${others}`;
+  }),
+);
 
 // ---- to take away
 
-at("save-png").addEventListener("click", async () => saved(await asPng(at("picture")), "picture.png"));
-at("save-gif").addEventListener("click", guarded(async () => {
-  say("making a GIF…");
-  const way = Array.from({ length: FRAMES }, (_, index) => recipeOf({ ...state, share: index / (FRAMES - 1) }, model));
-  const onTheWay = state.panel === "time";
-  const recipes = onTheWay ? [changedStart(state)] : [...way, ...way.slice(1, -1).reverse()];
-  const blob = await engine.animation(recipes, howOf(state, model), onTheWay, FPS).finally(() => say(""));
-  saved(blob, "animation.gif");
-}));
-at("save-latents").addEventListener("click", guarded(async () => {
-  saved(await engine.latents([recipeOf(state, model)], howOf(state, model)), "picture.safetensors");
-}));
+const taken = (button, name, make, doing = "") =>
+  at(button).addEventListener("click", guarded(button, async () => saved(await make(await given.suited(state)), name), doing));
+
+taken("save-attribute", "attribute.safetensors", () => engine.attributeFile(state.attribute));
+taken("save-png", "picture.png", () => asPng(at("picture")));
+taken("save-latents", "picture.safetensors", (now) => engine.latents([recipeOf(now, model)], howOf(now, model)));
+const animation = (now) => {
+  if (now.panel === "time") return engine.animation([changedStart(now)], howOf(now, model), true, FPS);
+  const way = Array.from({ length: FRAMES }, (_, index) => recipeOf({ ...now, share: index / (FRAMES - 1) }, model));
+  return engine.animation([...way, ...way.slice(1, -1).reverse()], howOf(now, model), false, FPS);
+};
+taken("save-gif", "animation.gif", animation, "making a GIF…");
 for (const [button, text] of [
   ["copy-link", () => location.href],
   ["copy-command", () => at("command").textContent],
@@ -380,6 +337,5 @@ for (const [button, text] of [
   });
 }
 
-history.replaceState(null, "", current); // in the one way of saying it
 show();
 document.body.dataset.ready = "yes";

@@ -1,6 +1,7 @@
 // The sliders and buttons of every panel: they change the state, and show it.
 
 import { at, made } from "./dom.js";
+import { panelsOf } from "./state.js";
 
 const PANELS = { change: "Change", between: "Between", mix: "Mix", attribute: "Attribute", time: "Over time" };
 
@@ -31,16 +32,17 @@ function number(label, moved) {
 // change(state => ..., whole): whole changes are steps that can be undone; act: what is asked for once
 export function panels(model, change, act) {
   const shows = [];
-  const several = model.latents.length > 1 || model.slots !== null;
-  const available = Object.keys(PANELS).filter((name) => (name !== "mix" || several) && (name !== "time" || model.steps > 1));
+  const available = panelsOf(model);
 
   const tabs = available.map((name) => {
     const tab = made("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": name }, PANELS[name]);
     tab.addEventListener("click", () => change((state) => (state.panel = name), true));
     tab.addEventListener("keydown", (event) => {
-      const turn = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (!turn) return;
-      const next = available[(available.indexOf(name) + turn + available.length) % available.length];
+      const [here, last] = [available.indexOf(name), available.length - 1];
+      const goal = { ArrowLeft: here - 1, ArrowRight: here + 1, Home: 0, End: last }[event.key];
+      if (goal === undefined) return;
+      event.preventDefault();
+      const next = available[(goal + available.length) % available.length];
       at(`tab-${next}`).focus();
       at(`tab-${next}`).click();
     });
@@ -88,7 +90,7 @@ export function panels(model, change, act) {
     box.append(made("div", { class: "row" }, redraw, zero, heat));
     at("latents").append(box);
     shows.push((state) => {
-      redraw.setAttribute("aria-pressed", String(latent.name in state.redrawn));
+      redraw.classList.toggle("on", latent.name in state.redrawn);
       zero.setAttribute("aria-pressed", String(state.zeroed.includes(latent.name)));
     });
   }
@@ -109,15 +111,18 @@ export function panels(model, change, act) {
   }
   at("plain").addEventListener("click", () => act.plain());
 
-  const bind = (id, name, whole = true) => {
+  const bind = (id, name, unit) => {
     const input = at(id);
     input.addEventListener("input", () => change((state) => (state[name] = Number(input.value)), false));
-    if (whole) input.addEventListener("change", () => change((state) => (state[name] = Number(input.value)), true));
-    shows.push((state) => (input.value = state[name]));
+    input.addEventListener("change", () => change((state) => (state[name] = Number(input.value)), true));
+    shows.push((state) => {
+      input.value = state[name];
+      input.setAttribute("aria-valuetext", `${rounded(state[name])}${unit}`);
+    });
   };
-  bind("share", "share");
-  bind("levels", "levels");
-  bind("gain", "gain");
+  bind("share", "share", " of the way");
+  bind("levels", "levels", " levels");
+  bind("gain", "gain", " times the attribute");
   at("levels").max = model.slots ?? model.latents.length;
   shows.push((state) => {
     const names = model.slots === null ? model.latents.slice(0, state.levels).map((one) => one.name) : [];
@@ -133,7 +138,6 @@ export function panels(model, change, act) {
   choices("mode", "mode", model.modes);
   choices("space", "space", model.spaces);
   at("space-box").hidden = model.spaces.length < 2;
-  at("frame").max = model.steps - 1;
 
   const options = Object.values(model.conditions)[0] ?? [];
   at("label-box").hidden = !options.length;

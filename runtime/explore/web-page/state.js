@@ -1,8 +1,14 @@
 // What the page shows, as its address says it: a link brings it back, and so do back and forward.
 
-const NUMBERS = ["seed", "image", "other", "steps", "share", "levels", "gain", "count"];
+const NUMBERS = ["seed", "image", "other", "steps", "share", "levels", "gain", "count", "frame"];
 const WORDS = ["picture", "otherPicture", "label", "panel", "mode", "space", "attribute"];
 const TABLES = ["std", "control", "redrawn"];
+
+// What can be done with a picture of this model.
+export function panelsOf(model) {
+  const several = model.latents.length > 1 || model.slots !== null;
+  return ["change", "between", ...(several ? ["mix"] : []), "attribute", ...(model.steps > 1 ? ["time"] : [])];
+}
 
 export function initial(model) {
   return {
@@ -25,6 +31,7 @@ export function initial(model) {
     levels: Math.max(1, Math.floor((model.slots ?? model.latents.length) / 2)),
     attribute: "",
     gain: 1,
+    frame: null, // of a picture that comes to be; null: the last
   };
 }
 
@@ -32,7 +39,7 @@ export function initial(model) {
 export function toAddress(state, begin) {
   const said = new URLSearchParams();
   for (const name of [...NUMBERS, ...WORDS]) {
-    if (state[name] !== begin[name]) said.set(name, state[name]);
+    if (state[name] !== begin[name] && state[name] !== null) said.set(name, state[name]);
   }
   for (const table of TABLES) {
     for (const [name, value] of Object.entries(state[table])) {
@@ -58,11 +65,26 @@ export function fromAddress(hash, begin, model) {
       state[table][rest.join(".")] = number;
     } else if (key === "zeroed") state.zeroed = text.split(",").filter((name) => levels.includes(name));
   }
-  for (const name of ["seed", "image", "other"]) {
-    if (!Number.isSafeInteger(state[name]) || state[name] < 0) state[name] = begin[name];
-  }
-  state.count = Math.min(Math.max(1, Math.round(state.count)), 256);
+  const whole = (name, low, high) => {
+    if (state[name] === null) return;
+    state[name] = Math.min(Math.max(low, Math.round(state[name])), high);
+  };
+  for (const name of ["seed", "image", "other"]) whole(name, 0, Number.MAX_SAFE_INTEGER);
+  whole("count", 1, 256);
+  whole("steps", 1, model.fewer_steps ? model.steps : 1);
+  if (!model.fewer_steps) state.steps = begin.steps;
+  whole("levels", 0, model.slots ?? model.latents.length);
+  whole("frame", 0, model.steps - 1);
   state.share = Math.min(Math.max(0, state.share), 1);
+  state.gain = Math.min(Math.max(-3, state.gain), 3);
+  for (const [name, value] of Object.entries(state.std)) state.std[name] = Math.min(Math.max(0.05, value), 1.5);
+  for (const { name, low, high } of model.controls) {
+    state.control[name] = Math.min(Math.max(low ?? -Infinity, state.control[name]), high ?? Infinity);
+  }
+  for (const [name, image] of Object.entries(state.redrawn)) {
+    if (!Number.isSafeInteger(image) || image < 0) delete state.redrawn[name];
+  }
+  if (!panelsOf(model).includes(state.panel)) state.panel = begin.panel;
   if (!model.modes.includes(state.mode)) state.mode = begin.mode;
   if (!model.spaces.includes(state.space)) state.space = begin.space;
   if (!Object.values(model.conditions).flat().includes(state.label)) state.label = "";

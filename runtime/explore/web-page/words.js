@@ -7,6 +7,7 @@ const stdOf = (state, model) =>
   model.latents.some((one) => one.std !== null && one.std !== state.std[one.name]) ? state.std : {};
 
 const quoted = (text) => JSON.stringify(text);
+const asWord = (text) => `'${text.replaceAll("'", "'\\''")}'`; // of a shell
 
 function pythonDict(values) {
   return `{${Object.entries(values)
@@ -26,15 +27,17 @@ export function commandOf(state, model) {
     for (const [name, value] of Object.entries(stdOf(state, model))) words.push(`--std ${name}=${value}`);
     for (const [name, value] of Object.entries(controls)) words.push(`--control ${name}=${value}`);
     if (steps !== undefined) words.push(`--steps ${steps}`);
-    if (state.label) words.push(`--label ${quoted(state.label)}`);
-    return `${words.join(" ")} -o picture.png`;
+    if (state.label) words.push(`--label ${asWord(state.label)}`);
+    const finished = state.panel === "time" && state.frame !== null ? "# the finished picture\n" : "";
+    return `${finished}${words.join(" ")} -o picture.png`;
   }
   const option = model.said ? ` --model ${model.said}` : "";
   const file = "picture.safetensors";
   return `# with the latents file from the button above\nhflow-rt decode ${file}${option} -o picture.png`;
 }
 
-export function pythonOf(state, model) {
+// about: what is known of a picture by its id
+export function pythonOf(state, model, about) {
   const lines = ["import hflow_rt"];
   const { controls, steps } = howOf(state, model);
   const load = `session = hflow_rt.load(${model.said ? quoted(model.said) : ""})`;
@@ -45,7 +48,13 @@ export function pythonOf(state, model) {
   const std = Object.keys(stds).length ? `, std=${pythonDict(stds)}` : "";
   const drawn = (image) =>
     `next(session.draw([${image}], seed=${state.seed}${std}${state.label ? `, option=${quoted(state.label)}` : ""}))`;
-  const read = (file) => `session.inverse(session.read(${quoted(file)})).latents`;
+  const read = (file, picture) => {
+    const options = Object.values(model.conditions)[0];
+    if (!options) return `session.inverse(session.read(${quoted(file)})).latents`;
+    lines.push("from hflow_rt.conditions import of_option");
+    const label = quoted(about(picture)?.label || options[0]);
+    return `session.inverse(session.read(${quoted(file)}), of_option(session.conditions, ${label}, 1)).latents`;
+  };
   const searched = (picture) => picture && !model.encodes;
   if (searched(state.picture) || (searched(state.otherPicture) && ["between", "mix"].includes(state.panel))) {
     return [
@@ -60,7 +69,7 @@ export function pythonOf(state, model) {
       'session.save(image, "picture.png")',
     ].join("\n");
   }
-  const one = (name, image, picture, file) => made.push(`${name} = ${picture ? read(file) : drawn(image)}`);
+  const one = (name, image, picture, file) => made.push(`${name} = ${picture ? read(file, picture) : drawn(image)}`);
   one("latents", state.image, state.picture, "yours.png");
   for (const [name, image] of Object.entries(state.redrawn)) {
     made.push(`latents[${quoted(name)}] = ${drawn(image)}[${quoted(name)}]`);
@@ -104,7 +113,12 @@ export function pythonOf(state, model) {
     lines.push(`from hflow_rt.runtime.latents.latent_views import ${imports.sort().join(", ")}`);
   }
   const name = moved ? "attribute.about.space" : space === null ? "space" : quoted(space);
+  if (state.panel === "time" && state.frame !== null) {
+    lines.push("from itertools import islice");
+    made.push(`*_, image = islice(session.trajectory(latents), ${state.frame + 1})`);
+    return [...new Set(lines), "", load, ...made, 'session.save(image, "picture.png")'].join("\n");
+  }
   const straight = !moved && space === model.latent_space;
   made.push(straight ? "image = session.forward(latents)" : `image = session.decode(${name}, latents)`);
-  return [...lines, "", load, ...made, 'session.save(image, "picture.png")'].join("\n");
+  return [...new Set(lines), "", load, ...made, 'session.save(image, "picture.png")'].join("\n");
 }

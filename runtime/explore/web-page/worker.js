@@ -259,7 +259,7 @@ const works = {
     }
     const [found] = await follow("inverse", [row], how);
     const values = Object.fromEntries(wantedNames(how).map((name) => [name, found[name] ?? row[name]]));
-    const picture = await digest(levels);
+    const picture = await digest(joined(Object.values(values)));
     kept.set(picture, { space: model.latent_space, values });
     const logProb = found.log_prob?.[0];
     const dims = model.channels * pixels * Math.LN2;
@@ -310,7 +310,7 @@ async function next() {
   try {
     postMessage({ id, result: await works[work](...given) });
   } catch (error) {
-    postMessage({ id, error: error.message });
+    postMessage({ id, error: String(error?.message ?? error) });
   }
   busy = false;
   next();

@@ -148,6 +148,8 @@ def test_samples_and_sliders(visit: Open, session: Session, tmp_path: Path, monk
 def test_back_forward_links_and_a_second_tab(visit: Open) -> None:
     page = visit()
     first = shown(page)
+    assert page.get_by_role("button", name="Undo").is_disabled()
+    page.keyboard.press("Control+z")  # which does not leave the page
     page.get_by_label("sample 3 of seed 0").click()
     third = shown(page)
     page.get_by_role("button", name="zero z2").click()
@@ -198,7 +200,7 @@ def test_a_picture_of_ones_own(visit: Open, session: Session, photo: Photo, tmp_
     np.testing.assert_array_equal(shown(page), original)
     np.testing.assert_array_equal(shown(page, "#original"), original)
     bits = float(session.bits_per_dim(session.inverse(session.read(mine)).log_prob)[0])
-    caption = f"from your picture: every 8-bit value comes back; {bits:.3f} bits/dim (plug-in estimate)"
+    caption = f"your picture: every 8-bit value comes back; {bits:.3f} bits/dim (plug-in estimate)"
     assert page.text_content("#picture-said") == caption
     for button, name in (("PNG", "picture.png"), ("Latents file", "picture.safetensors")):
         with page.expect_download() as waited:
@@ -224,7 +226,7 @@ def test_a_dropped_and_a_broken_picture(visit: Open, photo: Photo, tmp_path: Pat
     page.evaluate(drop, ["#stage", list(data[:100]), "broken.png"])
     page.wait_for_selector("#banner:not([hidden])")
     assert page.text_content("#banner").startswith("broken.png is not a whole image of a known kind")
-    page.get_by_label("sample 1 of seed 0").click()
+    page.locator("#grid button").nth(1).click()
     page.wait_for_selector("#banner", state="hidden")
 
 
@@ -246,20 +248,58 @@ def test_an_attribute(visit: Open, photo: Photo, tmp_path: Path, monkeypatch: py
     np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
 
 
-def test_over_time_controls_and_steps(visit: Open, many_steps: Path, tmp_path: Path) -> None:
+def test_over_time_controls_and_steps(visit: Open, many_steps: Path, photo: Photo, tmp_path: Path) -> None:
     session = load(many_steps, device="cpu")
     with running(session) as port:
         page = visit("#panel=time&image=2", port)
         np.testing.assert_array_equal(shown(page), alone(session, 2))
         page.get_by_label("From the start to the picture").fill("0")
         page.get_by_text("after 1 of 4 steps").wait_for()
+        page.get_by_label("From the start to the picture").dispatch_event("change")
+        page.wait_for_url("**frame=0*")
         first = next(session.trajectory(next(session.draw([2]))))
         np.testing.assert_array_equal(shown(page), to_uint8(first)[0])
+        made = (
+            page.text_content("#python").replace("MODEL", str(many_steps)).replace("picture.png", f"{tmp_path}/one.png")
+        )
+        exec(made, {})
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "one.png").convert("RGB")), shown(page))
         page.get_by_role("tab", name="Change").click()
         page.get_by_label("steps").fill("2")
         page.get_by_label("steps").dispatch_event("change")
         np.testing.assert_array_equal(shown(page), alone(session.in_steps(2), 2))
         assert "hflow-rt sample MODEL --seed 0 --first 2 -n 1 --steps 2" in page.text_content("#command")
+        mine = photo("eight.png", 6, 8)
+        page.locator("#file").set_input_files(mine)
+        page.wait_for_url("**picture=*")
+        original = to_uint8(session.read(mine))[0]
+        np.testing.assert_array_equal(shown(page), original)
+        page.get_by_label("steps").fill("3")  # of which it has other latents
+        page.get_by_label("steps").dispatch_event("change")
+        np.testing.assert_array_equal(shown(page), original)
+
+
+def test_an_address_of_nonsense(visit: Open, session: Session) -> None:
+    page = visit(
+        "#seed=abc&image=-5&share=9&mode=x&levels=99&panel=evil&std.z0=1e99&steps=7&gain=1e9&redrawn.z1=1.5&a=b"
+    )
+    assert page.evaluate("location.hash") == "#share=1&levels=5&gain=3&std.z0=1.5"
+    stds = {"end0": 1.0, "end1": 1.0, "z2": 0.8, "z1": 0.5, "z0": 1.5}
+    np.testing.assert_array_equal(shown(page), alone(session, 0, std=stds))
+
+
+def test_a_way_that_plays_and_is_stopped(visit: Open) -> None:
+    page = visit("#panel=between&share=0")
+    page.get_by_role("button", name="Play").click()
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_url("**share=0.*")
+    share = page.get_by_label("From the picture to the other one").input_value()
+    assert f"share={share}" in page.url
+    page.get_by_role("button", name="Play").click()
+    page.get_by_role("tab", name="Mix").click()
+    page.wait_for_timeout(300)
+    assert "panel=mix" in page.url
+    assert page.locator("#play").text_content() == "Play"
 
 
 def test_a_server_that_goes_away(visit: Open, session: Session, photo: Photo) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from explore_server import running
 
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.runtime import load
-from hflow_rt.runtime.explore.server import listen
+from hflow_rt.runtime.explore.server import hosts_of, listen
+from hflow_rt.runtime.explore.studio import Studio
 from hflow_rt.runtime.images.pictures import to_uint8
 from hflow_rt.runtime.latents.files import load_latents
 from hflow_rt.runtime.session import Session
@@ -97,6 +99,31 @@ def test_a_picture_comes_back(port: int, session: Session, photo: Photo, tmp_pat
     assert about["family"] == "hflow"
 
 
+def test_a_picture_is_one_for_each_way_to_encode_it(many_steps: Path, photo: Photo) -> None:
+    with running(load(many_steps, device="cpu")) as port:
+        data = photo("eight.png", 3, 8).read_bytes()
+        told = [
+            json.loads(ask(port, "/api/pictures?how=" + quote(json.dumps(how)), data)[1])["picture"]
+            for how in ({}, {"steps": 2}, {"controls": {"delta": 0.1}}, {})
+        ]
+        assert (len(set(told)), told[0]) == (3, told[3])
+
+
+def test_a_search_that_fails_says_so(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object) -> None:
+        raise RuntimeError("no such weights in /secret/place")
+
+    monkeypatch.setattr(Studio, "project", fail)
+    status, content, _ = ask(port, "/api/projections", b"picture")
+    assert (status, json.loads(content)) == (
+        200,
+        {"error": "the model cannot be searched; the terminal of the server says why"},
+    )
+    assert "no such weights" in capfd.readouterr().err
+
+
 def test_an_attribute(port: int, photo: Photo) -> None:
     def keep(seed: int) -> str:
         content = ask(port, "/api/pictures", photo(f"{seed}.png", seed).read_bytes())[1]
@@ -137,6 +164,14 @@ def test_a_model_of_many_steps(many_steps: Path) -> None:
         chosen = session.in_steps(2).with_controls({"delta": 0.1})
         frames = [to_uint8(frame) for frame in chosen.trajectory(next(session.in_steps(2).draw([0], seed=2)))]
         assert content == b"".join(frame.tobytes() for frame in frames)
+        heat = {"recipes": [{"seed": 2}], "latent": "noise"}
+        assert len(ask(port, "/api/heat", heat)[1]) == 3 * 8 * 8
+        mixed = {"recipes": [{"seed": 2, "mixed": {"other": {"image": 1}, "levels": ["noise"]}}]}
+        one, other = (dict(next(session.draw([image], seed=seed))) for image, seed in ((0, 2), (1, 0)))
+        expected = to_uint8(session.forward(one | {"noise": np.asarray(other["noise"])}))
+        np.testing.assert_array_equal(
+            np.frombuffer(ask(port, "/api/images", mixed)[1], np.uint8).reshape(expected.shape), expected
+        )
         status, gif, _ = ask(port, "/api/animation", body | {"on_the_way": True})
         assert (status, gif[:3]) == (200, b"GIF")
         refused = ask(port, "/api/images", {"recipes": [{}], "steps": 5})
@@ -147,6 +182,7 @@ def test_a_model_of_many_steps(many_steps: Path) -> None:
     ("path", "body", "status", "line"),
     [
         ("/api/images", b"{", 400, "Invalid JSON"),
+        ("/api/images", {"recipes": [{"std": {"z0": 1e39}}]}, 400, "less than or equal to 100"),
         ("/api/images", {}, 400, "recipes: Field required"),
         ("/api/images", {"recipes": []}, 400, "at least 1 item"),
         ("/api/images", {"recipes": [{}] * 500}, 400, "at most 120 items"),
@@ -156,7 +192,7 @@ def test_a_model_of_many_steps(many_steps: Path) -> None:
         ("/api/images", {"recipes": [{}], "steps": 3}, 422, "the number of steps is for models of many"),
         ("/api/trajectory", {"recipes": [{}]}, 422, "a trajectory needs a model of many steps"),
         ("/api/heat", {"recipes": [{}], "latent": "q"}, 422, "no latent 'q'"),
-        ("/api/images", b" " * 300_000, 413, "at most 32 MiB"),
+        ("/api/images", b" " * 300_000, 413, "a picture may have 32 MiB"),
         ("/api/pictures", b"not an image", 422, "the picture is not a whole image of a known kind"),
         ("/api/pictures", b"", 422, "it is empty"),
         ("/api/pictures?how=x", b"x", 400, "Invalid JSON"),
@@ -168,7 +204,7 @@ def test_refused_in_one_sentence(port: int, path: str, body: Any, status: int, l
     answer = ask(port, path, body)
     assert answer[0] == status
     assert line in sentence(answer)
-    assert "/work" not in sentence(answer)
+    assert not sentence(answer).startswith(":")
     assert "Traceback" not in answer[1].decode()
 
 
@@ -207,8 +243,9 @@ def test_a_token_lets_in(session: Session) -> None:
         cookie = headers["set-cookie"].partition(";")[0]
         assert "HttpOnly" in headers["set-cookie"]
         assert "SameSite=strict" in headers["set-cookie"]
+        name = cookie.partition("=")[0]
         assert ask(port, "/model.json", headers={"Cookie": cookie})[0] == 200
-        assert ask(port, "/model.json", headers={"Cookie": "hflow_rt_token=wrong"})[0] == 403
+        assert ask(port, "/model.json", headers={"Cookie": f"{name}=wrong"})[0] == 403
 
 
 class Slow:
@@ -262,6 +299,14 @@ def test_the_latest_wins_and_a_full_queue_says_so(session: Session) -> None:
         for thread in threads:
             thread.join(30)
         assert {answers[number] for number in range(10, 75)} == {200}
+
+
+def test_what_a_server_may_be_called() -> None:
+    assert hosts_of("127.0.0.1", 8765) == ["127.0.0.1:8765", "localhost:8765", "[::1]:8765"]
+    assert hosts_of("127.0.0.1", 80)[3:] == ["127.0.0.1", "localhost", "[::1]"]
+    assert hosts_of("192.0.2.7", 8765) == ["192.0.2.7:8765"]
+    assert hosts_of("2001:db8::7", 8765) == ["[2001:db8::7]:8765"]
+    assert hosts_of("0.0.0.0", 8765) == []
 
 
 def test_a_port_that_is_taken() -> None:

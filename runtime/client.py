@@ -25,7 +25,7 @@ class Client:
     """The models `NAME_forward`, `NAME_inverse` and `NAME_sample` that `export --engine triton-repo` wrote.
 
     >>> from hflow_rt.runtime.client import Client  # doctest: +SKIP
-    >>> with Client("localhost:8001", "hflow-emoji") as session:  # doctest: +SKIP
+    >>> with Client("localhost:8001", "my-run") as session:  # doctest: +SKIP
     ...     session.sample(4, std=0.7, seed=1).shape
     (4, 3, 64, 64)
     """
@@ -38,12 +38,13 @@ class Client:
         with needed("tritonclient", "calling a server needs tritonclient; pip install 'hflow-rt[serve]'"):
             import tritonclient.grpc as grpc
 
-        self._grpc, self._address, self._name, self._timeout = grpc, address, name, timeout
-        self._client = grpc.InferenceServerClient(address)
+        self._grpc: Any = grpc
+        self._address, self._name, self._timeout = address, name, timeout
+        self._client = self._grpc.InferenceServerClient(address)
         self._known: dict[str, dict[str, Any]] = {}
         try:
             ready = self._client.is_server_ready(client_timeout=timeout)
-        except grpc.InferenceServerException as error:
+        except self._grpc.InferenceServerException as error:
             raise self._lost(error) from error
         if not ready:
             raise BackendUnavailable(f"the server at {address} is not ready; wait, or look at what it says")

@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,explore,serve,dev]"
+	$(BIN)/pip install --quiet --editable ".[cpu,train,eval,video,explore,serve,shards,dev]"
 	touch $@
 
 demo: install

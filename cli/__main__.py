@@ -21,6 +21,7 @@ COMMANDS = (
     "export",
     "sample",
     "encode",
+    "score",
     "project",
     "interpolate",
     "evaluate",

@@ -8,7 +8,9 @@ import typer
 from hflow_rt.cli.latents import Asked, latent_command, set_by
 from hflow_rt.cli.opening import named
 from hflow_rt.cli.options import GRID, ControlOption, StepsOption
+from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
 from hflow_rt.cli.terminal import note, tracked
+from hflow_rt.errors import DataError
 from hflow_rt.names import quoted
 
 _SHOWN = 8  # images
@@ -24,6 +26,9 @@ def encode(
     posterior: Annotated[
         bool, typer.Option("--posterior", help="Draw latents of a model that tells a distribution, not its mean.")
     ] = False,
+    shards: ShardsOption = None,
+    shard: ShardOption = None,
+    processes: ProcessesOption = 1,
 ) -> None:
     """Map images to latents, as exactly as the model can, with their log-probability.
 
@@ -37,11 +42,23 @@ def encode(
     from hflow_rt.runtime.latents.round_trips import decoded, round_trip, together
     from hflow_rt.runtime.noise import parse_controls
 
-    output = asked.output
+    output, controls = asked.output, parse_controls(control or [])
+    if shards is not None or shard:
+        if picture or posterior or asked.label or len(images) != 1 or output.suffix:
+            raise DataError(
+                "in shards one source of images goes into a folder -o; omit --picture, --posterior, --label"
+            )
+        session = asked.open()
+        session = (session if steps is None else session.in_steps(steps)).with_controls(controls)
+        redo = f"hflow-rt encode {quoted(images[0])} --shards {shards or 'N'} -o {quoted(output)}"
+        how: dict[str, Any] = {"seed": asked.seed, **set_by(controls, steps)}
+        rest = (processes, how, "safetensors", asked.json, redo)
+        in_shards(session, "encode", output, images[0], None, shards, shard, *rest)
+        return
     check_latents_name(output)
     if picture is not None:
         check_picture_name(picture)
-    session, controls = asked.open(), parse_controls(control or [])
+    session = asked.open()
     session = session if steps is None else session.in_steps(steps)
     unused: dict[str, str] = {}
     names, pixels = asked.read(session, images, unused=unused)

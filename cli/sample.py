@@ -5,7 +5,7 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,9 +19,11 @@ from hflow_rt.cli.options import (
     ResolutionOption,
     StepsOption,
 )
+from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
+from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +62,17 @@ def sample(
     resolution: ResolutionOption = None,
     region: RegionOption = None,
     cuda_graph: CudaGraphOption = None,
+    shards: ShardsOption = None,
+    shard: ShardOption = None,
+    processes: ProcessesOption = 1,
+    files: Annotated[
+        Literal["tar", "npz"],
+        typer.Option(
+            "--format",
+            help="Of shards: tar of .png for webdataset, or npz as tools for distances read it.",
+            rich_help_panel="Shards",
+        ),
+    ] = "tar",
 ) -> None:
     """Draw images from the model.
 
@@ -89,6 +102,15 @@ def sample(
         check_latents_name(latents)
     session = asked.open(cuda_graph, (resolution, region))
     session = session if steps is None else session.in_steps(steps)
+    if shards is not None or shard:
+        if first or latents or trajectory or draw_pixels or centre_of is not None or same_start or share_noise:
+            raise DataError("samples in shards are the images of a seed, and nothing beside; omit other options")
+        chosen = parse_controls(control or [])
+        settings = {"seed": asked.seed, "std": list(asked.std or []), "label": asked.label, **set_by(chosen, steps)}
+        again = f"hflow-rt sample -n {number} --shards {shards or 'N'} -o {quoted(output)}"
+        session = session.with_controls(chosen)
+        in_shards(session, "sample", output, None, number, shards, shard, processes, settings, files, asked.json, again)
+        return
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)
     if latents is not None:

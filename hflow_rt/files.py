@@ -22,12 +22,14 @@ __all__ = [
     "is_file",
     "is_folder",
     "is_ours",
+    "locked",
     "removed_if_empty",
     "sha256",
     "unusable",
 ]
 
 _UMASK = Lock()
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
 _MARKS, _ENDS = (b"hflow-rt", b"hflow_rt"), 1 << 16
 _KINDS = (
     (stat.S_ISCHR, "a device"),
@@ -119,6 +121,55 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether nobody else holds the file `path`, which is held inside and goes at the end, also that of the process.
+
+    Raises `DataError` where it cannot be made. Where there are no locks, nobody is told apart by it.
+    """
+    try:
+        handle = _lock(path)
+    except OSError as error:
+        raise unusable(path, error, "write") from error
+    if handle is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps what is open
+            path.unlink()  # before it is let go, so that nobody holds a file without a name
+        os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    """A handle that holds the lock at `path` until it is closed, also by the end of the process; None if it is held."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, path):
+                return handle
+            os.close(handle)  # the process that held it has just removed it
+        except ImportError:  # Windows
+            return handle
+        except OSError as error:
+            if error.errno in _NO_LOCKS:  # there, too, two are told apart by nothing
+                return handle
+            os.close(handle)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return None
+            raise
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
 
 
 def destination(target: Path | str) -> Path:

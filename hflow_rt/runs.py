@@ -8,11 +8,8 @@ runs/NAME/run.json                     what `RunConfig` holds, and under "run" t
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hflow_rt.errors import CheckpointError, DataError
-from hflow_rt.files import destination, exists, is_file, is_folder, removed_if_empty, unusable
+from hflow_rt.files import destination, exists, is_file, is_folder, locked, removed_if_empty, unusable
 from hflow_rt.manifest import MODEL
 from hflow_rt.names import quoted
 
@@ -44,7 +41,6 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 SAMPLES = "samples"
 _LOCK = ".training"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
 
 _HOW = "train one with 'hflow-rt train' or see it all with 'hflow-rt demo'"
 
@@ -78,46 +74,12 @@ def taken(folder: Path) -> Iterator[None]:
     place = destination(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        handle = _lock(place / _LOCK)
     except OSError as error:
         raise unusable(folder, error, "make") from error
-    if handle is None:
-        raise CheckpointError(f"another training is using {folder}; wait until it ends, or choose another --out")
-    with removed_if_empty(place):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows keeps what is open
-                (place / _LOCK).unlink()  # before it is let go, so that nobody holds a file without a name
-            os.close(handle)
-
-
-def _lock(path: Path) -> int | None:
-    """A handle that holds the lock at `path` until it is closed, also by the end of the process; None if it is held."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, path):
-                return handle
-            os.close(handle)  # the process that held it has just removed it
-        except ImportError:  # Windows
-            return handle
-        except OSError as error:
-            if error.errno in _NO_LOCKS:  # there, too, two trainings are told apart by nothing
-                return handle
-            os.close(handle)
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return None
-            raise
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    return False
+    with removed_if_empty(place), locked(place / _LOCK) as alone:
+        if not alone:
+            raise CheckpointError(f"another training is using {folder}; wait until it ends, or choose another --out")
+        yield
 
 
 def latest_run(root: Path | str = ROOT) -> Path:

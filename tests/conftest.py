@@ -149,22 +149,27 @@ def demo_model() -> Any:
     return initialised("hflow", PRESETS["hflow-demo"]["model"], 1e-3)
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tiny_model: Any, common: Path) -> Path:
-    """A run folder with weights and an exported, verified bundle, of all workers. Copy it before changing anything."""
+def run_of(common: Path, name: str, family: str, model: Callable[[], Any], images: NDArray[np.float32]) -> Path:
+    """A run folder with weights and an exported, verified bundle, made by the first worker that asks for it."""
     from hflow_rt.export.bundle import export_bundle
     from hflow_rt.models.checkpoint import save_model
 
-    run, made = common / "runs" / "tiny", common / "made" / "tiny"
-    with FileLock(common / "tiny.lock"):
+    run, made = common / "runs" / name, common / "made" / name
+    with FileLock(common / f"{name}.lock"):
         if not run.exists():
-            save_model(made / "model.safetensors", "hflow", tiny_model, tiny_model.state_dict(), {"images": 0})
-            images = photographs(4, 16, seed=1).astype(np.float32) / 255
+            trained = model()
+            save_model(made / "model.safetensors", family, trained, trained.state_dict(), {"images": 0})
             manifest = export_bundle(made / "model.safetensors", made / "bundle", images)
             assert manifest.verified, manifest.parity
-            run.parent.mkdir()
+            run.parent.mkdir(exist_ok=True)
             made.rename(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Any, common: Path) -> Path:
+    """A run of all workers. Copy it before changing anything."""
+    return run_of(common, "tiny", "hflow", lambda: tiny_model, photographs(4, 16, seed=1).astype(np.float32) / 255)
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +177,7 @@ def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that setuptools builds of a copy of the sources, offline."""
     root, sources = Path(__file__).parents[1], tmp_path_factory.mktemp("sources")
     for folder in tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values():
-        shutil.copytree(root / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root / folder, sources / folder, ignore=shutil.ignore_patterns("__pycache__", "web-runtime"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, sources)
     code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
@@ -182,16 +187,17 @@ def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def many_steps(tiny: Callable[[Family], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, as `tiny_run`, of a model that takes 4 steps each way, its prior a bank, and can take fewer."""
-    from hflow_rt.export.bundle import export_bundle
-    from hflow_rt.models.checkpoint import save_model
+def many_steps(tiny: Callable[[Family], Any], common: Path) -> Path:
+    """As `tiny_run`, of a model that takes 4 steps each way, its prior a bank, and can take fewer."""
     from hflow_rt.models.registry import family
 
-    run = tmp_path_factory.mktemp("runs") / "many"
-    model = tiny(family("ihdm"))
-    save_model(run / "model.safetensors", "ihdm", model, model.state_dict(), {"images": 0})
     images = photographs(3, 8, seed=1).astype(np.float32) / 255
-    manifest = export_bundle(run / "model.safetensors", run / "bundle", images)
-    assert manifest.verified, manifest.parity
-    return run
+    return run_of(common, "many", "ihdm", lambda: tiny(family("ihdm")), images)
+
+
+@pytest.fixture(scope="session")
+def slots_run(tiny: Callable[[Family], Any], common: Path) -> Path:
+    """As `tiny_run`, of a model of one latent without an inverse, whose layers have values of their own."""
+    from hflow_rt.models.registry import family
+
+    return run_of(common, "slots", "inrgan", lambda: tiny(family("inrgan")), np.zeros((1, 3, 16, 16), np.float32))

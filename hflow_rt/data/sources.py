@@ -15,10 +15,11 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -69,14 +70,30 @@ class Skipped:
 class ImageSource:
     """The images of a source in its order, each once: `(name, RGB image or Skipped)`; `len` says how many."""
 
-    def __init__(self, images: Iterable[tuple[str, Image.Image | Skipped]], count: int) -> None:
-        self._images, self._count = images, count
+    def __init__(
+        self, images: Iterable[tuple[str, Image.Image | Skipped]], count: int, entries: Sequence[_Entry] = ()
+    ) -> None:
+        self._images, self._count, self._entries = images, count, entries
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[str, Image.Image | Skipped]]:
         return iter(self._images)
+
+    def part(self, numbers: range) -> Iterator[tuple[str, Image.Image | Skipped]]:
+        """Those of the images alone, in their order; of files the others are not read."""
+        if self._entries:
+            found = self._entries[numbers.start : numbers.stop]
+            return ((entry.name, _read_image(entry.open)) for entry in found)
+        return islice(self._images, numbers.start, numbers.stop)
+
+    @property
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of every file, -1 where nobody knows before it is read; of an array one for all."""
+        if self._entries:
+            return ((entry.name, entry.size) for entry in self._entries)
+        return iter([("images", self._count)])
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,7 @@ class _Entry:
 
     name: str
     open: Callable[[], IO[bytes] | Skipped]
+    size: int = -1
 
 
 @contextmanager
@@ -167,7 +185,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _source(entries: list[_Entry]) -> ImageSource:
-    return ImageSource(((entry.name, _read_image(entry.open)) for entry in entries), len(entries))
+    return ImageSource(((entry.name, _read_image(entry.open)) for entry in entries), len(entries), entries)
 
 
 def _read_image(opener: Callable[[], IO[bytes] | Skipped]) -> Image.Image | Skipped:
@@ -246,7 +264,14 @@ def _folder_entries(folder: Path) -> list[_Entry]:
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         names += [Path(parent, name).relative_to(folder).as_posix() for name in files + links]
     names = sorted((name for name in names if not _is_hidden(name)), key=_slashes)
-    return [_Entry(_clean(name), partial(_open_file, folder / name)) for name in names]
+    return [_Entry(_clean(name), partial(_open_file, folder / name), _size(folder / name)) for name in names]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _open_file(path: Path) -> IO[bytes] | Skipped:
@@ -274,7 +299,7 @@ def _open_zip(path: Path) -> Iterator[list[_Entry]]:
         members = [(_slashes(member.filename), member) for member in archive.infolist()]
         files = [(name, member) for name, member in members if not name.endswith("/") and not _is_hidden(name)]
         files.sort(key=lambda file: file[0])
-        yield [_Entry(_clean(name), partial(archive.open, member)) for name, member in files]
+        yield [_Entry(_clean(name), partial(archive.open, member), member.file_size) for name, member in files]
 
 
 @contextmanager
@@ -299,7 +324,7 @@ def _open_tar(path: Path) -> Iterator[list[_Entry]]:
                 f"{path} is a damaged or truncated tar ({short(error)}); copy or download it again"
             ) from error
         members = [member for member in members if not member.isdir() and not _is_hidden(member.name)]
-        yield [_Entry(_clean(member.name), partial(_open_member, archive, member)) for member in members]
+        yield [_Entry(_clean(one.name), partial(_open_member, archive, one), one.size) for one in members]
 
 
 def _open_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | Skipped:

@@ -14,9 +14,6 @@ from safetensors.numpy import load_file
 
 from hflow_rt.errors import DataError
 from hflow_rt.evaluation.features import FeatureNetwork
-from hflow_rt.export.bundle import export_bundle
-from hflow_rt.models.checkpoint import save_model
-from hflow_rt.models.registry import Family, family
 from hflow_rt.runtime import load
 from hflow_rt.runtime.latents import latent_views as views
 from hflow_rt.runtime.latents.files import as_made
@@ -24,20 +21,11 @@ from hflow_rt.runtime.latents.files import as_made
 Command = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def exported(tiny: Callable[[Family], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    made = tiny(family("inrgan"))
-    save_model(folder / "model.safetensors", "inrgan", made, made.state_dict(), {"images": 0})
-    export_bundle(folder / "model.safetensors", folder / "bundle", np.zeros((1, 3, 16, 16), np.float32))
-    return folder
-
-
 @pytest.fixture
-def generator(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def generator(slots_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy as the latest run, and two pictures."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(exported, "runs/tiny")
+    shutil.copytree(slots_run, "runs/tiny")
     ramp = np.broadcast_to(np.linspace(0, 255, 20)[:, None, None], (20, 20, 3)).astype(np.uint8)
     Image.fromarray(ramp).save("a.png")
     Image.fromarray(ramp[::-1].copy()).save("b.png")
@@ -130,9 +118,9 @@ def test_a_latents_file_keeps_its_controls(hflow: Command, generator: Path) -> N
     refused(hflow("mix", "--row-images", "0.2.safetensors", "--column-images", "0.3.safetensors"), "different controls")
 
 
-def test_mixing_by_slots(exported: Path) -> None:
+def test_mixing_by_slots(slots_run: Path) -> None:
     """With all slots of the row it is the row, with none the column."""
-    with load(exported) as session:
+    with load(slots_run) as session:
         assert views.space_of_slots(session) == "w"
         assert views.parse_slots(session, "w", []) == [0, 1, 2]
         (drawn,) = session.draw(range(3), option="cat")

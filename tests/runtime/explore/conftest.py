@@ -3,15 +3,11 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hflow_rt.export.bundle import export_bundle
-from hflow_rt.models.checkpoint import save_model
-from hflow_rt.models.registry import Family, family
 from hflow_rt.runtime import load
 from hflow_rt.runtime.session import Session
 
@@ -24,13 +20,9 @@ def session() -> Session:
 
 
 @pytest.fixture(scope="session")
-def slotted(tiny: Callable[[Family], Any], tmp_path_factory: pytest.TempPathFactory) -> Session:
+def slotted(slots_run: Path) -> Session:
     """A model of one latent without an inverse, whose layers have values of their own."""
-    folder = tmp_path_factory.mktemp("slotted")
-    made = tiny(family("inrgan"))
-    save_model(folder / "model.safetensors", "inrgan", made, made.state_dict(), {"images": 0})
-    export_bundle(folder / "model.safetensors", folder / "bundle", np.zeros((1, 3, 16, 16), np.float32))
-    return load(folder / "bundle", device="cpu")
+    return load(slots_run, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,70 @@
+"""`hflow-rt score` and `hflow-rt shards`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hflow_rt.cli.app import app
+from hflow_rt.cli.opening import named, open_session
+from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelOption
+from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.terminal import print_json, say
+from hflow_rt.names import quoted
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="A folder, archive or LMDB set of images.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the shards (.parquet).")] = Path(
+        "scores"
+    ),
+    shards: ShardsOption = None,
+    shard: ShardOption = None,
+    processes: ProcessesOption = 1,
+    model: ModelOption = None,
+    backend: BackendOption = "onnx",
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Say how likely each of many images is to the model, a row each, for finding what does not belong.
+
+    Example: hflow-rt score photos/ --shards 16 --processes 2 -o scores/
+    """
+    session = open_session(model, backend, device, json)
+    if shards is None and not shard:
+        shards = 1
+    again = f"hflow-rt score {quoted(images)} --shards {shards or 'N'} -o {quoted(output)}{named(model, '--model ')}"
+    in_shards(session, "score", output, images, None, shards, shard, processes, {"seed": 0}, "parquet", json, again)
+
+
+@app.command()
+def shards(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a job with --shards.")],
+    json: JsonOption = False,
+) -> None:
+    """Count and verify the shards of a job, and name what is missing; exit 1 if any is.
+
+    Example: hflow-rt shards scores/
+    """
+    from hflow_rt.runtime.shards import forget, read_job, state
+
+    job = read_job(output)
+    found = state(output, job)
+    for number in found.damaged:
+        forget(output, job, number)
+    if json:
+        print_json(
+            job.model_dump()
+            | {"done": len(found.done), "missing": list(found.missing), "damaged": list(found.damaged)}
+            | {"images": found.images, "refused": found.refused}
+        )
+    else:
+        say(f"{job.kind} by {job.family}: {len(found.done)} of {job.shards} shards whole, {found.images:,} images")
+        if found.refused:
+            say(f"{found.refused:,} files could not be used; their rows say why")
+        for what, numbers in (("missing", found.missing), ("damaged, to be done again", found.damaged)):
+            if numbers:
+                say(f"{what}: {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}")
+    if len(found.done) < job.shards:
+        raise typer.Exit(1)

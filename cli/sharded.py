@@ -1,0 +1,165 @@
+"""What the commands that work in shards share: their options, the job, processes of one thread each, and the end."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hflow_rt.cli.terminal import note, print_json, say, say_next, tracked
+from hflow_rt.errors import DataError
+from hflow_rt.names import quoted
+
+if TYPE_CHECKING:
+    from hflow_rt.runtime.session import Session
+    from hflow_rt.runtime.shards import Job, Kind
+
+__all__ = ["ProcessesOption", "ShardOption", "ShardsOption", "in_shards", "parse_shards"]
+
+_SHARDS = "Shards"  # heading in the help
+
+ShardsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=99_999,
+        help="How many files to cut the work into, in the folder -o; what is there is not done again.",
+        show_default=False,
+        rich_help_panel=_SHARDS,
+    ),
+]
+ShardOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="K/N",
+        help="Do this shard alone, of 1 to N, as one of many machines. Repeatable.",
+        show_default=False,
+        rich_help_panel=_SHARDS,
+    ),
+]
+ProcessesOption = Annotated[
+    int,
+    typer.Option(min=1, max=1024, help="Of one thread each, on this machine.", rich_help_panel=_SHARDS),
+]
+
+
+def parse_shards(shards: int | None, chosen: Sequence[str] | None) -> tuple[int, list[int]]:
+    """How many shards there are, and which to do, all by default. Raises `DataError`."""
+    numbers = []
+    for text in chosen or []:
+        number, slash, count = text.partition("/")
+        if not (number.isdecimal() and (count.isdecimal() or not slash)):
+            raise DataError(f"a shard is K/N such as 3/16; found '{text}'")
+        if slash and shards not in (None, int(count)):
+            raise DataError(f"--shards {shards} and --shard {text} differ; keep one of them")
+        shards = int(count) if slash else shards
+        numbers.append(int(number))
+    if shards is None or shards < 1:
+        raise DataError("say how many shards there are: --shards N, or --shard K/N")
+    if wrong := [number for number in numbers if not 1 <= number <= shards]:
+        raise DataError(f"shards are numbered 1 to {shards}; found {wrong[0]}")
+    return shards, numbers or list(range(1, shards + 1))
+
+
+def in_shards(
+    session: "Session",
+    kind: "Kind",
+    out: Path,
+    source: Path | None,
+    count: int | None,
+    shards: int | None,
+    chosen: Sequence[str] | None,
+    processes: int,
+    settings: dict[str, Any],
+    files: str,
+    json: bool,
+    again: str,
+) -> None:
+    """Do the shards that are asked for and not done, and say how far the job is.
+
+    source: where the images are; count: of samples.
+    """
+    from contextlib import nullcontext
+
+    from hflow_rt.data.sources import open_source
+    from hflow_rt.runtime.shards import Job, is_done, listed, pinned, state
+
+    number, mine = parse_shards(shards, chosen)
+    with nullcontext() if source is None else open_source(source) as images:
+        total = (count or 0) if images is None else len(images)
+        if total < number:
+            raise DataError(f"{total:,} images cannot be cut into {number:,} shards; ask for fewer")
+        job = Job(
+            kind=kind,
+            files=files,
+            family=session.manifest.family,
+            model=session.manifest.checkpoint["sha256"],
+            backend=session.backend,
+            images=total,
+            inputs=None if images is None else listed(images),
+            shards=number,
+            settings=settings,
+        )
+        pinned(out, job)
+        left = [shard for shard in mine if not is_done(out, job, shard)]
+        if processes > 1 and len(left) > 1:
+            _by_others(left, number, min(processes, len(left)))
+        else:
+            _by_us(session, out, job, left, images, json)
+    found = state(out, job, verify=False)
+    report = {"output": str(out), "shards": number, "done": len(found.done), "images": found.images}
+    if json:
+        print_json(report | {"refused": found.refused, "missing": list(found.missing)})
+        return
+    say(
+        f"{len(found.done)} of {number} shards, {found.images:,} of {total:,} images"
+        + (f", {found.refused:,} refused" if found.refused else "")
+        + f": {out}/"
+    )
+    say_next(f"hflow-rt shards {quoted(out)}", *([] if not found.missing else [again]))
+
+
+def _by_us(session: "Session", out: Path, job: "Job", shards: Sequence[int], images: Any, quiet: bool) -> None:
+    from hflow_rt.runtime.shards import cut, work
+
+    total = sum(len(cut(job, shard)) for shard in shards)
+
+    def counts() -> Any:
+        for shard in shards:
+            found: list[int] = []
+            if not work(session, out, job, shard, images, found.append) and not quiet:
+                note(f"shard {shard} is done, or somebody else is at it")
+            yield from found
+
+    for _ in tracked(counts(), total, lambda count: count, "working"):
+        pass
+
+
+def _by_others(shards: Sequence[int], number: int, processes: int) -> None:
+    """This very command once more for each process, with its share of the shards."""
+    words = _without(_without(sys.argv[1:], "--processes"), "--shard")
+    base = [sys.executable, "-m", "hflow_rt.cli", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = []
+    for first in range(processes):
+        mine = [word for shard in shards[first::processes] for word in ("--shard", f"{shard}/{number}")]
+        running.append(subprocess.Popen([*base, *mine], env=environment, stdout=subprocess.DEVNULL))
+    failed = [process.wait() for process in running]
+    if any(failed):
+        note(f"{sum(map(bool, failed))} of {processes} processes did not end well; run this again to do what is left")
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """The words without an option and its values."""
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == option:
+            skip = True
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept

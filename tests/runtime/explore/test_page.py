@@ -17,7 +17,9 @@ from PIL import Image
 from hflow_rt.errors import BackendUnavailable
 from hflow_rt.runtime import load
 from hflow_rt.runtime.explore.static import find_runtime, write_static
+from hflow_rt.runtime.explore.studio import Studio
 from hflow_rt.runtime.images.pictures import to_uint8
+from hflow_rt.runtime.latents.files import load_latents
 from hflow_rt.runtime.latents.latent_views import slots_mixed, space_of_slots, way_in, zeroed
 from hflow_rt.runtime.session import Session
 
@@ -316,6 +318,55 @@ def test_a_server_that_goes_away(visit: Open, session: Session, photo: Photo) ->
         np.testing.assert_array_equal(shown(page), before)  # it was given again
 
 
+def test_a_picture_is_searched_for(
+    visit: Open, slotted: Session, photo: Photo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By pixels alone; the second search is given up, and while it goes on there is no third."""
+    likeness = lambda features, targets: lambda images: (images - targets).square().flatten(1).sum(1)  # noqa: E731
+    monkeypatch.setattr("hflow_rt.projection.projecting.unlikeness", likeness)
+    go = threading.Event()
+    go.set()
+    project = Studio.project
+
+    def slow(self: Studio, *given: Any) -> Any:
+        data, name, label, _, controls, told, wanted = given
+
+        def heard(line: Any) -> None:
+            told(line)
+            if line["step"] == 3:
+                go.wait(20)
+
+        return project(self, data, name, label, 20, controls, heard, wanted)
+
+    monkeypatch.setattr(Studio, "project", slow)
+    with running(slotted) as port:
+        page = visit("", port)
+        page.locator("#file").set_input_files(photo("goal.png", 6))
+        page.wait_for_url("**picture=*")
+        found = shown(page)
+        assert page.text_content("#picture-said").startswith("your picture: differs by up to ")
+        with page.expect_download() as waited:
+            page.get_by_role("button", name="Latents file").click()
+        waited.value.save_as(tmp_path / "picture.safetensors")
+        values, about = load_latents(tmp_path / "picture.safetensors")
+        np.testing.assert_array_equal(to_uint8(slotted.decode(about["space"], values))[0], found)
+        monkeypatch.chdir(tmp_path)
+        exec(page.text_content("#python").replace("MODEL", str(slotted.bundle.path)), {})
+        np.testing.assert_array_equal(np.asarray(Image.open("picture.png").convert("RGB")), found)
+        page.get_by_role("tab", name="Mix").click()
+        shown(page)
+        assert page.locator("#banner").is_hidden()
+        go.clear()
+        page.locator("#file").set_input_files(photo("other.png", 7))
+        page.get_by_text("searching: 3 of 20").wait_for()
+        page.locator("#file").set_input_files(photo("third.png", 8))
+        page.get_by_text("A search is going on: wait for it, or give it up.").wait_for()
+        page.get_by_role("button", name="Give up").click()
+        page.wait_for_selector("#search", state="hidden")
+        go.set()
+        assert "picture=" in page.url
+
+
 def test_by_keyboard_on_a_phone_in_the_dark(visit: Open) -> None:
     page = visit(viewport={"width": 360, "height": 740}, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -387,7 +438,6 @@ def test_without_a_server(
         page.get_by_role("button", name="Latents file").click()
     waited.value.save_as(tmp_path / "picture.safetensors")
     from hflow_rt.runtime.latents.attributes import load_attribute
-    from hflow_rt.runtime.latents.files import load_latents
 
     assert load_attribute(tmp_path / "attribute.safetensors").about.positives == 2
     _, about = load_latents(tmp_path / "picture.safetensors")

@@ -4,6 +4,7 @@ A new family is tested by registering it. The toys stand for what no registered 
 """
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,6 +95,10 @@ class Made:
         return self.pictures.array[:3].astype(np.float32) / 255
 
 
+# exported once for all tests
+SHARED = {"ihdm": "many_steps", "inrgan": "slots_run"}
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def made(
     request: pytest.FixtureRequest, tiny: Callable[[Family], LatentModel], tmp_path_factory: pytest.TempPathFactory
@@ -103,6 +108,9 @@ def made(
     model = tiny(found)
     pictures = Pictures(model)
     folder = tmp_path_factory.mktemp(found.name)
+    if found.name in SHARED:
+        shutil.copytree(request.getfixturevalue(SHARED[found.name]), folder, dirs_exist_ok=True)
+        return Made(found, config, model, pictures, folder, read_manifest(folder / "bundle"))
     save_model(folder / "model.safetensors", found.name, model, model.state_dict(), {"images": 0})
     images = pictures.array[:3].astype(np.float32) / 255
     manifest = export_bundle(folder / "model.safetensors", folder / "bundle", images)

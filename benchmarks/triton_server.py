@@ -7,6 +7,7 @@ onnxruntime, runs the very files. `make serving` installs the server.
 import os
 import shutil
 import socket
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,7 @@ def served(models: Path, folder: Path, ports: Ports | None = None) -> Iterator[P
         (backends / "onnxruntime" / "model.py").write_text(_BACKEND)
     ports = ports or Ports(_free_port(), _free_port())
     environment = {
-        "LD_LIBRARY_PATH": str(PACKAGES / "nvidia_pytriton.libs"),
+        "LD_LIBRARY_PATH": f"{PACKAGES / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
         "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(PACKAGES),
         "OMP_NUM_THREADS": "1",

@@ -105,21 +105,24 @@ def in_shards(
         )
         pinned(out, job)
         left = [shard for shard in mine if not is_done(out, job, shard)]
+        failed = 0
         if processes > 1 and len(left) > 1:
-            _by_others(left, number, min(processes, len(left)))
+            failed = _by_others(left, number, min(processes, len(left)))
         else:
             _by_us(session, out, job, left, images, json)
     found = state(out, job, verify=False)
     report = {"output": str(out), "shards": number, "done": len(found.done), "images": found.images}
     if json:
         print_json(report | {"refused": found.refused, "missing": list(found.missing)})
-        return
-    say(
-        f"{len(found.done)} of {number} shards, {found.images:,} of {total:,} images"
-        + (f", {found.refused:,} refused" if found.refused else "")
-        + f": {out}/"
-    )
-    say_next(f"hflow-rt shards {quoted(out)}", *([] if not found.missing else [again]))
+    else:
+        say(
+            f"{len(found.done)} of {number} shards, {found.images:,} of {total:,} images"
+            + (f", {found.refused:,} refused" if found.refused else "")
+            + f": {out}/"
+        )
+        say_next(f"hflow-rt shards {quoted(out)}", *([] if not found.missing else [again]))
+    if failed:
+        raise typer.Exit(1)
 
 
 def _by_us(session: "Session", out: Path, job: "Job", shards: Sequence[int], images: Any, quiet: bool) -> None:
@@ -138,8 +141,8 @@ def _by_us(session: "Session", out: Path, job: "Job", shards: Sequence[int], ima
         pass
 
 
-def _by_others(shards: Sequence[int], number: int, processes: int) -> None:
-    """This very command once more for each process, with its share of the shards."""
+def _by_others(shards: Sequence[int], number: int, processes: int) -> int:
+    """This very command once more for each process, with its share of the shards; how many did not end well."""
     words = _without(_without(sys.argv[1:], "--processes"), "--shard")
     base = [sys.executable, "-m", "hflow_rt.cli", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -147,9 +150,10 @@ def _by_others(shards: Sequence[int], number: int, processes: int) -> None:
     for first in range(processes):
         mine = [word for shard in shards[first::processes] for word in ("--shard", f"{shard}/{number}")]
         running.append(subprocess.Popen([*base, *mine], env=environment, stdout=subprocess.DEVNULL))
-    failed = [process.wait() for process in running]
-    if any(failed):
-        note(f"{sum(map(bool, failed))} of {processes} processes did not end well; run this again to do what is left")
+    failed = sum(process.wait() != 0 for process in running)
+    if failed:
+        note(f"error: {failed} of {processes} processes did not end well; run this again to do what is left")
+    return failed
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:

@@ -50,6 +50,14 @@ def test_by_several_processes(hflow: Command, model: Path) -> None:
     assert array.shape == (12, 16, 16, 3)
 
 
+def test_a_process_that_fails_is_said(hflow: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "false")
+    result = hflow("sample", "-n", 4, "--shards", 4, "--processes", 2, "-o", "out")
+    assert result.code == 1
+    assert "error: 2 of 2 processes did not end well; run this again to do what is left" in result.err
+    assert "0 of 4 shards" in result.out
+
+
 def test_latents_in_shards(hflow: Command, model: Path) -> None:
     ok(hflow("encode", "photos", "--shards", 2, "-o", "latents"))
     ok(hflow("decode", "latents/00002-of-00002.safetensors", "-o", "decoded/"))

@@ -7,8 +7,8 @@ import typer
 
 from hflow_rt.cli.app import app
 from hflow_rt.cli.opening import named, open_session
-from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelOption
-from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, LabelOption, ModelOption
+from hflow_rt.cli.sharded import KeepOption, ProcessesOption, ShardOption, ShardsOption, in_shards
 from hflow_rt.cli.terminal import print_json, say
 from hflow_rt.names import quoted
 
@@ -22,6 +22,8 @@ def score(
     shards: ShardsOption = None,
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
+    keep: KeepOption = None,
+    label: LabelOption = None,
     model: ModelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
@@ -31,11 +33,15 @@ def score(
 
     Example: hflow-rt score photos/ --shards 16 --processes 2 -o scores/
     """
+    from hflow_rt.runtime.shard_files import encoding_settings
+
     session = open_session(model, backend, device, json)
     if shards is None and not shard:
         shards = 1
+    settings = encoding_settings(session, 0, keep, label, images, "parquet", scores=True)
     again = f"hflow-rt score {quoted(images)} --shards {shards or 'N'} -o {quoted(output)}{named(model, '--model ')}"
-    in_shards(session, "score", output, images, None, shards, shard, processes, {"seed": 0}, "parquet", json, again)
+    again += (f" --keep {keep}" if keep else "") + (f" --label {quoted(label)}" if label else "")
+    in_shards(session, "score", output, images, None, shards, shard, processes, settings, "parquet", json, again)
 
 
 @app.command()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hflow_rt.runtime.session import Session
     from hflow_rt.runtime.shards import Job, Kind
 
-__all__ = ["ProcessesOption", "ShardOption", "ShardsOption", "in_shards", "parse_shards"]
+__all__ = ["KeepOption", "ProcessesOption", "ShardOption", "ShardsOption", "in_shards", "parse_shards"]
 
 _SHARDS = "Shards"  # heading in the help
 
@@ -36,6 +36,16 @@ ShardOption = Annotated[
     typer.Option(
         metavar="K/N",
         help="Do this shard alone, of 1 to N, as one of many machines. Repeatable.",
+        show_default=False,
+        rich_help_panel=_SHARDS,
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Scores and latents to write, such as log_prob,end; or all. By default scores and small coarse latents of "
+        "'score', and all of 'encode'.",
         show_default=False,
         rich_help_panel=_SHARDS,
     ),
@@ -85,6 +95,7 @@ def in_shards(
     from contextlib import nullcontext
 
     from hflow_rt.data.sources import open_source
+    from hflow_rt.runtime.shard_files import check_classes
     from hflow_rt.runtime.shards import Job, is_done, listed, pinned, state
 
     number, mine = parse_shards(shards, chosen)
@@ -92,6 +103,8 @@ def in_shards(
         total = (count or 0) if images is None else len(images)
         if total < number:
             raise DataError(f"{total:,} images cannot be cut into {number:,} shards; ask for fewer")
+        if images is not None:
+            check_classes(session, settings, images)
         job = Job(
             kind=kind,
             files=files,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,34 @@ def test_latents_in_shards(hflow: Command, model: Path) -> None:
     assert len([*Path("decoded").glob("*.png")]) == 3
 
 
+@pytest.mark.parametrize("kind", ["tar shards", "parquet", "npy"])
+def test_other_sources(hflow: Command, model: Path, kind: str) -> None:
+    """What is read of any source is what is read of the files."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    files = [Path(f"photos/{index}.png") for index in range(7)]
+    Path("set").mkdir()
+    source = "set"
+    if kind == "npy":
+        source = "set/photos.npy"
+        np.save(source, np.stack([np.asarray(Image.open(path)) for path in files]))
+    elif kind == "parquet":
+        parquet.write_table(arrow.table({"image": [path.read_bytes() for path in files]}), "set/a.parquet")
+    else:
+        for name, part in (("a.tar", files[:3]), ("b.tar", files[3:])):
+            with tarfile.open(f"set/{name}", "w") as archive:
+                for path in part:
+                    archive.add(path)
+    Path("photos/bad.png").unlink()
+    scores = []
+    for place in ("photos", source):
+        out = f"of-{Path(place).name}"
+        ok(hflow("score", place, "--shards", 2, "-o", out, "--keep", "log_prob"))
+        tables = [parquet.read_table(path) for path in sorted(Path(out).glob("*.parquet"))]
+        scores.append(arrow.concat_tables(tables)["log_prob"].to_pylist())
+    assert scores[0] == scores[1]
+
+
 def test_a_damaged_shard_is_done_again(hflow: Command, model: Path) -> None:
     words = ["sample", "-n", 4, "--shards", 2, "-o", "out"]
     ok(hflow(*words))
@@ -92,6 +121,9 @@ def test_a_damaged_shard_is_done_again(hflow: Command, model: Path) -> None:
             ["encode", "photos", "--shards", 2, "-o", "l.safetensors"],
             "in shards one source of images goes into a folder",
         ),
+        (["encode", "photos", "--keep", "z0"], "--keep and --format are for jobs in shards; say --shards"),
+        (["score", "photos", "--keep", "x"], "unknown 'x' in --keep; this model has all, bits_per_dim, log_prob, end0"),
+        (["score", "photos", "--label", "cat"], "this model knows no classes; omit 'cat'"),
         (["shards", "photos"], "photos has no plan.json"),
         (["score", "photos", "-o", "photos"], "photos holds 0.png and no plan of shards"),
     ],

@@ -10,6 +10,7 @@ from hflow_rt.cli.opening import named, open_session
 from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, LabelOption, ModelOption
 from hflow_rt.cli.sharded import KeepOption, ProcessesOption, ShardOption, ShardsOption, in_shards
 from hflow_rt.cli.terminal import print_json, say
+from hflow_rt.errors import DataError
 from hflow_rt.names import quoted
 
 
@@ -47,15 +48,22 @@ def score(
 @app.command()
 def shards(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a job with --shards.")],
+    join: Annotated[
+        Path | None,
+        typer.Option(help="Also join whole shards of samples (.npz) into one .npz, as FID tools read it."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Count and verify the shards of a job, and name what is missing; exit 1 if any is.
 
     Example: hflow-rt shards scores/
     """
-    from hflow_rt.runtime.shards import forget, read_job, state
+    from hflow_rt.runtime.shard_files import join_arrays
+    from hflow_rt.runtime.shards import forget, read_job, shard_name, state
 
     job = read_job(output)
+    if join is not None and job.files != "npz":
+        raise DataError(f"shards of .npz are joined, and these are .{job.files}; omit --join")
     found = state(output, job)
     for number in found.damaged:
         forget(output, job, number)
@@ -74,3 +82,7 @@ def shards(
                 say(f"{what}: {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}")
     if len(found.done) < job.shards:
         raise typer.Exit(1)
+    if join is not None:
+        count = join_arrays([output / shard_name(job, number) for number in found.done], join)
+        if not json:
+            say(f"{count:,} images: {join}")

@@ -5,7 +5,7 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import chain
 from math import prod
@@ -21,13 +21,14 @@ from hflow_rt.data.image_source import ImageSource
 from hflow_rt.data.resize import fit
 from hflow_rt.errors import DataError, NoInverse
 from hflow_rt.extras import needed
+from hflow_rt.files import atomic_file
 from hflow_rt.manifest import LOG_PROB, graphs_of
 from hflow_rt.memory import need
 from hflow_rt.runtime.images.pictures import to_picture, to_uint8
 from hflow_rt.runtime.latents.files import about_model, latents_file
 from hflow_rt.runtime.session import Session
 
-__all__ = ["check_classes", "encoding_settings", "write_encoded", "write_sampled"]
+__all__ = ["check_classes", "encoding_settings", "join_arrays", "write_encoded", "write_sampled"]
 
 Settings = Mapping[str, Any]
 Told = Callable[[int], None]  # hears how many images of every batch
@@ -100,6 +101,24 @@ def write_sampled(
     """Draw some images of a seed into a file, and say how many, as `write_encoded` does."""
     (_pictures if files == "tar" else _array)(session, settings, images, file, told)
     return len(images), 0
+
+
+def join_arrays(shards: Sequence[Path], target: Path) -> int:
+    """Write the images of whole .npz shards, in this order, into one such file; how many they are.
+
+    A shard at a time is in memory. Raises `DataError` where it cannot be written.
+    """
+    if target.suffix != ".npz":
+        raise DataError(f"shards of .npz are joined into a .npz; found '{target.name}'; rename it")
+    shapes = []
+    for path in shards:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
+            np.lib.format.read_magic(array)
+            shapes.append(np.lib.format.read_array_header_1_0(array)[0])
+    count = sum(shape[0] for shape in shapes)
+    with atomic_file(target) as temporary, open(temporary, "r+b") as file:
+        _write_npz(file, (count, *shapes[0][1:]), (np.load(path)["arr_0"].tobytes() for path in shards))
+    return count
 
 
 class _Row(NamedTuple):
@@ -271,15 +290,20 @@ def _pictures(session: Session, settings: Settings, images: range, file: Any, to
 
 
 def _array(session: Session, settings: Settings, images: range, file: Any, told: Told) -> None:
-    """Samples as one uint8 array `arr_0` `[n, R, R, C]`, which tools that measure distances read."""
+    """Samples as one uint8 array `[n, R, R, C]`."""
     shape = (len(images), session.resolution, session.resolution, session.channels)
+    _write_npz(file, shape, (pixels.tobytes() for _, pixels in _samples(session, settings, images, told)))
+
+
+def _write_npz(file: Any, shape: tuple[int, ...], parts: Iterable[bytes]) -> None:
+    """A uint8 array called `arr_0`, as tools that measure distances read it, piece by piece."""
     with (
         zipfile.ZipFile(file, "w") as archive,
         archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,
     ):
         np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for _, pixels in _samples(session, settings, images, told):
-            array.write(pixels.tobytes())
+        for part in parts:
+            array.write(part)
 
 
 def _samples(

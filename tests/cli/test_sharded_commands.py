@@ -49,6 +49,13 @@ def test_by_several_processes(hflow: Command, model: Path) -> None:
         assert path.read_bytes() == (Path("two") / path.name).read_bytes(), path.name
     array = np.concatenate([np.load(path)["arr_0"] for path in sorted(Path("two").glob("*.npz"))])
     assert array.shape == (12, 16, 16, 3)
+    assert "12 images: all.npz" in ok(hflow("shards", "two", "--join", "all.npz")).out
+    with np.load("all.npz") as joined:
+        assert list(joined) == ["arr_0"]
+        np.testing.assert_array_equal(joined["arr_0"], array)
+    Path("two/00001-of-00004.npz").unlink()
+    assert hflow("shards", "two", "--join", "part.npz").code == 1
+    assert not Path("part.npz").exists()
 
 
 def test_a_process_that_fails_is_said(hflow: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

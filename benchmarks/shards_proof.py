@@ -1,6 +1,7 @@
 """Jobs in shards, proved and measured: workers killed at random, memory by number of images, processes against one.
 
 python benchmarks/shards_proof.py [--kills 100] > benchmarks/results/shards.md
+python benchmarks/shards_proof.py --ray [--kills 100] >> benchmarks/results/shards.md
 """
 
 import argparse
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
+from ray_loopback import Loopback, on_loopback
 
 COMMAND = [sys.executable, "-m", "hflow_rt.cli"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,14 +94,81 @@ def measured(folder: Path) -> None:
     print(f"\nOne process {one:.0f} images/s, two {two:.0f}: {two / one / 2:.2f} of twice as many, start included.")
 
 
+def killed_on_ray(cluster: Loopback, folder: Path, kills: int) -> str:
+    """As `killed`, of the workers, the second machine and the driver of a cluster; every job is run to its end."""
+    rng, images, shards = np.random.default_rng(0), 600, 150
+    subprocess.run(job(folder / "whole", images, shards), check=True, cwd=folder, env=ONE_THREAD, **QUIET)
+    whole, jobs, runs = contents(folder / "whole"), 0, 0
+    done = dict.fromkeys(("workers", "machines", "drivers"), 0)
+    while sum(done.values()) < kills:
+        jobs += 1
+        out = folder / f"broken-{jobs}"
+        command = job(out, images, shards, "--ray", cluster.address)
+        ended = False
+        while not ended:
+            runs += 1
+            driver = subprocess.Popen(command, cwd=folder, env=dict(os.environ), **QUIET)
+            while driver.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    driver.wait(float(rng.uniform(0.5, 3.0)))
+                    break
+                what = str(rng.choice([*done], p=[0.8, 0.1, 0.1]))
+                if sum(done.values()) == kills or not (workers := cluster.workers()):
+                    continue
+                if what == "workers":
+                    workers[rng.integers(len(workers))].kill()
+                elif what == "machines":
+                    cluster.lose_machine()
+                else:
+                    driver.kill()
+                done[what] += 1
+            ended = driver.wait() == 0
+        found = contents(out)
+        if found != whole:
+            different = [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]
+            return f"DIFFERENT after {done} kills: {different[:5]}"
+    told = ", ".join(f"{count} {what}" for what, count in done.items())
+    return (
+        f"Ray, two machines on loopback: {told} of {jobs} jobs of {shards} shards killed at random (SIGKILL), each job"
+        f" run until it ended well, {runs} times in all: {len(whole)} files, every byte as in the undisturbed one,"
+        " none left over"
+    )
+
+
+def shards_on_ray(cluster: Loopback, folder: Path) -> str:
+    """What a shard of one image takes by Ray and by as many processes: from jobs of two sizes, so without the start."""
+    few, many, each = 100, 500, {}
+    for name, more in {"Ray": ("--ray", cluster.address), "--processes": ("--processes", "2")}.items():
+        seconds = []
+        for shards in (few, many):
+            began = time.monotonic()
+            command = job(folder / f"cost{name}{shards}", shards, shards, *more)
+            subprocess.run(command, check=True, cwd=folder, env=dict(os.environ), **QUIET)
+            seconds.append(time.monotonic() - began)
+        each[name] = ((seconds[1] - seconds[0]) / (many - few), seconds[0])
+    (ray, ray_start), (processes, start) = each["Ray"], each["--processes"]
+    return (
+        f"A shard of one image, two at a time: {1000 * ray:.1f} ms by Ray, {1000 * processes:.1f} ms by --processes, so"
+        f" {1000 * (ray - processes):.1f} ms are Ray's. {few} of them, start included, took {ray_start:.0f} s and"
+        f" {start:.0f} s"
+    )
+
+
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--only-kills", action="store_true")
+    parser.add_argument("--ray", action="store_true", help="the part that is of Ray")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if asked.ray:
+            with on_loopback(), closing(Loopback(1)) as cluster:
+                print(f"\n{killed_on_ray(cluster, folder, asked.kills)}.", flush=True)
+                if not asked.only_kills:
+                    print(f"\n{shards_on_ray(cluster, folder)}.")
+            return
         print(f"# Jobs in shards ({platform.machine()}, {os.cpu_count()} cores, the bundled model)\n")
         if not asked.only_kills:
             measured(folder)

@@ -8,7 +8,7 @@ import typer
 from hflow_rt.cli.latents import Asked, latent_command, set_by
 from hflow_rt.cli.opening import named
 from hflow_rt.cli.options import GRID, ControlOption, StepsOption
-from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.sharded import ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
 from hflow_rt.cli.terminal import note, tracked
 from hflow_rt.errors import DataError
 from hflow_rt.names import quoted
@@ -29,6 +29,7 @@ def encode(
     shards: ShardsOption = None,
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
+    ray: RayOption = None,
 ) -> None:
     """Map images to latents, as exactly as the model can, with their log-probability.
 
@@ -43,7 +44,8 @@ def encode(
     from hflow_rt.runtime.noise import parse_controls
 
     output, controls = asked.output, parse_controls(control or [])
-    if shards is not None or shard:
+    sharing = Sharing(shards, shard, processes, ray, asked.backend, asked.device)
+    if sharing.asked:
         if picture or posterior or asked.label or len(images) != 1 or output.suffix:
             raise DataError(
                 "in shards one source of images goes into a folder -o; omit --picture, --posterior, --label"
@@ -52,8 +54,7 @@ def encode(
         session = (session if steps is None else session.in_steps(steps)).with_controls(controls)
         redo = f"hflow-rt encode {quoted(images[0])} --shards {shards or 'N'} -o {quoted(output)}"
         how: dict[str, Any] = {"seed": asked.seed, **set_by(controls, steps)}
-        rest = (processes, how, "safetensors", asked.json, redo)
-        in_shards(session, "encode", output, images[0], None, shards, shard, *rest)
+        in_shards(session, "encode", output, images[0], None, sharing, how, "safetensors", asked.json, redo)
         return
     check_latents_name(output)
     if picture is not None:

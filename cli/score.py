@@ -8,7 +8,7 @@ import typer
 from hflow_rt.cli.app import app
 from hflow_rt.cli.opening import named, open_session
 from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelOption
-from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.sharded import ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
 from hflow_rt.cli.terminal import print_json, say
 from hflow_rt.names import quoted
 
@@ -22,6 +22,7 @@ def score(
     shards: ShardsOption = None,
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
+    ray: RayOption = None,
     model: ModelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
@@ -35,7 +36,8 @@ def score(
     if shards is None and not shard:
         shards = 1
     again = f"hflow-rt score {quoted(images)} --shards {shards or 'N'} -o {quoted(output)}{named(model, '--model ')}"
-    in_shards(session, "score", output, images, None, shards, shard, processes, {"seed": 0}, "parquet", json, again)
+    sharing = Sharing(shards, shard, processes, ray, backend, device)
+    in_shards(session, "score", output, images, None, sharing, {"seed": 0}, "parquet", json, again)
 
 
 @app.command()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def dataset(
-    source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images, or a .npy or .npz array.")],
+    source: Annotated[Path, typer.Argument(help="Folder, zip or tar of images, .parquet, or a .npy or .npz array.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .npy.")],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")],
     crop: Annotated[

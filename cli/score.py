@@ -15,7 +15,7 @@ from hflow_rt.names import quoted
 
 @app.command()
 def score(
-    images: Annotated[Path, typer.Argument(help="A folder, archive or LMDB set of images.")],
+    images: Annotated[Path, typer.Argument(help="Images: a folder, archive, .parquet, array, ... (docs/data.md).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the shards (.parquet).")] = Path(
         "scores"
     ),

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hflow_rt.data.image_files import Skipped
+from hflow_rt.data.image_source import ImageSource
 from hflow_rt.data.resize import fit
-from hflow_rt.data.sources import ImageSource, Skipped
 from hflow_rt.errors import DataError
 from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, is_file, locked, sha256, unusable

@@ -6,7 +6,8 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from hflow_rt.data.sources import ImageSource, short
+from hflow_rt.data.image_files import short
+from hflow_rt.data.image_source import ImageSource, Named
 from hflow_rt.errors import DataError
 
 __all__ = ["is_array", "open_array"]
@@ -27,8 +29,7 @@ def is_array(path: Path) -> bool:
     return path.suffix.lower() in (".npy", ".npz") and not os.path.isdir(path)
 
 
-@contextmanager
-def open_array(path: Path) -> Iterator[ImageSource]:
+def open_array(path: Path) -> ImageSource:
     """The images of a `.npy`, or of a `.npz` with one array or one called `images`, `arr_0` or `x`.
 
     They are called `image#000000` and so on, their colours are taken as sRGB, and one at a time is in memory. Raises
@@ -37,36 +38,40 @@ def open_array(path: Path) -> Iterator[ImageSource]:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"{path} is no regular file; give a .npy or .npz of images")
-    with ExitStack() as stack:
-        try:
-            stream, size = _open(path, stack)
+    try:
+        with _stream(path) as (stream, size):
             layout = _layout(path, stream, size)
-        except FileNotFoundError as error:
-            raise DataError(f"no images at {path}: it does not exist; give a folder, zip, tar or array") from error
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {short(error)}") from error
-        except DataError:
-            raise
-        except Exception as error:  # a damaged zip raises nearly anything
-            raise DataError(f"{path} is not a whole file of NumPy ({short(error)}); save it again") from error
-        yield ImageSource(_images(path, stream, layout), layout.number)
+            start = stream.tell()
+    except FileNotFoundError as error:
+        raise DataError(f"no images at {path}: it does not exist; give a folder, zip, tar or array") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {short(error)}") from error
+    except DataError:
+        raise
+    except Exception as error:  # a damaged zip raises nearly anything
+        raise DataError(f"{path} is not a whole file of NumPy ({short(error)}); save it again") from error
+    return ImageSource(partial(_images, path, layout, start), layout.number, [path.name], [size], only_images=True)
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[IO[bytes], int]:
+@contextmanager
+def _stream(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     """The bytes of the array of images, and how many they are."""
     if path.suffix.lower() == ".npy":
-        return stack.enter_context(open(path, "rb")), path.stat().st_size
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    arrays = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
-    found = list(arrays) if len(arrays) == 1 else [name for name in arrays if name.lower() in _NAMES]
-    if len(found) != 1:
-        held = f"the arrays {', '.join(map(repr, arrays))}" if arrays else "no array"
-        raise DataError(
-            f"{path} holds {held}, and one must be of images: save it alone, or only one of them as "
-            f"{' or '.join(map(repr, _NAMES))}"
-        )
-    member = arrays[found[0]]
-    return stack.enter_context(archive.open(member)), member.file_size
+        with open(path, "rb") as stream:
+            yield stream, path.stat().st_size
+        return
+    with zipfile.ZipFile(path) as archive:
+        arrays = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
+        found = list(arrays) if len(arrays) == 1 else [name for name in arrays if name.lower() in _NAMES]
+        if len(found) != 1:
+            held = f"the arrays {', '.join(map(repr, arrays))}" if arrays else "no array"
+            raise DataError(
+                f"{path} holds {held}, and one must be of images: save it alone, or only one of them as "
+                f"{' or '.join(map(repr, _NAMES))}"
+            )
+        member = arrays[found[0]]
+        with archive.open(member) as stream:
+            yield stream, member.file_size
 
 
 class _Layout(NamedTuple):
@@ -123,13 +128,18 @@ def _four(found: str, shape: tuple[int, ...]) -> _Layout:
     return _Layout(count, height, width, colours, last)
 
 
-def _images(path: Path, stream: IO[bytes], layout: _Layout) -> Iterator[tuple[str, Image.Image]]:
-    count, height, width, colours, last = layout
+def _images(path: Path, layout: _Layout, start: int, numbers: range) -> Iterator[Named]:
+    """Some of them; the array begins at the byte `start`."""
+    _, height, width, colours, last = layout
     shape = (height, width, colours) if last else (colours, height, width)
-    for index in range(count):
-        try:
-            pixels = np.frombuffer(stream.read(math.prod(shape)), np.uint8).reshape(shape)
-        except Exception as error:
-            raise DataError(f"{path} is damaged at image {index} ({short(error)}); save it again") from error
-        pixels = np.ascontiguousarray(pixels if last else pixels.transpose(1, 2, 0))
-        yield f"image#{index:06}", Image.fromarray(pixels[..., 0] if colours == 1 else pixels).convert("RGB")
+    size = math.prod(shape)
+    with _stream(path) as (stream, _):
+        for index in numbers:
+            try:
+                if index == numbers.start:  # in a compressed one all before is read
+                    stream.seek(start + index * size)
+                pixels = np.frombuffer(stream.read(size), np.uint8).reshape(shape)
+            except Exception as error:
+                raise DataError(f"{path} is damaged at image {index} ({short(error)}); save it again") from error
+            pixels = np.ascontiguousarray(pixels if last else pixels.transpose(1, 2, 0))
+            yield f"image#{index:06}", Image.fromarray(pixels[..., 0] if colours == 1 else pixels).convert("RGB")

@@ -1,7 +1,7 @@
 """Images as one uint8 array `[N, C, R, R]`: built once into a `.npy` file, or decoded on the fly.
 
-A dataset is two files: `NAME.npy`, a plain NumPy array that is mapped into memory, and `NAME.json`, a
-`DatasetInfo` that says where it came from and holds the hash that proves the array is whole.
+A dataset is two files, see `DatasetInfo`: `NAME.npy` and `NAME.json`, which says where it came from and holds the hash
+that proves the array is whole.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ import hashlib
 import io
 import json
 import os
-import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal, Self, get_args
+from typing import IO, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hflow_rt.data.arrays import is_array, open_array
+from hflow_rt.data.image_files import Skipped, looks_like_image
+from hflow_rt.data.image_source import ImageSource
+from hflow_rt.data.packed import HEADER_BYTES, DatasetInfo, array_header, is_packed, map_array, read_info
 from hflow_rt.data.resize import Crop, fit
-from hflow_rt.data.sources import ImageSource, Skipped, looks_like_image, open_source
+from hflow_rt.data.sources import open_source
 from hflow_rt.data.splits import Split, split_names
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.files import atomic_file, sha256
@@ -37,29 +35,6 @@ Progress = Callable[[int, int], None]
 
 # Images decoded on the fly stay in memory up to this many bytes, then move to a temporary file.
 MAX_MEMORY_BYTES = 2**30
-# One header size for every image count, so that it can be written before the images are counted.
-HEADER_BYTES = 128
-
-
-class DatasetInfo(BaseModel):
-    """What `NAME.json` holds.
-
-    `sha256` is of the `.npy` file's bytes, `skipped` counts files by reason, and `unused` says of each file that is or
-    looks like an image why it is not used.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1] = 1
-    source: str
-    count: int
-    resolution: int
-    channels: Literal[1, 3] = 3
-    crop: Crop
-    sha256: str
-    skipped: dict[str, int]
-    unused: dict[str, str] = {}
-    names: list[str]
 
 
 class ImageSet:
@@ -137,7 +112,7 @@ def build_dataset(
     _check_settings(resolution, crop, channels)
     _check_output(source, output)
     with (
-        _open(source) as images,  # first, so that a wrong source leaves no new folder behind
+        open_source(source) as images,  # first, so that a wrong source leaves no new folder behind
         atomic_file(output.with_suffix(".json")) as info_file,
         atomic_file(output) as array_file,  # last, so renamed first: the JSON never vouches for a missing array
     ):
@@ -145,7 +120,7 @@ def build_dataset(
             sink.write(bytes(HEADER_BYTES))
             names, skipped, unused = _decode(images, source, resolution, channels, crop, strict, progress, sink.write)
             sink.seek(0)
-            sink.write(_header((len(names), channels, resolution, resolution)))
+            sink.write(array_header((len(names), channels, resolution, resolution)))
         info = DatasetInfo(
             source=str(source),
             count=len(names),
@@ -176,35 +151,21 @@ def open_dataset(
     """
     _check_settings(resolution, crop, channels)
     path = Path(source)
-    if _is_dataset(path):
-        info = _read_info(path)
+    if is_packed(path):
+        info = read_info(path)
         if info.resolution != resolution:
             raise DataError(
                 f"{path} holds images of {info.resolution} pixels and {resolution} are needed; "
                 f"build one with 'hflow-rt dataset --resolution {resolution}'"
             )
         if info.channels == channels:
-            return ImageSet(_map_array(path, info), info.names, info.skipped, info.sha256, info.unused)
-    with _open(path) as images, _Spool() as spool:
+            return ImageSet(map_array(path, info), info.names, info.skipped, info.sha256, info.unused)
+    with open_source(path) as images, _Spool() as spool:
         names, skipped, unused = _decode(images, path, resolution, channels, crop, False, progress, spool.write)
         array = spool.array((len(names), channels, resolution, resolution))
-    digest = hashlib.sha256(_header(array.shape))  # the hash that the .npy of these images would have
+    digest = hashlib.sha256(array_header(array.shape))  # the hash that the .npy of these images would have
     digest.update(array.reshape(-1).data)
     return ImageSet(array, names, skipped, digest.hexdigest(), unused)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[ImageSource]:
-    """The images of any source; those of a dataset keep their names, so that they are split as before."""
-    if _is_dataset(path):
-        info = _read_info(path)
-        array = _map_array(path, info)
-        rgb = np.broadcast_to(array, (info.count, 3, info.resolution, info.resolution))
-        images = (Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))) for pixels in rgb)
-        yield ImageSource(zip(info.names, images, strict=True), info.count)
-        return
-    with open_array(path) if is_array(path) else open_source(path) as source:
-        yield source
 
 
 def _decode(
@@ -227,7 +188,7 @@ def _decode(
             if strict:
                 raise DataError(f"{name} in {source} cannot be used: {pixels.detail}; fix it or go without strict")
             skipped.append(pixels)
-            if pixels.reason not in ("not an image", "empty file") or looks_like_image(name):
+            if pixels.reason not in ("not an image", "empty file") or images.only_images or looks_like_image(name):
                 unused[name] = pixels.reason
         else:
             write(pixels.tobytes())
@@ -255,53 +216,6 @@ def _nothing_usable(source: Path, resolution: int, skipped: list[Skipped]) -> st
     return f"{source} holds no usable image ({reasons}); the first: {first.detail}"
 
 
-def _is_dataset(path: Path) -> bool:
-    """Whether a `.npy` has a description beside it, right or wrong; without one it is any array."""
-    return path.suffix.lower() == ".npy" and is_array(path) and os.path.lexists(path.with_suffix(".json"))
-
-
-def _read_info(path: Path) -> DatasetInfo:
-    """The description of a dataset. Raises `DataError`."""
-    info_path = path.with_suffix(".json")
-    if not os.path.isfile(info_path):  # reading a pipe would wait for ever
-        raise DataError(f"{info_path} must be a regular file that describes a dataset; move it, or repair the link")
-    try:
-        return DatasetInfo.model_validate_json(info_path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DataError(
-            f"{info_path} does not describe a dataset ({where}: {first['msg']}); build it again with "
-            f"'hflow-rt dataset', or, if {path.name} is an array of your own, keep the two apart"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {info_path}: {error.strerror or error}") from error
-
-
-def _map_array(path: Path, info: DatasetInfo) -> NDArray[np.uint8]:
-    """The images `[N, C, R, R]` of a dataset, mapped into memory once they are what `info` says. Raises `DataError`."""
-    described, again = path.with_suffix(".json").name, "build it again with 'hflow-rt dataset'"
-    shape = (info.count, info.channels, info.resolution, info.resolution)
-    expected = HEADER_BYTES + int(np.prod(shape, dtype=np.int64))
-    try:
-        size, digest = path.stat().st_size, sha256(path)
-        if size != expected:
-            raise DataError(f"{path} has {size} bytes where {described} asks for {expected}; {again}")
-        if digest != info.sha256:
-            raise DataError(f"{path} is not the file that {described} describes (sha256 differs); {again}")
-        array = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError as error:
-        raise DataError(f"a dataset is a .npy and a .json side by side, and {path} is missing; {again}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; {again}") from error
-    if array.shape != shape or array.dtype != np.uint8 or len(info.names) != info.count or info.count < 1:
-        raise DataError(
-            f"{path} holds {array.dtype} {list(array.shape)} where {described} asks for "
-            f"uint8 {list(shape)} with {len(info.names)} names; {again}"
-        )
-    return np.asarray(array)
-
-
 def _check_output(source: Path, output: Path) -> None:
     """Raise `DataError` if a dataset there would replace its source, or a `.json` that describes something else."""
     description = output.with_suffix(".json")
@@ -309,7 +223,7 @@ def _check_output(source: Path, output: Path) -> None:
         raise DataError(f"a dataset cannot be written over its own source {source}; choose another name")
     if os.path.lexists(description):
         try:
-            _read_info(output)
+            read_info(output)
         except DataError as error:
             raise DataError(
                 f"{description} describes no dataset and would be replaced by the description of {output}; "
@@ -352,13 +266,6 @@ class _Spool:
             return array
         self._file.flush()
         return np.asarray(np.memmap(self._file, np.uint8, "r", shape=shape))
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The first bytes of the `.npy` (format 1.0), padded to `HEADER_BYTES`."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
-    room = HEADER_BYTES - 10
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1).encode() + b"\n"
 
 
 def _check_settings(resolution: int, crop: Crop, channels: int) -> None:

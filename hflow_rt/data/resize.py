@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hflow_rt.data.colour import luminance
-from hflow_rt.data.sources import Skipped
+from hflow_rt.data.image_files import Skipped
 
 __all__ = ["Crop", "fit"]
 

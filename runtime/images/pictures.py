@@ -22,7 +22,7 @@ from hflow_rt.files import atomic_file, is_folder, is_ours
 from hflow_rt.memory import need
 
 if TYPE_CHECKING:
-    from hflow_rt.data.sources import Skipped
+    from hflow_rt.data.image_files import Skipped
 
 __all__ = [
     "Row",
@@ -111,7 +111,7 @@ def read_image(path: Path | str, resolution: int, crop: str = "center", channels
     than R is reduced with a Lanczos filter. channels: C; with 1 it is the luminance.
     Raises `DataError` for a file that is missing, damaged, no image, too large or too small.
     """
-    from hflow_rt.data.sources import read_file
+    from hflow_rt.data.image_files import read_file
 
     if crop not in ("center", "none"):
         raise DataError(f"crop must be 'center' or 'none'; found '{crop}'")
@@ -120,7 +120,7 @@ def read_image(path: Path | str, resolution: int, crop: str = "center", channels
 
 def image_of_bytes(data: bytes, name: str, resolution: int, channels: int = 3) -> NDArray[np.float32]:
     """As `read_image`, of the bytes of a file that is called `name`."""
-    from hflow_rt.data.sources import read_bytes
+    from hflow_rt.data.image_files import read_bytes
 
     return _fitted(read_bytes(data), name, resolution, False, channels)
 
@@ -128,8 +128,8 @@ def image_of_bytes(data: bytes, name: str, resolution: int, channels: int = 3) -
 def _fitted(
     picture: "Image.Image | Skipped", name: Path | str, resolution: int, whole: bool, channels: int
 ) -> NDArray[np.float32]:
+    from hflow_rt.data.image_files import Skipped
     from hflow_rt.data.resize import fit
-    from hflow_rt.data.sources import Skipped
 
     if isinstance(picture, Skipped):
         if picture.reason in _DAMAGED:

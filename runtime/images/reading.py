@@ -1,6 +1,5 @@
 """Images of people as a model takes them, wherever they lie: files, folders, archives and arrays."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from hflow_rt.conditions import Options, class_folder
 from hflow_rt.data.dataset import open_dataset
+from hflow_rt.data.sources import holds_many
 from hflow_rt.errors import DataError
 from hflow_rt.memory import need
 from hflow_rt.names import shown
@@ -17,13 +17,11 @@ from hflow_rt.runtime.images.pictures import read_image
 
 __all__ = ["not_as_they_are", "read_pictures"]
 
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".npy", ".npz")
-
 
 def not_as_they_are(paths: Sequence[Path]) -> Iterator[str]:
     """A line for each image file that `read_pictures` does not take as it is, but for its size: what becomes of it."""
     for path in paths:
-        if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
+        if holds_many(path):
             continue
         with Image.open(path) as image:
             if image.has_transparency_data:
@@ -52,7 +50,7 @@ def read_pictures(
     images: list[NDArray[np.float32]] = []
     for path in paths:
         folder = class_folder(conditions or {}, path)
-        if os.path.isdir(path) or path.suffix.lower() in _ARCHIVES or ".tar" in path.suffixes:
+        if holds_many(path):
             found = open_dataset(path, resolution, channels=channels)
             if found.unused:
                 note(f"{len(found)} images in {path}; not used: {found.left_out}")

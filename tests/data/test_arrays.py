@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ def test_own_arrays(tmp_path: Path, array: NDArray[Any], expected: NDArray[Any],
     path = tmp_path / f"photos.{suffix}"
     with open(path, "wb") as file:
         np.savez_compressed(file, array) if suffix == "npz" else np.save(file, array)
-    with open_array(path) as source:
-        images = dict(source)
-        assert len(source) == len(images) == len(array)
+    source = open_array(path)
+    images = dict(source)
+    assert len(source) == len(images) == len(array)
+    assert [name for name, _ in source.part(range(len(array) // 2, len(array)))] == [*images][len(array) // 2 :]
     for index, (name, image) in enumerate(images.items()):
         assert name == f"image#{index:06}"
         assert isinstance(image, Image.Image)
@@ -160,23 +162,20 @@ def test_too_large_images_are_refused_before_they_are_read(tmp_path: Path, monke
     refuse(tmp_path / "a.npy", "images of more than 79 pixels; reduce them first")
 
 
-def test_one_image_at_a_time_is_read(tmp_path: Path) -> None:
+def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(io.BytesIO):
-        reads: list[int] = []  # noqa: RUF012
+        reads: list[tuple[int, int | None]] = []  # noqa: RUF012
 
         def read(self, size: int | None = -1, /) -> bytes:
-            self.reads.append(-1 if size is None else size)
+            self.reads.append((self.tell(), size))
             return super().read(size)
 
-    from hflow_rt.data.arrays import _images, _layout
-
     np.save(tmp_path / "a.npy", LEVELS)
+    source = open_array(tmp_path / "a.npy")
     data = (tmp_path / "a.npy").read_bytes()
-    stream = Counted(data)
-    layout = _layout(tmp_path / "a.npy", stream, len(data))
-    stream.reads.clear()
-    assert len(list(_images(tmp_path / "a.npy", stream, layout))) == 12
-    assert stream.reads == [240] * 12
+    monkeypatch.setattr("hflow_rt.data.arrays._stream", lambda path: nullcontext((Counted(data), len(data))))
+    assert len(list(source.part(range(5, 7)))) == 2
+    assert Counted.reads == [(128 + 5 * 240, 240), (128 + 6 * 240, 240)]
 
 
 def test_a_description_beside_it_makes_it_a_dataset(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from hflow_rt.data.sources import to_rgb
+from hflow_rt.data.image_files import to_rgb
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 # white, and what a colour of (60, 200, 60) in wide() is in sRGB

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from hflow_rt.data.sources import Skipped, open_source, read_file
+from hflow_rt.data.image_files import Skipped, read_file
+from hflow_rt.data.sources import open_source
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -125,7 +126,7 @@ def test_damaged_compressed_tiff_says_nothing_itself(tmp_path: Path, capfd: pyte
 def test_what_pillow_logs_is_not_printed() -> None:
     """A TIFF of too many samples a pixel: Pillow logs an error, which Python prints by default."""
     code = (
-        "import io, sys; from PIL import Image, TiffImagePlugin; from hflow_rt.data.sources import read_file\n"
+        "import io, sys; from PIL import Image, TiffImagePlugin; from hflow_rt.data.image_files import read_file\n"
         "ifd = TiffImagePlugin.ImageFileDirectory_v2(); ifd[277] = 3\n"
         "Image.new('RGB', (8, 8)).save('many.tiff', tiffinfo=ifd)\n"
         "data = bytearray(open('many.tiff', 'rb').read())\n"

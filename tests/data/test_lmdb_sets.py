@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from hflow_rt.data.dataset import open_dataset
-from hflow_rt.data.sources import Skipped, open_source
+from hflow_rt.data.image_files import Skipped
+from hflow_rt.data.sources import open_source
 from hflow_rt.errors import DataError
 
 lmdb = pytest.importorskip("lmdb")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hflow_rt.data.image_files import Skipped, looks_like_image, read_file, to_rgb
 from hflow_rt.data.resize import fit
-from hflow_rt.data.sources import Skipped, looks_like_image, open_source, read_file, to_rgb
+from hflow_rt.data.sources import open_source
 from hflow_rt.errors import DataError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -202,7 +203,7 @@ def test_decompression_bombs_are_skipped(
 
 
 def test_oversized_entries_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hflow_rt.data.sources.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("hflow_rt.data.image_files.MAX_FILE_BYTES", 1000)
     path = write_zip(tmp_path / "x.zip", {"zeros.png": bytes(10**6), "ok.png": PLAIN})
     assert reasons(path) == {"ok.png": "used", "zeros.png": "too large"}
 
@@ -383,3 +384,42 @@ def test_what_does_not_fit_is_skipped() -> None:
     oblong = fit(Image.new("RGB", (20, 9)), 8, crop="none")
     assert isinstance(oblong, Skipped)
     assert oblong.reason == "not square"
+
+
+SHARD = {"1.png": PLAIN, "1.cls": b"3", "1.json": b"{}", "sub/2.jpg": b"words", "2.txt": b"x", "._1.png": PLAIN}
+
+
+def test_a_folder_of_tars_is_the_images_in_them(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar", "c/a.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, SHARD)
+    (tmp_path / "a.parquet").write_bytes(b"what is known of the images")
+    expected = {f"{tar}/{name}": why for tar in ("a.tar", "b.tar", "c/a.tar") for name, why in
+                (("1.png", "used"), ("sub/2.jpg", "not an image"))}  # fmt: skip
+    assert reasons(tmp_path) == expected
+    with open_source(tmp_path) as source:
+        assert [name for name, _ in source.part(range(3, 5))] == ["b.tar/sub/2.jpg", "c/a.tar/1.png"]
+        assert [*source.listing][:2] == [("a.tar/1.png", len(PLAIN)), ("a.tar/sub/2.jpg", 5)]
+        (tmp_path / "b.tar").write_bytes(b"")  # only what is asked for is read
+        assert [isinstance(image, Skipped) for _, image in source] == [False, True, True, True, False, True]
+    with pytest.raises(DataError, match=r"b\.tar is a damaged or truncated tar|b\.tar is not a whole tar"):
+        read(tmp_path)
+    assert [*reasons(tmp_path / "[ac].tar")] == ["a.tar/1.png", "a.tar/sub/2.jpg"]
+    assert [*reasons(tmp_path / "*" / "*.tar")] == ["c/a.tar/1.png", "c/a.tar/sub/2.jpg"]
+    assert reasons(tmp_path / "a.tar") == {"1.png": "used", "sub/2.jpg": "not an image", "2.txt": "not an image"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.tar", {"1.json": b"{}"}, "holds tars and no image in them"),
+        ("a.tar", None, r"a\.tar is not a whole tar without compression"),
+        ("a.rat", None, "no file is called like"),
+    ],
+)
+def test_folders_of_other_tars_are_refused(
+    tmp_path: Path, name: str, data: dict[str, bytes] | None, message: str
+) -> None:
+    write_tar(tmp_path / name, data or FILES, "w" if data else "w:gz")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "*.tar")

@@ -1,6 +1,7 @@
 """Jobs in shards, proved and measured: workers killed at random, memory by number of images, processes against one.
 
 python benchmarks/shards_proof.py [--kills 100] [--only memory|rate|kills] > benchmarks/results/shards.md
+python benchmarks/shards_proof.py --ray [--kills 100] >> benchmarks/results/shards.md
 """
 
 import argparse
@@ -14,12 +15,14 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 from PIL import Image
+from ray_loopback import Loopback, on_loopback
 
 COMMAND = [sys.executable, "-m", "hflow_rt.cli"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -56,11 +59,11 @@ def sources(folder: Path, images: int) -> Path:
     return folder
 
 
-def job(name: str, folder: Path, out: Path, images: int, shards: int = SHARDS) -> list[str]:
+def job(name: str, folder: Path, out: Path, images: int, shards: int = SHARDS, *more: str) -> list[str]:
     """The command of a job."""
     words, source = JOBS[name]
     of = ["-n", str(images)] if source is None else [str(folder / source)]
-    return [*COMMAND, *words.split(), *of, "--shards", str(shards), "-o", str(out)]
+    return [*COMMAND, *words.split(), *of, "--shards", str(shards), "-o", str(out), *more]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -115,7 +118,7 @@ def peak(command: list[str], folder: Path) -> float:
 
 def rate(folder: Path, name: str, images: int, *more: str) -> float:
     began = time.monotonic()
-    command = [*job("samples, npz", folder, folder / name, images), *more]
+    command = job("samples, npz", folder, folder / name, images, SHARDS, *more)
     subprocess.run(command, check=True, cwd=folder, env=ONE_THREAD, **QUIET)
     return images / (time.monotonic() - began)
 
@@ -138,11 +141,74 @@ def rates(folder: Path) -> None:
     print(f"\nOne process {one:.0f} images/s, two {two:.0f}: {two / one / 2:.2f} of twice as many, start included.")
 
 
+def killed_on_ray(cluster: Loopback, folder: Path, kills: int) -> str:
+    """As `killed`, of the workers, the second machine and the driver of a cluster; every job is run to its end."""
+    rng, images, shards = np.random.default_rng(0), 600, 150
+    subprocess.run(
+        job("samples, npz", folder, folder / "whole", images, shards), check=True, cwd=folder, env=ONE_THREAD, **QUIET
+    )
+    whole, jobs, runs = contents(folder / "whole"), 0, 0
+    done = dict.fromkeys(("workers", "machines", "drivers"), 0)
+    while sum(done.values()) < kills:
+        jobs += 1
+        out = folder / f"broken-{jobs}"
+        command = job("samples, npz", folder, out, images, shards, "--ray", cluster.address)
+        ended = False
+        while not ended:
+            runs += 1
+            driver = subprocess.Popen(command, cwd=folder, env=dict(os.environ), **QUIET)
+            while driver.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    driver.wait(float(rng.uniform(0.5, 3.0)))
+                    break
+                what = str(rng.choice([*done], p=[0.8, 0.1, 0.1]))
+                if sum(done.values()) == kills or not (workers := cluster.workers()):
+                    continue
+                if what == "workers":
+                    workers[rng.integers(len(workers))].kill()
+                elif what == "machines":
+                    cluster.lose_machine()
+                else:
+                    driver.kill()
+                done[what] += 1
+            ended = driver.wait() == 0
+        found = contents(out)
+        if found != whole:
+            different = [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]
+            return f"DIFFERENT after {done} kills: {different[:5]}"
+    told = ", ".join(f"{count} {what}" for what, count in done.items())
+    return (
+        f"Ray, two machines on loopback: {told} of {jobs} jobs of {shards} shards killed at random (SIGKILL), each job"
+        f" run until it ended well, {runs} times in all: {len(whole)} files, every byte as in the undisturbed one,"
+        " none left over"
+    )
+
+
+def shards_on_ray(cluster: Loopback, folder: Path) -> str:
+    """What a shard of one image takes by Ray and by as many processes: from jobs of two sizes, so without the start."""
+    few, many, each = 100, 500, {}
+    for name, more in {"Ray": ("--ray", cluster.address), "--processes": ("--processes", "2")}.items():
+        seconds = []
+        for shards in (few, many):
+            began = time.monotonic()
+            command = job("samples, npz", folder, folder / f"cost{name}{shards}", shards, shards, *more)
+            subprocess.run(command, check=True, cwd=folder, env=dict(os.environ), **QUIET)
+            seconds.append(time.monotonic() - began)
+        each[name] = ((seconds[1] - seconds[0]) / (many - few), seconds[0])
+    (ray, ray_start), (processes, start) = each["Ray"], each["--processes"]
+    return (
+        f"A shard of one image, two at a time: {1000 * ray:.1f} ms by Ray, {1000 * processes:.1f} ms by --processes, so"
+        f" {1000 * (ray - processes):.1f} ms are Ray's. {few} of them, start included, took {ray_start:.0f} s and"
+        f" {start:.0f} s"
+    )
+
+
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="of every job")
     parser.add_argument("--only", choices=("memory", "rate", "kills"))
+    parser.add_argument("--ray", action="store_true", help="the part that is of Ray")
     asked = parser.parse_args()
 
     def kills(folder: Path) -> None:
@@ -151,6 +217,13 @@ def main() -> None:
 
     parts: dict[str, Callable[[Path], None]] = {"memory": memory, "rate": rates, "kills": kills}
     with tempfile.TemporaryDirectory() as name:
+        if asked.ray:
+            with on_loopback(), closing(Loopback(1)) as cluster:
+                if asked.only != "rate":
+                    print(f"\n{killed_on_ray(cluster, Path(name), asked.kills)}.", flush=True)
+                if asked.only != "kills":
+                    print(f"\n{shards_on_ray(cluster, Path(name))}.")
+            return
         print(f"# Jobs in shards ({platform.machine()}, {os.cpu_count()} cores, the bundled model)\n")
         for part, measure in parts.items():
             if asked.only in (None, part):

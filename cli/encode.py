@@ -8,7 +8,7 @@ import typer
 from hflow_rt.cli.latents import Asked, latent_command, set_by
 from hflow_rt.cli.opening import named
 from hflow_rt.cli.options import GRID, ControlOption, StepsOption
-from hflow_rt.cli.sharded import KeepOption, ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.sharded import KeepOption, ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
 from hflow_rt.cli.terminal import note, tracked
 from hflow_rt.errors import DataError
 from hflow_rt.names import quoted
@@ -29,6 +29,7 @@ def encode(
     shards: ShardsOption = None,
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
+    ray: RayOption = None,
     keep: KeepOption = None,
     files: Annotated[
         Literal["safetensors", "parquet"],
@@ -49,15 +50,15 @@ def encode(
     from hflow_rt.runtime.shard_files import encoding_settings
 
     output, controls = asked.output, parse_controls(control or [])
-    if shards is not None or shard:
+    sharing = Sharing(shards, shard, processes, ray, asked.backend, asked.device)
+    if sharing.asked:
         if picture or posterior or len(images) != 1 or output.suffix:
             raise DataError("in shards one source of images goes into a folder -o; omit --picture and --posterior")
         session = asked.open()
         session = (session if steps is None else session.in_steps(steps)).with_controls(controls)
         redo = f"hflow-rt encode {quoted(images[0])} --shards {shards or 'N'} -o {quoted(output)}"
         how = encoding_settings(session, asked.seed, keep, asked.label, images[0], files) | set_by(controls, steps)
-        rest = (processes, how, files, asked.json, redo)
-        in_shards(session, "encode", output, images[0], None, shards, shard, *rest)
+        in_shards(session, "encode", output, images[0], None, sharing, how, files, asked.json, redo)
         return
     if keep or files != "safetensors":
         raise DataError("--keep and --format are for jobs in shards; say --shards, or omit them")

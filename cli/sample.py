@@ -19,7 +19,7 @@ from hflow_rt.cli.options import (
     ResolutionOption,
     StepsOption,
 )
-from hflow_rt.cli.sharded import ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.sharded import ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
@@ -65,6 +65,7 @@ def sample(
     shards: ShardsOption = None,
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
+    ray: RayOption = None,
     files: Annotated[
         Literal["tar", "npz"],
         typer.Option(
@@ -102,14 +103,15 @@ def sample(
         check_latents_name(latents)
     session = asked.open(cuda_graph, (resolution, region))
     session = session if steps is None else session.in_steps(steps)
-    if shards is not None or shard:
+    sharing = Sharing(shards, shard, processes, ray, asked.backend, asked.device)
+    if sharing.asked:
         if first or latents or trajectory or draw_pixels or centre_of is not None or same_start or share_noise:
             raise DataError("samples in shards are the images of a seed, and nothing beside; omit other options")
         chosen = parse_controls(control or [])
         settings = {"seed": asked.seed, "std": list(asked.std or []), "label": asked.label, **set_by(chosen, steps)}
         again = f"hflow-rt sample -n {number} --shards {shards or 'N'} -o {quoted(output)}"
         session = session.with_controls(chosen)
-        in_shards(session, "sample", output, None, number, shards, shard, processes, settings, files, asked.json, again)
+        in_shards(session, "sample", output, None, number, sharing, settings, files, asked.json, again)
         return
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)

@@ -8,7 +8,7 @@ import typer
 from hflow_rt.cli.app import app
 from hflow_rt.cli.opening import named, open_session
 from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, LabelOption, ModelOption
-from hflow_rt.cli.sharded import KeepOption, ProcessesOption, ShardOption, ShardsOption, in_shards
+from hflow_rt.cli.sharded import KeepOption, ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
 from hflow_rt.cli.terminal import print_json, say
 from hflow_rt.errors import DataError
 from hflow_rt.names import quoted
@@ -23,6 +23,7 @@ def score(
     shards: ShardsOption = None,
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
+    ray: RayOption = None,
     keep: KeepOption = None,
     label: LabelOption = None,
     model: ModelOption = None,
@@ -42,7 +43,8 @@ def score(
     settings = encoding_settings(session, 0, keep, label, images, "parquet", scores=True)
     again = f"hflow-rt score {quoted(images)} --shards {shards or 'N'} -o {quoted(output)}{named(model, '--model ')}"
     again += (f" --keep {keep}" if keep else "") + (f" --label {quoted(label)}" if label else "")
-    in_shards(session, "score", output, images, None, shards, shard, processes, settings, "parquet", json, again)
+    sharing = Sharing(shards, shard, processes, ray, backend, device)
+    in_shards(session, "score", output, images, None, sharing, settings, "parquet", json, again)
 
 
 @app.command()

@@ -1,11 +1,11 @@
-"""What the commands that work in shards share: their options, the job, processes of one thread each, and the end."""
+"""What the commands that work in shards share: their options, the job, who does it, and the end."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from hflow_rt.runtime.session import Session
     from hflow_rt.runtime.shards import Job, Kind
 
-__all__ = ["KeepOption", "ProcessesOption", "ShardOption", "ShardsOption", "in_shards", "parse_shards"]
+__all__ = [
+    "KeepOption",
+    "ProcessesOption",
+    "RayOption",
+    "ShardOption",
+    "ShardsOption",
+    "Sharing",
+    "in_shards",
+    "parse_shards",
+]
 
 _SHARDS = "Shards"  # heading in the help
 
@@ -54,6 +63,32 @@ ProcessesOption = Annotated[
     int,
     typer.Option(min=1, max=1024, help="Of one thread each, on this machine.", rich_help_panel=_SHARDS),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have the Ray cluster at HOST:PORT, ray://HOST:PORT, auto or local do the shards.",
+        show_default=False,
+        rich_help_panel=_SHARDS,
+    ),
+]
+
+
+class Sharing(NamedTuple):
+    """Which shards, and who does them, as the options were given; backend and device as those of the session."""
+
+    shards: int | None
+    chosen: Sequence[str] | None
+    processes: int
+    ray: str | None
+    backend: str
+    device: str
+
+    @property
+    def asked(self) -> bool:
+        """Whether any of it was."""
+        return self.shards is not None or bool(self.chosen) or self.ray is not None
 
 
 def parse_shards(shards: int | None, chosen: Sequence[str] | None) -> tuple[int, list[int]]:
@@ -80,9 +115,7 @@ def in_shards(
     out: Path,
     source: Path | None,
     count: int | None,
-    shards: int | None,
-    chosen: Sequence[str] | None,
-    processes: int,
+    sharing: Sharing,
     settings: dict[str, Any],
     files: str,
     json: bool,
@@ -98,7 +131,9 @@ def in_shards(
     from hflow_rt.runtime.shard_files import check_classes
     from hflow_rt.runtime.shards import Job, is_done, listed, pinned, state
 
-    number, mine = parse_shards(shards, chosen)
+    number, mine = parse_shards(sharing.shards, sharing.chosen)
+    if sharing.ray is not None and sharing.processes > 1:
+        raise DataError("--ray and --processes exclude each other; keep one of them")
     with nullcontext() if source is None else open_source(source) as images:
         total = (count or 0) if images is None else len(images)
         if total < number:
@@ -119,8 +154,10 @@ def in_shards(
         pinned(out, job)
         left = [shard for shard in mine if not is_done(out, job, shard)]
         failed = 0
-        if processes > 1 and len(left) > 1:
-            failed = _by_others(left, number, min(processes, len(left)))
+        if sharing.ray is not None and left:
+            _by_ray(sharing, session, out, job, left, source, json)
+        elif sharing.processes > 1 and len(left) > 1:
+            failed = _by_others(left, number, min(sharing.processes, len(left)))
         else:
             _by_us(session, out, job, left, images, json)
     found = state(out, job, verify=False)
@@ -152,6 +189,21 @@ def _by_us(session: "Session", out: Path, job: "Job", shards: Sequence[int], ima
 
     for _ in tracked(counts(), total, lambda count: count, "working"):
         pass
+
+
+def _by_ray(
+    sharing: Sharing, session: "Session", out: Path, job: "Job", shards: Sequence[int], source: Path | None, quiet: bool
+) -> None:
+    from contextlib import closing
+
+    from hflow_rt.runtime.ray_jobs import Opening, in_tasks
+    from hflow_rt.runtime.shards import cut
+
+    opening = Opening.of(out, session, sharing.backend, sharing.device, source)
+    total = sum(len(cut(job, shard)) for shard in shards)
+    with closing(in_tasks(sharing.ray or "auto", opening, job, shards, (lambda line: None) if quiet else note)) as done:
+        for _ in tracked(done, total, lambda shard: len(cut(job, shard)), "working"):
+            pass
 
 
 def _by_others(shards: Sequence[int], number: int, processes: int) -> int:

@@ -60,7 +60,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def _patched_once() -> Iterator[None]:
     """Triton's interpreter patches its language for every call of a helper too, a third of its time: once will do.
 
-    A tenth goes into the table of numpy's types that it makes anew for every array.
+    Another third goes into each sum and product of whole numbers again in int64, to see whether it overflows, which
+    sizes of tests cannot; a tenth into the table of numpy's types that it makes anew for every array.
     """
     if not dispatch.INTERPRETED:
         yield
@@ -85,6 +86,8 @@ def _patched_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang", unless_patched)
         patched.setattr(interpreter, "_get_np_dtype", looked_up)
+        options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        patched.setattr(interpreter.interpreter_builder, "options", options)
         yield
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from hflow_rt import __version__
 from hflow_rt.assets import pretrained
-from hflow_rt.data.sources import ImageSource, open_source
+from hflow_rt.data.image_source import ImageSource
+from hflow_rt.data.sources import open_source
 from hflow_rt.errors import BackendUnavailable, DataError, HFlowError
 from hflow_rt.extras import needed
 from hflow_rt.runtime.session import Session, load

@@ -56,9 +56,8 @@ def encode(
             raise DataError("in shards one source of images goes into a folder -o; omit --picture and --posterior")
         session = asked.open()
         session = (session if steps is None else session.in_steps(steps)).with_controls(controls)
-        redo = f"hflow-rt encode {quoted(images[0])} --shards {shards or 'N'} -o {quoted(output)}"
         how = encoding_settings(session, asked.seed, keep, asked.label, images[0], files) | set_by(controls, steps)
-        in_shards(session, "encode", output, images[0], None, sharing, how, files, asked.json, redo)
+        in_shards(session, "encode", output, images[0], None, sharing, how, files, asked.json)
         return
     if keep or files != "safetensors":
         raise DataError("--keep and --format are for jobs in shards; say --shards, or omit them")

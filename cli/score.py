@@ -6,12 +6,20 @@ from typing import Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.opening import named, open_session
+from hflow_rt.cli.opening import open_session
 from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, LabelOption, ModelOption
-from hflow_rt.cli.sharded import KeepOption, ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
-from hflow_rt.cli.terminal import print_json, say
+from hflow_rt.cli.sharded import (
+    KeepOption,
+    ProcessesOption,
+    RayOption,
+    ShardOption,
+    ShardsOption,
+    Sharing,
+    continued,
+    in_shards,
+)
+from hflow_rt.cli.terminal import print_json, say, say_next
 from hflow_rt.errors import DataError
-from hflow_rt.names import quoted
 
 
 @app.command()
@@ -41,10 +49,8 @@ def score(
     if shards is None and not shard:
         shards = 1
     settings = encoding_settings(session, 0, keep, label, images, "parquet", scores=True)
-    again = f"hflow-rt score {quoted(images)} --shards {shards or 'N'} -o {quoted(output)}{named(model, '--model ')}"
-    again += (f" --keep {keep}" if keep else "") + (f" --label {quoted(label)}" if label else "")
     sharing = Sharing(shards, shard, processes, ray, backend, device)
-    in_shards(session, "score", output, images, None, sharing, settings, "parquet", json, again)
+    in_shards(session, "score", output, images, None, sharing, settings, "parquet", json)
 
 
 @app.command()
@@ -83,6 +89,8 @@ def shards(
             if numbers:
                 say(f"{what}: {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}")
     if len(found.done) < job.shards:
+        if not json:
+            say_next(continued(job, output, Path("IMAGES"), Path("MODEL")))
         raise typer.Exit(1)
     if join is not None:
         count = join_arrays([output / shard_name(job, number) for number in found.done], join)

@@ -1,6 +1,7 @@
 """Commands that work in shards, on one machine or as one of many."""
 
 import json
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -39,6 +40,25 @@ def test_scores_of_a_folder(hflow: Command, model: Path) -> None:
     assert (result.code, "missing: 1, 3" in result.out) == (1, True)
     assert "3 of 3 shards, 7 of 8 images" in ok(hflow("score", "photos", "-o", "many", "--shards", 3)).out
     assert "3 of 3 shards whole" in ok(hflow("shards", "many")).out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("score", "photos", "--keep", "log_prob,end", "--shard", "2/3"),
+        ("encode", "photos", "--format", "parquet", "--seed", "4", "--shard", "2/3"),
+        ("sample", "-n", "6", "--std", "0.5", "--std", "z0=0.4", "--seed", "1", "--shard", "2/3"),
+    ],
+)
+def test_the_command_that_is_shown_goes_on(hflow: Command, model: Path, words: tuple[str, ...]) -> None:
+    """By who has nothing but the folder and knows where images and model are, and by who began."""
+    pytest.importorskip("pyarrow")
+    for out in ("a job", "another"):
+        begun = ok(hflow(*words, "-o", out)).out.splitlines()
+        looked = hflow("shards", out).out.splitlines()
+        line = looked[-1].removeprefix("next: ") if out == "a job" else begun[-1].strip()
+        known = shlex.split(line.replace("IMAGES", "photos").replace("MODEL", str(model)))
+        assert "3 of 3 shards" in ok(hflow(*known[1:])).out
 
 
 def test_by_several_processes(hflow: Command, model: Path) -> None:

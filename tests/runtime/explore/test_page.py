@@ -31,7 +31,8 @@ def test_samples_and_sliders(visit: Open, session: Session, tmp_path: Path, monk
     stds = dict.fromkeys(session.input_shapes, 0.7) | {"z0": 0.9}
     np.testing.assert_array_equal(shown(page), alone(session, 5, 4, std=stds))
     np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))
-    assert "--seed 4 --first 5 -n 1 --std end0=0.7 --std end1=0.7 --std z1=0.7 --std z0=0.9 -o" in page.text_content("#command")
+    wanted = "--seed 4 --first 5 -n 1 --std end0=0.7 --std end1=0.7 --std z1=0.7 --std z0=0.9 -o"
+    assert wanted in page.text_content("#command")
     page.get_by_role("button", name="redraw z1").click()
     page.get_by_role("button", name="zero end1").click()
     np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))

@@ -1,8 +1,9 @@
 """A bundle as a model repository of NVIDIA's Triton Inference Server: `export --engine triton-repo`.
 
-Every graph but those of a loop becomes a model `NAME_GRAPH`, for the server's ONNX Runtime or TensorRT backend;
-`NAME_sample` is a model of its Python backend that draws images as `hflow-rt sample` does, by loops as well. A model
-that is there gets another version. A server may watch: what it sees is whole at any time.
+Every graph but those of a loop becomes a model `NAME_GRAPH`, for the server's ONNX Runtime or TensorRT backend. What a
+session does beyond a graph is a model of its Python backend: `NAME_sample` draws images as `hflow-rt sample` does, and
+a route that is a loop is `NAME_forward` or `NAME_inverse`. A model that is there gets another version. A server may
+watch: what it sees is whole at any time.
 """
 
 import json
@@ -15,21 +16,23 @@ from typing import Any, Literal
 
 from hflow_rt.errors import BundleError, ConfigError
 from hflow_rt.files import atomic_directory, atomic_file, is_folder
-from hflow_rt.manifest import MANIFEST, Engines, Graph, Loop, Tensor
+from hflow_rt.manifest import MANIFEST, Engines, Graph, Loop, Route, Tensor, graphs_of
 from hflow_rt.runtime.bundle import BUNDLE, Bundle
-from hflow_rt.runtime.served import DEFAULTS
+from hflow_rt.runtime.served import DEFAULTS, ROUTE
+from hflow_rt.runtime.session import Session, open_bundle
 
 __all__ = ["model_name", "write_repository"]
 
 _DELAY = 500  # microseconds that a request waits for others to be run together
 _CONFIG = "config.pbtxt"
 _ONNX = "model.onnx"  # a folder of this name holds a graph and its constants
-_PYTHON = '''"""Images of the bundle beside this file, drawn as `hflow-rt sample` draws them."""
+_PYTHON = '''"""The bundle beside this file, run by a session of ours."""
 
 from hflow_rt.runtime.served import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
+_ROUTES: tuple[Route, ...] = ("forward", "inverse")
 Served = Literal["onnx", "trt"]
 
 
@@ -63,13 +66,17 @@ def write_repository(bundle: Bundle, folder: Path, served: Served = "onnx", name
                     shutil.copyfile(bundle.file(graph.weights), made / _ONNX / graph.weights)
             for file in set(plans.values()):
                 shutil.copyfile(bundle.file(file), made / _plan(file))
-    model = folder / f"{name}_sample"
-    with _version(model, _sample_config(model.name)) as (made, versions[model.name]):
-        (made / "model.py").write_text(_PYTHON)
-        (made / BUNDLE).mkdir()
-        for file in (MANIFEST, *_needed(bundle)):
-            (made / BUNDLE / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.path / MANIFEST if file == MANIFEST else bundle.file(file), made / BUNDLE / file)
+    models = {"sample": _sample_config(f"{name}_sample")}
+    if loops := [route for route in _ROUTES if isinstance(manifest.routes.get(route), Loop)]:
+        with open_bundle(bundle, "onnx", "cpu") as session:
+            models |= {route: _route_config(f"{name}_{route}", session, route) for route in loops}
+    for route, config in models.items():
+        model = folder / f"{name}_{route}"
+        with _version(model, config) as (made, versions[model.name]):
+            (made / "model.py").write_text(_PYTHON)
+            for file in (MANIFEST, *_needed(bundle)):
+                (made / BUNDLE / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundle.path / MANIFEST if file == MANIFEST else bundle.file(file), made / BUNDLE / file)
     with atomic_file(folder / f"{name}.{MANIFEST}") as temporary:
         temporary.write_text(manifest.dump())
     return versions
@@ -153,21 +160,53 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
 
 
 def _sample_config(name: str) -> str:
-    """The settings of the model that draws: a request is one call of `sample`, so there is no batch."""
-    inputs = {"seed": "TYPE_UINT64", "count": "TYPE_INT32", "first": "TYPE_UINT64", "steps": "TYPE_INT32"}
-    inputs |= {"std": "TYPE_STRING", "control": "TYPE_STRING", "label": "TYPE_STRING"}
+    """The settings of the model that draws: a request is one call of `sample`."""
+    words = {"seed": "TYPE_UINT64", "count": "TYPE_INT32", "first": "TYPE_UINT64", "steps": "TYPE_INT32"}
+    words |= {"std": "TYPE_STRING", "control": "TYPE_STRING", "label": "TYPE_STRING"}
+    return _python_config(name, "sample", {}, words, {"image": (-1, -1, -1)})
+
+
+def _route_config(name: str, session: Session, route: str) -> str:
+    """The settings of a loop: a request is one call of the session's method."""
+    manifest = session.manifest
+    image = {"image": (manifest.channels, manifest.resolution, manifest.resolution)}
+    if route == "forward":
+        return _python_config(name, route, session.input_shapes, {"control": "TYPE_STRING"}, image)
+    conditions = {key: (len(options),) for key, options in session.conditions.items()}
+    latents = {key: shape for key, shape in session.input_shapes.items() if key not in conditions}
+    graphs = [manifest.graphs[graph] for graph in graphs_of(manifest.routes["inverse"])]
+    scores = {one.name: () for graph in graphs for one in graph.outputs if one.role == "score"}
+    words = {"control": "TYPE_STRING", "seed": "TYPE_UINT64", "first": "TYPE_UINT64"}
+    return _python_config(name, route, image | conditions, words, latents | scores)
+
+
+def _python_config(
+    name: str,
+    route: str,
+    arrays: Mapping[str, tuple[int, ...]],
+    words: Mapping[str, str],
+    outputs: Mapping[str, tuple[int, ...]],
+) -> str:
+    """The settings of a model of the Python backend: how many images there are it is told, so there is no batch.
+
+    arrays, outputs: shapes without the images. words: types of what may be left out; texts of some may be several.
+    """
     listed = ("std", "control")  # as the command takes them, repeated
+    floats = _Raw("TYPE_FP32")
+    given = [{"name": key, "data_type": floats, "dims": [-1, *shape]} for key, shape in arrays.items()]
+    given += [
+        {"name": key, "data_type": _Raw(kind), "dims": [-1 if key in listed else 1], "optional": True}
+        for key, kind in words.items()
+    ]
     return _text(
         {
             "name": name,
             "backend": "python",
             "max_batch_size": 0,
-            "input": [
-                {"name": key, "data_type": _Raw(kind), "dims": [-1 if key in listed else 1], "optional": True}
-                for key, kind in inputs.items()
-            ],
-            "output": [{"name": "image", "data_type": _Raw("TYPE_FP32"), "dims": [-1, -1, -1, -1]}],
+            "input": given,
+            "output": [{"name": key, "data_type": floats, "dims": [-1, *shape]} for key, shape in outputs.items()],
             "instance_group": [{"count": 1, "kind": _Raw("KIND_AUTO")}],
+            "parameters": [{"key": ROUTE, "value": {"string_value": route}}],
         }
     )
 

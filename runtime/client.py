@@ -18,6 +18,7 @@ from hflow_rt.runtime.session import Array, Encoded, Stds
 
 __all__ = ["Client"]
 
+_TOGETHER = 16  # images of a loop in a call, whose latents are large
 _NUMBERS = {"float32": "FP32", "int32": "INT32", "uint64": "UINT64", "object": "BYTES"}
 
 
@@ -74,11 +75,14 @@ class Client:
         images: Any,
         conditions: Mapping[str, Any] | None = None,
         controls: Mapping[str, float] | None = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
     ) -> Encoded:
         """As `Session.inverse`, on numpy arrays."""
-        channels, side, _ = self._inputs("inverse")["image"]
+        channels, side, _ = self._inputs("inverse")["image"][-3:]
         pixels = as_pixels(np.asarray(images), side, channels)
-        outputs = self._all("inverse", {"image": pixels, **(conditions or {})}, controls or {})
+        outputs = self._all("inverse", {"image": pixels, **(conditions or {})}, controls or {}, (seed, first))
         outputs |= {name: np.asarray(rows) for name, rows in (conditions or {}).items()}
         scores = {name: values for name, values in outputs.items() if values.ndim == 1}
         return Encoded({name: values for name, values in outputs.items() if name not in scores}, scores)
@@ -96,21 +100,24 @@ class Client:
     ) -> Array:
         """As `Session.sample`: the images `first`, ... of `seed`."""
         check_count("the number of images", n)
-        asked: dict[str, NDArray[Any]] = {"seed": np.array([seed], np.uint64), "count": np.array([n], np.int32)}
-        asked |= {"first": np.array([first], np.uint64)} if first else {}
+        asked: dict[str, NDArray[Any]] = {"count": np.array([n], np.int32), **_numbered(seed, first)}
         asked |= {} if steps is None else {"steps": np.array([steps], np.int32)}
         asked |= {} if option is None else {"label": _texts([option])}
         asked |= {} if std is None else {"std": _texts(_std_words(std))}
-        asked |= {"control": _texts([f"{name}={value}" for name, value in controls.items()])} if controls else {}
+        asked |= _controls(controls or {})
         return self._infer("sample", asked)["image"]
 
-    def _all(self, model: str, values: Mapping[str, Any], controls: Mapping[str, float]) -> dict[str, Array]:
-        """Outputs on any number of images, by calls as large as the server takes."""
+    def _all(
+        self, model: str, values: Mapping[str, Any], controls: Mapping[str, float], drawn: tuple[int, int] = (0, 0)
+    ) -> dict[str, Array]:
+        """Outputs on any number of images, by calls as large as the server takes. drawn: seed and first image."""
         wanted = self._inputs(model)
         arrays = {name: np.asarray(array, np.float32) for name, array in values.items()}
         if not arrays:
             raise DataError(f"{self._name}_{model} needs {', '.join(wanted)}; received nothing")
         count = len(next(iter(arrays.values())))
+        if "control" in wanted:  # a loop
+            return self._looped(model, arrays, controls, drawn)
         for name, value in {**self._config(model)["defaults"], **controls}.items():
             if name not in wanted:
                 raise DataError(f"unknown control '{name}' of {self._name}_{model}; it takes {', '.join(wanted)}")
@@ -126,6 +133,21 @@ class Client:
             self._infer(model, {name: array[start : start + most] for name, array in arrays.items()})
             for start in range(0, count, most)
         ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _looped(
+        self, model: str, arrays: Mapping[str, Array], controls: Mapping[str, float], drawn: tuple[int, int]
+    ) -> dict[str, Array]:
+        """Outputs of a loop, which takes any number of images; the server says what does not fit."""
+        wanted, (seed, first) = self._inputs(model), drawn
+        if unknown := arrays.keys() - wanted.keys():
+            raise DataError(f"unknown '{min(unknown)}' of {self._name}_{model}; it takes {', '.join(wanted)}")
+        count = len(next(iter(arrays.values())))
+        parts = []
+        for start in range(0, count, _TOGETHER):
+            asked = {name: array[start : start + _TOGETHER] for name, array in arrays.items()}
+            asked |= _numbered(seed, first + start) if "seed" in wanted else {}
+            parts.append(self._infer(model, {**asked, **_controls(controls)}))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _config(self, model: str) -> dict[str, Any]:
@@ -177,6 +199,14 @@ class Client:
 
 def _shape(told: Mapping[str, Any]) -> tuple[int, ...]:
     return () if "reshape" in told else tuple(int(side) for side in told["dims"])
+
+
+def _numbered(seed: int, first: int) -> dict[str, NDArray[Any]]:
+    return {"seed": np.array([seed], np.uint64), "first": np.array([first], np.uint64)}
+
+
+def _controls(controls: Mapping[str, float]) -> dict[str, NDArray[Any]]:
+    return {"control": _texts([f"{name}={value}" for name, value in controls.items()])} if controls else {}
 
 
 def _texts(words: Sequence[str]) -> NDArray[Any]:

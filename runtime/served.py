@@ -1,5 +1,7 @@
-"""What NVIDIA's Triton Inference Server runs in its Python backend: a model that draws images."""
+"""What NVIDIA's Triton Inference Server runs in its Python backend: a session, which draws images or runs a loop."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +14,48 @@ from hflow_rt.runtime.bundle import BUNDLE
 from hflow_rt.runtime.noise import parse_controls
 from hflow_rt.runtime.session import Array, Session, load
 
-__all__ = ["DEFAULTS", "TritonPythonModel", "drawn"]
+__all__ = ["DEFAULTS", "ROUTE", "TritonPythonModel", "answered"]
 
 DEFAULTS = "defaults"  # parameter of a model: what inputs are that a caller need not give, as JSON
+ROUTE = "route"  # parameter of a model of the Python backend: what it does
 
 
-def drawn(session: Session, asked: dict[str, Any]) -> Array:
-    """The images `[count, C, R, R]` that `hflow-rt sample` draws for the same words. Raises `HFlowError`.
+def answered(session: Session, route: str, asked: Mapping[str, Any]) -> dict[str, Array]:
+    """What the session says: the images of `sample`, those of `forward`, or latents and scores of `inverse`.
 
-    asked: any of seed, count, first, steps (numbers), std, control (texts) and label, an array each.
+    asked: arrays of the route by name; seed, first, count, steps (numbers), std, control (texts) and label, an array
+    each, where they are not as usual. Raises `HFlowError`.
     """
+    controls, seed, first = parse_controls(_texts(asked, "control")), _one(asked, "seed", 0), _one(asked, "first", 0)
+    if route == "sample":
+        return {"image": _drawn(session.with_controls(controls), int(seed), int(first), asked)}
+    if route == "forward":
+        return {
+            "image": session.forward({name: asked[name] for name in session.input_shapes if name in asked}, controls)
+        }
+    conditions = {name: asked[name] for name in session.conditions if name in asked}
+    found = session.inverse(asked["image"], conditions, controls, seed=int(seed), first=int(first))
+    return {**found.latents, **found.scores}
 
-    def one(name: str, otherwise: Any) -> Any:
-        return asked[name].reshape(-1)[0] if name in asked else otherwise
 
-    def texts(name: str) -> list[str]:
-        return [text.decode() if isinstance(text, bytes) else str(text) for text in asked.get(name, [])]
-
-    first, count, label = int(one("first", 0)), int(one("count", 1)), one("label", None)
-    session = session.in_steps(int(one("steps", 0))) if "steps" in asked else session
-    session = session.with_controls(parse_controls(texts("control")))
+def _drawn(session: Session, seed: int, first: int, asked: Mapping[str, Any]) -> Array:
+    """The images `[count, C, R, R]` that `hflow-rt sample` draws for the same words."""
+    count, label = int(_one(asked, "count", 1)), _one(asked, "label", None)
+    session = session.in_steps(int(_one(asked, "steps", 0))) if "steps" in asked else session
     label = label.decode() if isinstance(label, bytes) else label
     check_count("the number of images", count)
     size = 4 * count * session.channels * session.resolution**2
     need(size, f"{count:,} images", "ask for fewer together")
-    parts = session.draw(range(first, first + count), texts("std") or None, int(one("seed", 0)), option=label)
+    parts = session.draw(range(first, first + count), _texts(asked, "std") or None, seed, option=label)
     return np.concatenate([session.forward(part) for part in parts])
+
+
+def _one(asked: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return asked[name].reshape(-1)[0] if name in asked else otherwise
+
+
+def _texts(asked: Mapping[str, Any], name: str) -> list[str]:
+    return [text.decode() if isinstance(text, bytes) else str(text) for text in asked.get(name, [])]
 
 
 class TritonPythonModel:
@@ -46,17 +64,19 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the bundle of this version."""
         folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
+        self._route = json.loads(args["model_config"])["parameters"][ROUTE]["string_value"]
         self._session = load(folder, device="auto" if args["model_instance_kind"] == "GPU" else "cpu")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response for each request: images, or the sentence that says what cannot be."""
+        """One response for each request: arrays, or the sentence that says what cannot be."""
         import triton_python_backend_utils as server  # type: ignore[import-not-found]
 
         found = []
         for request in requests:
             asked = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             try:
-                found.append(server.InferenceResponse([server.Tensor("image", drawn(self._session, asked))]))
+                arrays = answered(self._session, self._route, asked)
+                found.append(server.InferenceResponse([server.Tensor(*named) for named in arrays.items()]))
             except HFlowError as error:
                 found.append(server.InferenceResponse(error=server.TritonError(str(error))))
         return found

@@ -16,7 +16,7 @@ from hflow_rt.manifest import BundledFile, Engines, Plan
 from hflow_rt.runtime import load
 from hflow_rt.runtime.bundle import Bundle, find_bundle
 from hflow_rt.runtime.client import Client
-from hflow_rt.runtime.served import drawn
+from hflow_rt.runtime.served import answered
 
 
 def config(folder: Path) -> Any:
@@ -84,15 +84,23 @@ def test_nothing_is_half_written(bundle: Bundle, tmp_path: Path, monkeypatch: py
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before
 
 
-def test_a_loop_is_served_by_what_draws(many_steps: Path, tmp_path: Path) -> None:
-    assert write_repository(find_bundle(many_steps), tmp_path) == {"many_sample": 1}
+def test_a_loop_is_served_by_a_session(many_steps: Path, tmp_path: Path) -> None:
+    assert write_repository(find_bundle(many_steps), tmp_path) == dict.fromkeys(
+        ("many_sample", "many_forward", "many_inverse"), 1
+    )
+    told = config(tmp_path / "many_inverse")
+    assert (told.backend, told.max_batch_size, told.parameters["route"].string_value) == ("python", 0, "inverse")
+    assert {one.name: one.optional for one in told.input} == dict.fromkeys(("control", "seed", "first"), True) | {
+        "image": False
+    }
     session = load(tmp_path / "many_sample" / "1" / "bundle", device="cpu")
+    assert {one.name: tuple(one.dims[1:]) for one in told.output if len(one.dims) > 1} == session.input_shapes
     asked = {"seed": np.array([3], np.uint64), "count": np.array([2], np.int32), "first": np.array([1], np.uint64)}
     asked |= {"steps": np.array([2], np.int32), "control": np.array([b"delta=0.1"], object)}
     expected = session.sample(3, seed=3, steps=2, controls={"delta": 0.1})[1:]
-    np.testing.assert_allclose(drawn(session, asked), expected, atol=1e-6)
+    np.testing.assert_allclose(answered(session, "sample", asked)["image"], expected, atol=1e-6)
     with pytest.raises(DataError, match="the number of images must be at least 1"):
-        drawn(session, {"count": np.array([0], np.int32)})
+        answered(session, "sample", {"count": np.array([0], np.int32)})
 
 
 def engines(bundle: Bundle, flavor: Any, capability: str, folder: Path) -> Bundle:

@@ -58,8 +58,18 @@ def test_loops_controls_and_what_is_refused(address: str, many_steps: Path) -> N
         np.testing.assert_array_equal(client.sample(2, seed=4, **how), session.sample(2, seed=4, **how))  # type: ignore[arg-type]
         with pytest.raises(DataError, match="the number of steps must be at most 4, of this ihdm model"):
             client.sample(1, steps=9)
+        images = session.sample(18, seed=5)  # in two calls
+        found, expected = client.inverse(images, seed=3, first=2), session.inverse(images, seed=3, first=2)
+        assert found.latents.keys() == expected.latents.keys()
+        assert found.scores.keys() == expected.scores.keys()
+        for name, values in {**expected.latents, **expected.scores}.items():
+            np.testing.assert_array_equal({**found.latents, **found.scores}[name], values)
+        np.testing.assert_array_equal(client.forward(found.latents), session.forward(expected.latents))
+        for wrong, line in (({"odd": images}, "unknown 'odd'"), ({"start": images}, "refused")):
+            with pytest.raises(DataError, match=line):
+                client.forward(wrong)
         with pytest.raises(BackendUnavailable, match="has no such model"):
-            client.forward({"start": np.zeros((1, 3, 4), np.float32)})
+            Client(address, "none").forward({"start": images})
 
 
 def test_malformed_requests_leave_it_alive(address: str) -> None:

@@ -110,7 +110,7 @@ def killed_on_ray(cluster: Loopback, folder: Path, kills: int) -> str:
             driver = subprocess.Popen(command, cwd=folder, env=dict(os.environ), **QUIET)
             while driver.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
-                    driver.wait(float(rng.uniform(0.5, 3.0)))
+                    driver.wait(float(rng.uniform(0.2, 1.5)))
                     break
                 what = str(rng.choice([*done], p=[0.8, 0.1, 0.1]))
                 if sum(done.values()) == kills or not (workers := cluster.workers()):

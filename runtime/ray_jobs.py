@@ -29,6 +29,11 @@ RETRIES = (
     5  # of a task that was lost: machines go now and then, but a shard that ends its process shall not do so for ever
 )
 SECONDS = 5.0  # for what Ray itself gives a minute or more
+_IMPATIENT = {  # it would try for ten minutes, say after `auto` found what is left of a cluster that has ended
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    "RAY_gcs_rpc_server_connect_timeout_s": "2",
+    "RAY_py_gcs_connect_timeout_s": "5",
+}
 ROUNDS = 30  # a second each, for shards that a process of a lost machine, or of a killed driver, still holds
 
 
@@ -59,8 +64,9 @@ def in_tasks(
     was lost too often, and what a task raises.
     """
     with _connected(address) as ray:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        told(f"Ray at {address}: {len(nodes)} machines, {sum(node.get('CPU', 0) for node in nodes):.0f} CPUs")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        told(f"Ray at {address}: {len(nodes)} machines, {cpus:.0f} CPUs")
         _spare(ray, nodes)
         gpus = int("cpu" not in job.backend.lower())
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD")(_travelling())
@@ -171,6 +177,8 @@ def _results(ray: Any, task: Any, beside: tuple[Any, ...], shards: Sequence[int]
 def _connected(address: str) -> Iterator[Any]:
     """The module, connected. Raises `BackendUnavailable` in seconds, `DataError` for what is no address."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that starts here tells nobody of it
+    if address != "local":
+        os.environ |= {name: os.environ.get(name, value) for name, value in _IMPATIENT.items()}
     with needed("ray", "--ray needs Ray: pip install 'hflow-rt[ray]'"):
         ray: Any = import_module("ray")
     if address not in ("auto", "local"):
@@ -192,9 +200,9 @@ def _connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _spare(ray: Any, nodes: Sequence[dict[str, float]]) -> None:
+def _spare(ray: Any, nodes: Sequence[dict[str, Any]]) -> None:
     """Take a CPU of each machine that has more than two, for as long as this is connected: for what else runs there."""
-    for resources in nodes:
-        if resources.get("CPU", 0) > 2:
-            (name,) = (name for name in resources if name.startswith("node:") and "__" not in name)
+    for node in nodes:
+        if node["Resources"].get("CPU", 0) > 2:
+            name = f"node:{node['NodeManagerAddress']}"  # a resource that Ray gives each machine to choose it by
             ray.util.placement_group([{"CPU": 1, name: 0.001}]).wait(SECONDS)  # else tasks would take it first

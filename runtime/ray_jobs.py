@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from hflow_rt import __version__
 from hflow_rt.assets import pretrained
-from hflow_rt.data.sources import ImageSource, open_source
+from hflow_rt.data.image_source import ImageSource
+from hflow_rt.data.sources import open_source
 from hflow_rt.errors import BackendUnavailable, DataError, HFlowError
 from hflow_rt.extras import needed
 from hflow_rt.runtime.session import Session, load
@@ -25,9 +26,7 @@ from hflow_rt.runtime.shards import Job, is_done, listed, read_job, work
 
 __all__ = ["Opening", "here", "in_tasks"]
 
-RETRIES = (
-    5  # of a task that was lost: machines go now and then, but a shard that ends its process shall not do so for ever
-)
+RETRIES = 5  # of a task that was lost: machines go now and then, but what always ends its process must come to an end
 SECONDS = 5.0  # for what Ray itself gives a minute or more
 _IMPATIENT = {  # it would try for ten minutes, say after `auto` found what is left of a cluster that has ended
     "RAY_NUM_REDIS_GET_RETRIES": "1",
@@ -51,12 +50,12 @@ class Opening(NamedTuple):
         """What makes others do as `session`, which `load` opened by `backend` and `device`."""
         path = session.bundle.path
         model = None if path == pretrained() else os.path.abspath(path)
-        return cls(os.path.abspath(out), model, backend, device, source and os.path.abspath(source))
+        return cls(os.path.abspath(out), model, backend, device, None if source is None else os.path.abspath(source))
 
 
 def in_tasks(
     address: str, opening: Opening, job: Job, shards: Sequence[int], told: Callable[[str], None]
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Do `shards` on the cluster at `address`, as `ray.init` takes it; yields each that is done.
 
     told: hears what the cluster is, and which shards somebody else is at. What is not done when this is closed is
@@ -72,7 +71,7 @@ def in_tasks(
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD")(_travelling())
         left, lost = list(shards), list[int]()
         for _ in range(ROUNDS):
-            held = []
+            held = list[int]()
             for shard, found in _results(ray, task, (__version__, tuple(opening), job.model_dump_json()), left):
                 if found:
                     yield shard

@@ -96,7 +96,7 @@ def test_without_ray(session: Session, tmp_path: Path, monkeypatch: pytest.Monke
 def ray() -> Iterator[Any]:
     """Ray, imported where it keeps to the loopback address."""
     with on_loopback():
-        yield pytest.importorskip("ray")
+        yield pytest.importorskip("ray", reason="Ray is not installed: pip install 'hflow-rt[ray]'")
 
 
 def test_nobody_is_there(ray: Any, session: Session, tmp_path: Path) -> None:

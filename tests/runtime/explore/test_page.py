@@ -1,133 +1,22 @@
-"""The page in a real browser: every panel, links, undo, pictures, a server that goes away, and none at all."""
+"""The page in a real browser: every panel, links, undo, pictures, and a server that goes away."""
 
-import http.server
-import json
-import shutil
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from explore_page import IN_BROWSER, Open, Photo, alone, python_of, shown
 from explore_server import running
 from PIL import Image
 
-from hflow_rt.errors import BackendUnavailable
 from hflow_rt.runtime import load
-from hflow_rt.runtime.explore.static import find_runtime, write_static
 from hflow_rt.runtime.explore.studio import Studio
 from hflow_rt.runtime.images.pictures import to_uint8
 from hflow_rt.runtime.latents.files import load_latents
-from hflow_rt.runtime.latents.latent_views import slots_mixed, space_of_slots, way_in, zeroed
 from hflow_rt.runtime.session import Session
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt install chromium"),
-]
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-QUIET += ["--disable-component-update", "--disable-sync"]
-
-Open = Callable[..., Any]
-Photo = Callable[..., Path]
-Static = Callable[[Path], int]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def visit(browser: Any, port: int) -> Iterator[Open]:
-    """Open an address; what a page says is wrong with it, and whatever it asks of others, fails the test."""
-    wrong: list[str] = []
-    contexts = []
-
-    def open_page(address: str = "", at: int = port, **settings: Any) -> Any:
-        context = browser.new_context(accept_downloads=True, **settings)
-        contexts.append(context)
-        context.set_default_timeout(20_000)
-        page = context.new_page()
-        own = f"http://127.0.0.1:{at}/"
-        # each change draws the samples again, so a few must do
-        address = address if "count=" in address else f"{address or '#'}&count=8".replace("#&", "#")
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: None if asked.url.startswith((own, "blob:")) else wrong.append(asked.url))
-        page.goto(own + address)
-        page.wait_for_selector("body[data-ready]")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-@pytest.fixture(scope="module")
-def static(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], int]]:
-    """The folder of a bundle for any web host, on one."""
-    try:
-        find_runtime(None)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-
-    class Host(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *about: object) -> None:
-            pass
-
-    hosts = []
-
-    def host(bundle: Path) -> int:
-        folder = tmp_path_factory.mktemp("static") / "site"
-        write_static(bundle, folder)
-        hosts.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=folder)))
-        threading.Thread(target=hosts[-1].serve_forever, daemon=True).start()
-        return int(hosts[-1].server_address[1])
-
-    yield host
-    for one in hosts:
-        one.shutdown()
-        one.server_close()
-
-
-def shown(page: Any, canvas: str = "#picture", address: str | None = None) -> Any:
-    """The pixels `[R, R, 3]` of a canvas, once it shows what the address says."""
-    wanted = page.evaluate("location.hash || '#'") if address is None else address
-    if canvas in ("#picture", "#other"):
-        page.wait_for_selector(f"{canvas}[data-shows={json.dumps(wanted)}]")
-    flat = page.eval_on_selector(
-        canvas,
-        "one => [one.width, ...one.getContext('2d').getImageData(0, 0, one.width, one.height).data]",
-    )
-    return np.array(flat[1:], np.uint8).reshape(flat[0], flat[0], 4)[..., :3]
-
-
-def alone(session: Session, image: int, seed: int = 0, redrawn: dict[str, int] | None = None, **how: Any) -> Any:
-    latents = dict(next(session.draw([image], seed=seed, **how)))
-    for name, other in (redrawn or {}).items():
-        latents[name] = next(session.draw([other], seed=seed, **how))[name]
-    return to_uint8(session.forward(latents))[0]
-
-
-def close(found: Any, expected: Any) -> None:
-    """Within one 8-bit level."""
-    assert found.shape == expected.shape
-    assert abs(found.astype(int) - expected).max() <= 1
-
-
-def python_of(page: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the Python lines on the page make."""
-    monkeypatch.chdir(folder)
-    exec(page.text_content("#python"), {})
-    return np.asarray(Image.open(folder / "picture.png"))
+pytestmark = IN_BROWSER
 
 
 def test_samples_and_sliders(visit: Open, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,13 +28,14 @@ def test_samples_and_sliders(visit: Open, session: Session, tmp_path: Path, monk
     np.testing.assert_array_equal(shown(page), alone(session, 5, 4))
     page.get_by_label("std of z0").fill("0.9")
     page.get_by_label("std of z0").dispatch_event("change")
-    stds = {"end0": 1.0, "end1": 1.0, "z2": 0.8, "z1": 0.5, "z0": 0.9}
+    stds = dict.fromkeys(session.input_shapes, 0.7) | {"z0": 0.9}
     np.testing.assert_array_equal(shown(page), alone(session, 5, 4, std=stds))
-    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
-    assert "--seed 4 --first 5 -n 1 --std end0=1" in page.text_content("#command")
+    np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))
+    wanted = "--seed 4 --first 5 -n 1 --std end0=0.7 --std end1=0.7 --std z1=0.7 --std z0=0.9 -o"
+    assert wanted in page.text_content("#command")
     page.get_by_role("button", name="redraw z1").click()
     page.get_by_role("button", name="zero end1").click()
-    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))
     assert page.get_by_role("button", name="zero end1").get_attribute("aria-pressed") == "true"
 
 
@@ -156,7 +46,7 @@ def test_back_forward_links_and_a_second_tab(visit: Open) -> None:
     page.keyboard.press("Control+z")  # which does not leave the page
     page.get_by_label("sample 3 of seed 0").click()
     third = shown(page)
-    page.get_by_role("button", name="zero z2").click()
+    page.get_by_role("button", name="zero z1").click()
     zeroed = shown(page)
     link = page.url.partition("/#")[2]
     page.get_by_role("button", name="Undo").click()
@@ -167,20 +57,20 @@ def test_back_forward_links_and_a_second_tab(visit: Open) -> None:
     np.testing.assert_array_equal(shown(page), first)
     page.keyboard.press("Control+Shift+z")
     page.keyboard.press("Control+Shift+z")
-    page.wait_for_url("**zeroed=z2")
+    page.wait_for_url("**zeroed=z1")
     np.testing.assert_array_equal(shown(page), zeroed)
     np.testing.assert_array_equal(shown(visit(f"#{link}")), zeroed)
     assert page.url.endswith(link)  # which the other tab left alone
 
 
-def test_between_mix_and_heat(visit: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_between_mix_and_heat(visit: Open, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = visit("#image=2&other=7")
     page.get_by_role("tab", name="Between").click()
     page.get_by_label("From the picture to the other one").fill("0.3")
     page.get_by_label("From the picture to the other one").dispatch_event("change")
     page.get_by_label("Way").select_option("slerp")
     page.get_by_label("Space").select_option("y0")
-    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))
     with page.expect_download() as waited:
         page.get_by_role("button", name="GIF").click()
     with Image.open(waited.value.path()) as gif:
@@ -189,9 +79,9 @@ def test_between_mix_and_heat(visit: Open, tmp_path: Path, monkeypatch: pytest.M
     assert page.text_content("#levels-said") == "end0, end1 of the other one"
     page.get_by_label("Coarse levels from the other one").fill("3")
     page.get_by_label("Coarse levels from the other one").dispatch_event("change")
-    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))
     page.get_by_role("tab", name="Change").click()
-    page.get_by_role("button", name="where it acts: z2").click()
+    page.get_by_role("button", name="where it acts: z1").click()
     page.wait_for_selector("#heat-box:not([hidden])")
     assert len(np.unique(shown(page, "#heat").reshape(-1, 3), axis=0)) > 20
 
@@ -234,7 +124,9 @@ def test_a_dropped_and_a_broken_picture(visit: Open, photo: Photo, tmp_path: Pat
     page.wait_for_selector("#banner", state="hidden")
 
 
-def test_an_attribute(visit: Open, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attribute(
+    visit: Open, session: Session, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = visit()
     page.get_by_role("tab", name="Attribute").click()
     page.locator("#with").set_input_files([photo("a.png", 1), photo("b.png", 2)])
@@ -249,7 +141,7 @@ def test_an_attribute(visit: Open, photo: Photo, tmp_path: Path, monkeypatch: py
     with page.expect_download() as waited:
         page.get_by_role("button", name="Save the attribute").click()
     waited.value.save_as(tmp_path / "attribute.safetensors")
-    np.testing.assert_array_equal(python_of(page, tmp_path, monkeypatch), shown(page))
+    np.testing.assert_array_equal(python_of(page, session, tmp_path, monkeypatch), shown(page))
 
 
 def test_over_time_controls_and_steps(visit: Open, many_steps: Path, photo: Photo, tmp_path: Path) -> None:
@@ -287,8 +179,8 @@ def test_an_address_of_nonsense(visit: Open, session: Session) -> None:
     page = visit(
         "#seed=abc&image=-5&share=9&mode=x&levels=99&panel=evil&std.z0=1e99&steps=7&gain=1e9&redrawn.z1=1.5&a=b"
     )
-    assert page.evaluate("location.hash") == "#share=1&levels=5&gain=3&count=8&std.z0=1.5"
-    stds = {"end0": 1.0, "end1": 1.0, "z2": 0.8, "z1": 0.5, "z0": 1.5}
+    assert page.evaluate("location.hash") == "#share=1&levels=4&gain=3&count=8&std.z0=1.5"
+    stds = dict.fromkeys(session.input_shapes, 0.7) | {"z0": 1.5}
     np.testing.assert_array_equal(shown(page), alone(session, 0, std=stds))
 
 
@@ -391,104 +283,3 @@ def test_by_keyboard_on_a_phone_in_the_dark(visit: Open) -> None:
       .map((one) => one.outerHTML)"""
     assert page.evaluate(unnamed) == []
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
-
-
-def test_without_a_server(
-    visit: Open, static: Static, session: Session, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = visit("#seed=4&image=5", static(session.bundle.path))
-    close(shown(page), alone(session, 5, 4))
-    page.get_by_role("button", name="redraw z1").click()
-    close(shown(page), python_of(page, tmp_path, monkeypatch))
-    page.get_by_role("tab", name="Between").click()
-    page.get_by_label("Way").select_option("slerp")
-    page.get_by_label("Space").select_option("y0")
-    close(shown(page), python_of(page, tmp_path, monkeypatch))
-    with page.expect_download() as waited:
-        page.get_by_role("button", name="GIF").click()
-    with Image.open(waited.value.path()) as gif:
-        assert (gif.format, gif.size, gif.n_frames) == ("GIF", (256, 256), 46)
-        first = np.asarray(gif.convert("RGB"))[::4, ::4].astype(int)
-    assert abs(first - alone(session, 5, 4, redrawn={"z1": 1000})).mean() < 4  # of 256 colours
-    page.get_by_role("tab", name="Mix").click()
-    close(shown(page), python_of(page, tmp_path, monkeypatch))
-    page.get_by_role("tab", name="Change").click()
-    page.get_by_role("button", name="where it acts: z2").click()
-    page.wait_for_selector("#heat-box:not([hidden])")
-    mine = photo("mine.png", 6)
-    page.locator("#file").set_input_files(mine)
-    page.wait_for_url("**picture=*")
-    close(shown(page), to_uint8(session.read(mine))[0])
-    close(shown(page, "#original"), to_uint8(session.read(mine))[0])
-    bits = float(session.bits_per_dim(session.inverse(session.read(mine)).log_prob)[0])
-    said = page.text_content("#picture-said")
-    assert "every 8-bit value comes back" in said
-    assert abs(float(said.split("; ")[1].split()[0]) - bits) < 0.05  # of pixels that differ by one here and there
-    page.get_by_role("tab", name="Attribute").click()
-    for side, seeds in (("#with", (1, 2)), ("#without", (3, 4))):
-        page.locator(side).set_input_files([photo(f"{seed}.png", seed) for seed in seeds])
-        page.get_by_text("2 pictures with it, 2" if side == "#without" else "2 pictures with it, 0").wait_for()
-    page.get_by_role("button", name="What sets them apart").click()
-    page.wait_for_url("**attribute=*")
-    with page.expect_download() as waited:
-        page.get_by_role("button", name="Save the attribute").click()
-    waited.value.save_as(tmp_path / "attribute.safetensors")
-    page.evaluate("history.back()")
-    page.get_by_label("sample 5 of seed 4").click()
-    page.evaluate("history.forward()")
-    with page.expect_download() as waited:
-        page.get_by_role("button", name="Latents file").click()
-    waited.value.save_as(tmp_path / "picture.safetensors")
-    from hflow_rt.runtime.latents.attributes import load_attribute
-
-    assert load_attribute(tmp_path / "attribute.safetensors").about.positives == 2
-    _, about = load_latents(tmp_path / "picture.safetensors")
-    assert about["model"] == session.manifest.checkpoint["sha256"]
-    page.locator("#file").set_input_files({"name": "no.png", "mimeType": "image/png", "buffer": b"no image"})
-    page.get_by_text("no.png is not a whole image").wait_for()
-
-
-def test_many_steps_without_a_server(visit: Open, static: Static, many_steps: Path, photo: Photo) -> None:
-    session = load(many_steps, device="cpu")
-    page = visit("#image=2&seed=3", static(many_steps))
-    close(shown(page), alone(session, 2, 3))
-    page.get_by_role("button", name="zero start", exact=True).click()
-    latents = dict(next(session.draw([2], seed=3)))
-    latents["start"] = zeroed(session, "start", latents["start"])
-    close(shown(page), to_uint8(session.forward(latents))[0])
-    page.get_by_role("button", name="As it was").click()
-    page.get_by_label("steps").fill("2")
-    page.get_by_label("steps").dispatch_event("change")
-    close(shown(page), alone(session.in_steps(2), 2, 3))
-    page.get_by_role("tab", name="Over time").click()
-    page.get_by_text("after 2 of 2 steps").wait_for()
-    page.get_by_label("From the start to the picture").fill("0")
-    page.get_by_text("after 1 of 2 steps").wait_for()
-    frame = next(session.in_steps(2).trajectory(next(session.in_steps(2).draw([2], seed=3))))
-    close(shown(page), to_uint8(frame)[0])
-    page.get_by_role("tab", name="Change").click()
-    page.locator("#file").set_input_files(photo("eight.png", 6, 8))
-    page.wait_for_url("**picture=*")
-    close(shown(page), to_uint8(session.read(photo("eight.png", 6, 8)))[0])
-
-
-def test_layers_without_a_server(visit: Open, static: Static, slotted: Session) -> None:
-    page = visit("#panel=mix&image=2&other=4&levels=2", static(slotted.bundle.path))
-    space = space_of_slots(slotted)
-    assert space is not None
-    base, other = (slotted.into_space(space, next(slotted.draw([image]))) for image in (2, 4))
-    close(shown(page), to_uint8(slotted.decode(space, slots_mixed(slotted, space, other, base, [0, 1])))[0])
-    page.get_by_role("tab", name="Between").click()
-    page.get_by_label("Space").select_option(space)
-    half = way_in(slotted, space, "lerp")(base, other, 0.5)
-    close(shown(page), to_uint8(slotted.decode(space, half))[0])
-    page.get_by_role("tab", name="Change").click()
-    page.get_by_label("psi").fill("0.5")
-    page.get_by_label("psi").dispatch_event("change")
-    close(shown(page), alone(slotted.with_controls({"psi": 0.5}), 2))
-    assert page.get_by_role("button", name="Open a picture").is_disabled()
-
-
-def test_without_the_web_runtime(tmp_path: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="npm install onnxruntime-web"):
-        write_static(tmp_path, tmp_path / "site", tmp_path)

@@ -75,8 +75,8 @@ def test_a_kept_picture_takes_part(session: Session) -> None:
         made(session, {"picture": "mine"}, shelf), made(session, {"seed": 8, "image": 7}, shelf)
     )
     changed = drawn(session, 7, seed=8)
-    changed["z2"] = drawn(session, 5, seed=2)["z2"]
-    found = made(session, {"picture": "mine", "seed": 2, "redrawn": {"z2": 5}}, shelf)
+    changed["z1"] = drawn(session, 5, seed=2)["z1"]
+    found = made(session, {"picture": "mine", "seed": 2, "redrawn": {"z1": 5}}, shelf)
     np.testing.assert_array_equal(found, session.forward(changed))
 
 
@@ -102,7 +102,7 @@ def test_layers_of_a_space(slotted: Session) -> None:
 @pytest.mark.parametrize(
     ("recipe", "line"),
     [
-        ({"zeroed": ["z7"]}, "unknown latent 'z7'; choose among end0, end1, z2, z1, z0"),
+        ({"zeroed": ["z7"]}, "unknown latent 'z7'; choose among end0, end1, z1, z0"),
         ({"redrawn": {"w": 1}}, "unknown latent 'w'"),
         ({"picture": "gone"}, "this picture is no longer kept here"),
         ({"moved": {"attribute": "gone", "gain": 1}}, "this attribute is no longer kept here"),

@@ -41,7 +41,7 @@ def sentence(answer: tuple[int, bytes, dict[str, str]]) -> str:
 
 
 def pixels(content: bytes) -> Any:
-    return np.frombuffer(content, np.uint8).reshape(-1, 64, 64, 3)
+    return np.frombuffer(content, np.uint8).reshape(-1, 16, 16, 3)
 
 
 def test_the_page_and_its_policy(port: int) -> None:
@@ -146,7 +146,7 @@ def test_an_attribute(port: int, photo: Photo) -> None:
 def test_heat_maps_and_animations(port: int) -> None:
     status, content, headers = ask(port, "/api/heat", {"recipes": [{"seed": 1}], "latent": "z0"})
     assert status == 200
-    assert len(content) == 3 * 64 * 64
+    assert len(content) == 3 * 16 * 16
     assert 0 < float(headers["x-largest"]) < 1
     way = [{"between": {"other": {"image": 1}, "share": share}} for share in (0, 0.5, 1)]
     status, content, headers = ask(port, "/api/animation", {"recipes": way})

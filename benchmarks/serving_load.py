@@ -18,7 +18,7 @@ from triton_server import served
 from hflow_rt.errors import BackendUnavailable, HFlowError
 from hflow_rt.export.repository import write_repository
 from hflow_rt.runtime import load
-from hflow_rt.runtime.bundle import default_model, find_bundle
+from hflow_rt.runtime.bundle import chosen_model, find_bundle
 from hflow_rt.runtime.client import Client
 
 CLIENTS = (1, 2, 4, 8, 16)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--malformed", type=int, default=10_000)
     asked = parser.parse_args()
-    model = asked.model or default_model()[0]
+    model = chosen_model(asked.model)[0]
     bundle = find_bundle(model)
     latents = next(load(model, device="cpu").draw([0]))
     print(f"# Load on `{bundle.path.name}_forward`, one image a request\n")

@@ -1,6 +1,6 @@
 """The command-line application: one module a command, each importing what is heavy only when it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -24,11 +24,24 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """Looks at where a command would write before it runs."""
+    """Takes a MODEL also as --model, and looks at where a command would write before it runs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(one.param_type_name == "argument" and one.name == "model" for one in self.params):
+            args = list(_as_argument(args))
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         check_paths(ctx)
         return super().invoke(ctx)
+
+
+def _as_argument(words: list[str]) -> Iterator[str]:
+    """The words of a command without `--model` before the one that it names."""
+    for index, word in enumerate(words):
+        if word in ("--model", "-m") and index + 1 < len(words):
+            continue
+        yield word.removeprefix("--model=")
 
 
 class Commands(typer.Typer):

@@ -1,14 +1,14 @@
 """`hflow-rt encode` and `hflow-rt decode`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hflow_rt.cli.latents import Asked, latent_command, set_by
 from hflow_rt.cli.opening import named
 from hflow_rt.cli.options import GRID, ControlOption, StepsOption
-from hflow_rt.cli.sharded import ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
+from hflow_rt.cli.sharded import KeepOption, ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
 from hflow_rt.cli.terminal import note, tracked
 from hflow_rt.errors import DataError
 from hflow_rt.names import quoted
@@ -30,6 +30,11 @@ def encode(
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
     ray: RayOption = None,
+    keep: KeepOption = None,
+    files: Annotated[
+        Literal["safetensors", "parquet"],
+        typer.Option("--format", help="Of shards: exact latents, or a row an image.", rich_help_panel="Shards"),
+    ] = "safetensors",
 ) -> None:
     """Map images to latents, as exactly as the model can, with their log-probability.
 
@@ -42,20 +47,20 @@ def encode(
     from hflow_rt.runtime.latents.files import about_model, check_latents_name, save_latents
     from hflow_rt.runtime.latents.round_trips import decoded, round_trip, together
     from hflow_rt.runtime.noise import parse_controls
+    from hflow_rt.runtime.shard_files import encoding_settings
 
     output, controls = asked.output, parse_controls(control or [])
     sharing = Sharing(shards, shard, processes, ray, asked.backend, asked.device)
     if sharing.asked:
-        if picture or posterior or asked.label or len(images) != 1 or output.suffix:
-            raise DataError(
-                "in shards one source of images goes into a folder -o; omit --picture, --posterior, --label"
-            )
+        if picture or posterior or len(images) != 1 or output.suffix:
+            raise DataError("in shards one source of images goes into a folder -o; omit --picture and --posterior")
         session = asked.open()
         session = (session if steps is None else session.in_steps(steps)).with_controls(controls)
-        redo = f"hflow-rt encode {quoted(images[0])} --shards {shards or 'N'} -o {quoted(output)}"
-        how: dict[str, Any] = {"seed": asked.seed, **set_by(controls, steps)}
-        in_shards(session, "encode", output, images[0], None, sharing, how, "safetensors", asked.json, redo)
+        how = encoding_settings(session, asked.seed, keep, asked.label, images[0], files) | set_by(controls, steps)
+        in_shards(session, "encode", output, images[0], None, sharing, how, files, asked.json)
         return
+    if keep or files != "safetensors":
+        raise DataError("--keep and --format are for jobs in shards; say --shards, or omit them")
     check_latents_name(output)
     if picture is not None:
         check_picture_name(picture)

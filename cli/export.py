@@ -8,7 +8,7 @@ import typer
 from hflow_rt.choices import Precision, Routes, Tuning
 from hflow_rt.cli.app import app
 from hflow_rt.cli.graphs import export_graphs, print_report
-from hflow_rt.cli.opening import locate_bundle, named
+from hflow_rt.cli.opening import locate, locate_bundle, named
 from hflow_rt.cli.options import (
     BackendOption,
     CudaGraphOption,
@@ -192,7 +192,7 @@ def export(
 
         make_engines(run, output, graphs, options, json)
         return
-    source, folder = model_and_bundle(run, output, graphs)
+    source, folder = model_and_bundle(None if run is None else locate(run, quiet=json), output, graphs)
     manifest = export_graphs(source, folder, graphs, json)
     report = manifest.parity
     assert report is not None

@@ -33,7 +33,7 @@ def export_graphs(source: Path, folder: Path, options: "GraphOptions", quiet: bo
         for graph in manifest.graphs.values():
             size = manifest.files[graph.file].bytes / 1e6
             say(f"{folder / graph.file}: {sum(graph.operators.values())} nodes, {size:.1f} MB")
-        for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
+        for name in sorted({file for graph in manifest.graphs.values() for file in graph.weights}):
             say(f"{folder / name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
         print_report(manifest.parity)
     return manifest

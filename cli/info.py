@@ -26,19 +26,25 @@ def info(
     model: ModelArgument = None,
     layers: Annotated[bool, typer.Option("--layers", help="List the layers of TensorRT engines.")] = False,
     presets: Annotated[bool, typer.Option("--presets", help="List the presets of 'train' with their sizes.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="List the bundled models.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Describe a run, a bundle or a model file.
 
     Example: hflow-rt info runs/my-run
     """
+    from hflow_rt.errors import ConfigError
     from hflow_rt.manifest import MANIFEST, MODEL
     from hflow_rt.models.checkpoint import read_metadata
     from hflow_rt.runs import resolve_run
     from hflow_rt.runtime.bundle import BUNDLE, find_bundle
 
-    if presets:
-        _list_presets(model, json)
+    if presets or models:
+        if presets and models:
+            raise ConfigError("--presets and --models list different things; give one")
+        if model is not None:
+            raise ConfigError(f"--{'presets' if presets else 'models'} lists all of them; omit {model}")
+        (_list_presets if presets else _list_models)(json)
         return
     path = locate(model, quiet=json)
     if not (is_file(path) or is_file(path / MANIFEST)):
@@ -84,7 +90,7 @@ def info(
         say(f"    {counts}")
         if graph.rewrites:
             say("    rewritten: " + ", ".join(f"{count} {what}" for what, count in graph.rewrites.items()))
-    for name in sorted({graph.weights for graph in manifest.graphs.values() if graph.weights}):
+    for name in sorted({file for graph in manifest.graphs.values() for file in graph.weights}):
         say(f"  {name}: their constants, {manifest.files[name].bytes / 1e6:.1f} MB")
     for line in (*describe_engines(manifest), *(describe_layers(bundle) if layers else ())):
         say(line)
@@ -124,12 +130,24 @@ def _words(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _list_presets(model: Path | None, json: bool) -> None:
-    """A line for each preset; counting parameters takes torch, but no memory."""
-    from hflow_rt.errors import ConfigError
+def _list_models(json: bool) -> None:
+    from dataclasses import asdict
 
-    if model is not None:
-        raise ConfigError(f"--presets lists all presets; omit {model}")
+    from hflow_rt.assets import PRETRAINED
+    from hflow_rt.assets.listing import listing
+
+    found = listing()
+    if json:
+        print_json({"models": [asdict(row) for row in found], "default": PRETRAINED})
+        return
+    for row in found:
+        what = f"{row.family:<6} {row.size:>9} {row.parameters / 1e6:8.2f} M parameters {row.bytes / 1e6:6.1f} MB"
+        say(f"{row.name:<14} {what}  {row.about}")
+    say_next(f"hflow-rt sample --model {found[-1].name}")
+
+
+def _list_presets(json: bool) -> None:
+    """A line for each preset; counting parameters takes torch, but no memory."""
     need_extra("train", "torch")
     from hflow_rt.models.checkpoint import skeleton
     from hflow_rt.training.config import load_config, preset_names

@@ -14,12 +14,10 @@ __all__ = ["locate", "locate_bundle", "named", "open_session", "warn_if_busy"]
 
 
 def locate(model: Path | None, quiet: bool = False) -> Path:
-    """`model`, or the latest run under ./runs, or the bundled model, which is then named on stderr."""
-    from hflow_rt.runtime.bundle import default_model
+    """The path of `model`, by default the latest run under ./runs; a bundled model is named on stderr."""
+    from hflow_rt.runtime.bundle import chosen_model
 
-    if model is not None:
-        return model
-    found, line = default_model()
+    found, line = chosen_model(model)
     if line and not quiet:
         note(line)
     return found

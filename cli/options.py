@@ -30,7 +30,10 @@ __all__ = [
 PICTURE = "A picture (.png, .jpg, .webp)."
 GRID = "A grid (.png, .jpg, .webp), or a folder for one file each."
 
-_MODEL_HELP = "A run or a bundle; by default the latest run under ./runs, else the bundled model."
+_MODEL_HELP = (
+    "A run, a bundle, or a name of 'info --models'; by default the latest run under ./runs, else the bundled model."
+)
+# such commands take it as --model, too, see `app`
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
 ModelOption = Annotated[Path | None, typer.Option("--model", "-m", help=_MODEL_HELP, show_default=False)]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="What runs the model: onnx, trt or torch.")]

@@ -23,7 +23,6 @@ from hflow_rt.cli.sharded import ProcessesOption, RayOption, ShardOption, Shards
 from hflow_rt.cli.terminal import tracked
 from hflow_rt.limits import check_count
 from hflow_rt.memory import need
-from hflow_rt.names import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,9 +108,8 @@ def sample(
             raise DataError("samples in shards are the images of a seed, and nothing beside; omit other options")
         chosen = parse_controls(control or [])
         settings = {"seed": asked.seed, "std": list(asked.std or []), "label": asked.label, **set_by(chosen, steps)}
-        again = f"hflow-rt sample -n {number} --shards {shards or 'N'} -o {quoted(output)}"
         session = session.with_controls(chosen)
-        in_shards(session, "sample", output, None, number, sharing, settings, files, asked.json, again)
+        in_shards(session, "sample", output, None, number, sharing, settings, files, asked.json)
         return
     indices = range(first, first + number)
     check_pictures(output, indices, session.resolution)

@@ -6,11 +6,20 @@ from typing import Annotated
 import typer
 
 from hflow_rt.cli.app import app
-from hflow_rt.cli.opening import named, open_session
-from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, ModelOption
-from hflow_rt.cli.sharded import ProcessesOption, RayOption, ShardOption, ShardsOption, Sharing, in_shards
-from hflow_rt.cli.terminal import print_json, say
-from hflow_rt.names import quoted
+from hflow_rt.cli.opening import open_session
+from hflow_rt.cli.options import BackendOption, DeviceOption, JsonOption, LabelOption, ModelOption
+from hflow_rt.cli.sharded import (
+    KeepOption,
+    ProcessesOption,
+    RayOption,
+    ShardOption,
+    ShardsOption,
+    Sharing,
+    continued,
+    in_shards,
+)
+from hflow_rt.cli.terminal import print_json, say, say_next
+from hflow_rt.errors import DataError
 
 
 @app.command()
@@ -23,6 +32,8 @@ def score(
     shard: ShardOption = None,
     processes: ProcessesOption = 1,
     ray: RayOption = None,
+    keep: KeepOption = None,
+    label: LabelOption = None,
     model: ModelOption = None,
     backend: BackendOption = "onnx",
     device: DeviceOption = "auto",
@@ -32,26 +43,35 @@ def score(
 
     Example: hflow-rt score photos/ --shards 16 --processes 2 -o scores/
     """
+    from hflow_rt.runtime.shard_files import encoding_settings
+
     session = open_session(model, backend, device, json)
     if shards is None and not shard:
         shards = 1
-    again = f"hflow-rt score {quoted(images)} --shards {shards or 'N'} -o {quoted(output)}{named(model, '--model ')}"
+    settings = encoding_settings(session, 0, keep, label, images, "parquet", scores=True)
     sharing = Sharing(shards, shard, processes, ray, backend, device)
-    in_shards(session, "score", output, images, None, sharing, {"seed": 0}, "parquet", json, again)
+    in_shards(session, "score", output, images, None, sharing, settings, "parquet", json)
 
 
 @app.command()
 def shards(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a job with --shards.")],
+    join: Annotated[
+        Path | None,
+        typer.Option(help="Also join whole shards of samples (.npz) into one .npz, as FID tools read it."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Count and verify the shards of a job, and name what is missing; exit 1 if any is.
 
     Example: hflow-rt shards scores/
     """
-    from hflow_rt.runtime.shards import forget, read_job, state
+    from hflow_rt.runtime.shard_files import join_arrays
+    from hflow_rt.runtime.shards import forget, read_job, shard_name, state
 
     job = read_job(output)
+    if join is not None and job.files != "npz":
+        raise DataError(f"shards of .npz are joined, and these are .{job.files}; omit --join")
     found = state(output, job)
     for number in found.damaged:
         forget(output, job, number)
@@ -69,4 +89,10 @@ def shards(
             if numbers:
                 say(f"{what}: {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}")
     if len(found.done) < job.shards:
+        if not json:
+            say_next(continued(job, output, Path("IMAGES"), Path("MODEL")))
         raise typer.Exit(1)
+    if join is not None:
+        count = join_arrays([output / shard_name(job, number) for number in found.done], join)
+        if not json:
+            say(f"{count:,} images: {join}")

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from hflow_rt.runtime.session import Session
     from hflow_rt.runtime.shards import Job, Kind
 
-__all__ = ["ProcessesOption", "RayOption", "ShardOption", "ShardsOption", "Sharing", "in_shards", "parse_shards"]
+__all__ = [
+    "KeepOption",
+    "ProcessesOption",
+    "RayOption",
+    "ShardOption",
+    "ShardsOption",
+    "Sharing",
+    "continued",
+    "in_shards",
+    "parse_shards",
+]
 
 _SHARDS = "Shards"  # heading in the help
 
@@ -36,6 +46,16 @@ ShardOption = Annotated[
     typer.Option(
         metavar="K/N",
         help="Do this shard alone, of 1 to N, as one of many machines. Repeatable.",
+        show_default=False,
+        rich_help_panel=_SHARDS,
+    ),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Scores and latents to write, such as log_prob,end; or all. By default scores and small coarse latents of "
+        "'score', and all of 'encode'.",
         show_default=False,
         rich_help_panel=_SHARDS,
     ),
@@ -90,6 +110,20 @@ def parse_shards(shards: int | None, chosen: Sequence[str] | None) -> tuple[int,
     return shards, numbers or list(range(1, shards + 1))
 
 
+def continued(job: "Job", out: Path, source: Path | None, model: Path | None) -> str:
+    """The command that goes on with a job, its plan all but where images and model are: None for the bundled one."""
+    how, sampled = job.settings, job.kind == "sample"
+    named = [] if model is None else [quoted(model)] if sampled else [f"--model {quoted(model)}"]
+    words = ["hflow-rt", job.kind, *(named if sampled else [quoted(source)]), f"--shards {job.shards}"]
+    words += [f"-n {job.images}"] if sampled else [f"--keep {','.join(how['keep'])}"]
+    words += [] if job.kind == "score" else [f"--format {job.files}", f"--seed {how['seed']}"]
+    words += [f"--std {quoted(std)}" for std in how.get("std", ())]
+    words += [f"--control {quoted(name)}={value}" for name, value in how.get("controls", {}).items()]
+    words += [f"--steps {how['steps']}"] if "steps" in how else []
+    words += [f"--label {quoted(how['label'])}"] if how["label"] is not None else []
+    return " ".join([*words, f"-o {quoted(out)}", *([] if sampled else named)])
+
+
 def in_shards(
     session: "Session",
     kind: "Kind",
@@ -100,7 +134,6 @@ def in_shards(
     settings: dict[str, Any],
     files: str,
     json: bool,
-    again: str,
 ) -> None:
     """Do the shards that are asked for and not done, and say how far the job is.
 
@@ -108,7 +141,9 @@ def in_shards(
     """
     from contextlib import nullcontext
 
+    from hflow_rt.assets import pretrained
     from hflow_rt.data.sources import open_source
+    from hflow_rt.runtime.shard_files import check_classes
     from hflow_rt.runtime.shards import Job, is_done, listed, pinned, state
 
     number, mine = parse_shards(sharing.shards, sharing.chosen)
@@ -118,6 +153,8 @@ def in_shards(
         total = (count or 0) if images is None else len(images)
         if total < number:
             raise DataError(f"{total:,} images cannot be cut into {number:,} shards; ask for fewer")
+        if images is not None:
+            check_classes(session, settings, images)
         job = Job(
             kind=kind,
             files=files,
@@ -148,7 +185,8 @@ def in_shards(
             + (f", {found.refused:,} refused" if found.refused else "")
             + f": {out}/"
         )
-        say_next(f"hflow-rt shards {quoted(out)}", *([] if not found.missing else [again]))
+        model = None if session.bundle.path == pretrained() else session.bundle.path
+        say_next(f"hflow-rt shards {quoted(out)}", *([continued(job, out, source, model)] if found.missing else []))
     if failed:
         raise typer.Exit(1)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hflow_rt.cli.app import app
+from hflow_rt.cli.opening import locate
 from hflow_rt.cli.options import JsonOption
 from hflow_rt.cli.terminal import note, print_json, say, say_next
 from hflow_rt.extras import need_extra
@@ -88,6 +89,8 @@ def train(
             raise ConfigError(f"{name} must be > 0 and finite; found {value}")
     if run is not None and not resume:
         raise ConfigError(f"a run is named only with --resume; found '{run}'; name a new run's folder with --out")
+    if start is not None:
+        start = locate(start, quiet=not is_main())
     going_on = (run or True) if resume else False
     training = prepare(preset, data, out, config=config, settings=settings or (), start=start, resume=going_on)
     if is_main():

@@ -17,6 +17,7 @@ from hflow_rt.errors import BundleError, CheckpointError, ConfigError, NoInverse
 from hflow_rt.export.calibration import calibrate
 from hflow_rt.export.onnx import OPSET, WEIGHTS, SharedWeights, export_graph
 from hflow_rt.export.parity import run_parity
+from hflow_rt.export.stored import stored_tensors, without_copies
 from hflow_rt.export.tuning import Stopwatch
 from hflow_rt.files import atomic_directory, atomic_file, exists, is_file, is_folder, is_ours, sha256
 from hflow_rt.manifest import (
@@ -102,11 +103,14 @@ def export_bundle(
             raise ConfigError(f"the {metadata['family']} family has no nets for mixed precision; use --precision fp32")
         worth = Stopwatch(threads()).worth if tuning == "cpu" else None
         graphs, shared = {}, SharedWeights(folder / WEIGHTS)
+        halved = metadata.get("weights") == HALF
+        stored = stored_tensors(folder / MODEL) if halved else {}
         for name, spec in specs.items():
-            gains = spec.gains if metadata.get("weights") == HALF else ()
+            gains = (*spec.gains, 1.0) if halved else ()
             progress(f"{'writing' if worth is None else 'measuring'} {name}.onnx")
             notes = {"family": metadata["family"], "graph": name, "checkpoint_sha256": weights}
-            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, gains, precision, worth)
+            graphs[name] = export_graph(spec, folder / f"{name}.onnx", notes, shared, gains, stored, precision, worth)
+        graphs = without_copies(folder, graphs)
         for file, table in tables_of(model, ways).items():
             save_file(table, folder / file)
         manifest = Manifest(

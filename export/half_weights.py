@@ -1,12 +1,13 @@
 """Keep the constants of a graph in half precision where they are half-precision numbers times a scale.
 
 A model whose weights were rounded to half precision has such constants: folding multiplies a layer's weights by its
-gain, one number or one for each output channel. The graph then holds the rounded weights, a Cast and a Mul, which
-runtimes fold when they open it, so that everything is computed in float32 from the same numbers as before, up to their
-last bit.
+gain, one number or one for each output channel. The graph then holds the rounded weights, a Cast and, for another gain
+than 1, a Mul, which runtimes fold when they open it, so that everything is computed in float32 from the same numbers as
+before, up to their last bit.
 """
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Container, Iterator
 
 import numpy as np
 import onnx
@@ -22,18 +23,27 @@ _FIRST = 64  # elements that sort out most gains
 _TOLERANCE = 3 * 2.0**-24  # relative: the scale's own rounding, the product's, and the folded constant's
 
 
-def halve(proto: onnx.ModelProto, gains: Collection[Gain]) -> int:
-    """Rewrite, in place, every constant that is half-precision numbers times one of `gains`; how many there were."""
-    kept, nodes = [], []
+def halve(proto: onnx.ModelProto, gains: Collection[Gain], stored: Container[bytes] = ()) -> int:
+    """Rewrite, in place, every constant that is half-precision numbers times one of `gains`; how many there were.
+
+    stored: sha256 digests of the numbers to prefer where several gains fit, because one is another times a power of 2.
+    """
+    kept, nodes, count = [], [], 0
     for tensor in proto.graph.initializer:
         values = numpy_helper.to_array(tensor)
-        split = None if values.dtype != np.float32 or values.size < _SMALLEST else _split(values, gains)
+        split = None
+        if values.dtype == np.float32 and values.size >= _SMALLEST:
+            split = _split(values, gains, stored)
         if split is None:
             kept.append(tensor)
             continue
         weights, scale = split
+        count += 1
         half, wide, factor = (f"{tensor.name}{suffix}" for suffix in (".half", ".wide", ".scale"))
         kept.append(numpy_helper.from_array(weights, half))
+        if scale.ndim == 0 and scale == 1:
+            nodes.append(helper.make_node("Cast", [half], [tensor.name], to=onnx.TensorProto.FLOAT))
+            continue
         kept.append(numpy_helper.from_array(scale.astype(np.float32), factor))
         nodes.append(helper.make_node("Cast", [half], [wide], to=onnx.TensorProto.FLOAT))
         nodes.append(helper.make_node("Mul", [wide, factor], [tensor.name]))
@@ -41,13 +51,24 @@ def halve(proto: onnx.ModelProto, gains: Collection[Gain]) -> int:
     del proto.graph.initializer[:], proto.graph.node[:]
     proto.graph.initializer.extend(kept)
     proto.graph.node.extend(nodes + rest)
-    return len(nodes) // 2
+    return count
 
 
-def _split(
-    values: NDArray[np.float32], gains: Collection[Gain]
-) -> tuple[NDArray[np.float16], NDArray[np.float64]] | None:
-    """Half-precision numbers and the scale whose product is `values`, if there is one."""
+_Split = tuple[NDArray[np.float16], NDArray[np.float64]]
+
+
+def _split(values: NDArray[np.float32], gains: Collection[Gain], stored: Container[bytes]) -> _Split | None:
+    """Half-precision numbers and the scale whose product is `values`: stored ones, else the first that fit."""
+    first = None
+    for split in _splits(values, gains):
+        if hashlib.sha256(split[0].tobytes()).digest() in stored:
+            return split
+        first = first or split
+    return first
+
+
+def _splits(values: NDArray[np.float32], gains: Collection[Gain]) -> Iterator[_Split]:
+    """What `_split` chooses from, by gain."""
     exact = values.astype(np.float64)
     for given in gains:
         scale = np.asarray(given, np.float64)
@@ -57,8 +78,7 @@ def _split(
         # a few of each channel sort out most gains
         few = exact.reshape(len(exact), -1)[:, : max(1, _FIRST // len(exact))]
         if _fits(few, scale.reshape(-1, 1) if scale.ndim else scale) and _fits(exact, scale):
-            return (exact / scale).astype(np.float16), scale
-    return None
+            yield (exact / scale).astype(np.float16), scale
 
 
 def _fits(values: NDArray[np.float64], scale: NDArray[np.float64]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hflow_rt.assets import demo_images, pretrained
+from hflow_rt.assets import demo_images, is_installed
 from hflow_rt.choices import Routes
 from hflow_rt.errors import BackendUnavailable, BundleError, ConfigError, ParityError
 from hflow_rt.export.calibration import parse_calibration
@@ -23,7 +23,7 @@ from hflow_rt.models.checkpoint import parse_config, read_metadata, seen_at
 from hflow_rt.models.registry import View, family
 from hflow_rt.runs import resolve_run
 from hflow_rt.runtime.backends import check_backend
-from hflow_rt.runtime.bundle import BUNDLE, Bundle, default_model, find_bundle
+from hflow_rt.runtime.bundle import BUNDLE, Bundle, chosen_model, find_bundle
 from hflow_rt.runtime.images.reading import read_pictures
 
 __all__ = [
@@ -153,7 +153,7 @@ def checked(
 
     paths = None if images is None else [Path(path) for path in images]
     pictures = proof_pictures(paths, bundle.manifest.resolution, note, bundle.manifest.channels)
-    keep = bundle.path != pretrained()  # what was installed is not ours to write to
+    keep = not is_installed(bundle.path)
     return check_bundle(bundle, pictures, backend, device, progress, keep=keep, cuda_graph=cuda_graph)
 
 
@@ -183,7 +183,7 @@ def repository_of(
             "a model repository takes a bundle as it is; export with these options first, without --engine"
         )
     folder = Path(REPOSITORY) if folder is None else folder
-    return folder, write_repository(find_bundle(default_model()[0] if run is None else run), folder, served)
+    return folder, write_repository(find_bundle(chosen_model(run)[0]), folder, served)
 
 
 def model_and_bundle(run: Path | None, output: Path | None, options: GraphOptions | None = None) -> tuple[Path, Path]:
@@ -198,7 +198,7 @@ def model_and_bundle(run: Path | None, output: Path | None, options: GraphOption
     if options is not None and output is None:
         asked = (options.resolution, options.region)
         folder = folder.with_name("-".join([folder.name, *(str(part) for part in asked if part is not None)]))
-    if folder.resolve() == pretrained().resolve():
+    if is_installed(folder):
         raise BundleError(f"{folder} was installed and must stay as it is; say where the engines go with --out")
     return source, folder
 

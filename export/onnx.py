@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 
 import onnx
@@ -76,12 +76,13 @@ def export_graph(
     metadata: dict[str, str],
     weights: SharedWeights,
     gains: Collection[Gain] = (),
+    stored: Container[bytes] = (),
     precision: Precision = "fp32",
     worth: Worth | None = None,
 ) -> Graph:
     """Export `spec` to the ONNX file `path` and describe it; its constants go into `weights`, in the same folder.
 
-    gains: constants that are half-precision numbers times one of these are kept as such (see `halve`). precision:
+    gains, stored: constants that are half-precision numbers times a gain are kept as such (see `halve`). precision:
     `mixed` computes the nets of `spec` in float16 (see `mix`). worth: which rewrites to take (see `tune`), by default
     none. Raises `HFlowError` if the result is not valid.
     """
@@ -113,7 +114,7 @@ def export_graph(
         raise HFlowError(f"graph '{spec.name}' has no nets to compute in half precision; export with --precision fp32")
     rewrites = {} if worth is None else choose_rewrites(proto, worth)
     if gains:
-        halve(proto, gains)
+        halve(proto, gains, stored)
     onnx.checker.check_model(proto, full_check=True)
     counts = operator_counts(proto)
     if leftover := sorted(_UNFOLDED & counts.keys()):
@@ -126,7 +127,7 @@ def export_graph(
     onnx.checker.check_model(str(path))  # also that the constants are where the graph says
     return Graph(
         file=path.name,
-        weights=weights.path.name if any(tensor.external_data for tensor in proto.graph.initializer) else None,
+        weights=(weights.path.name,) if any(tensor.external_data for tensor in proto.graph.initializer) else (),
         inputs=tuple(described_tensor(tensor) for tensor in spec.inputs),
         outputs=tuple(described_tensor(tensor) for tensor in spec.outputs),
         batch=(1, MAX_BATCH),

@@ -59,8 +59,8 @@ def write_repository(bundle: Bundle, folder: Path, served: Served = "onnx", name
             if served == "onnx":
                 (made / _ONNX).mkdir()
                 shutil.copyfile(bundle.graph(key), made / _ONNX / _ONNX)
-                if graph.weights is not None:
-                    shutil.copyfile(bundle.file(graph.weights), made / _ONNX / graph.weights)
+                for file in graph.weights:
+                    shutil.copyfile(bundle.path / file, made / _ONNX / file)
             for file in set(plans.values()):
                 shutil.copyfile(bundle.file(file), made / _plan(file))
     model = folder / f"{name}_sample"
@@ -114,9 +114,9 @@ def _plan(file: str) -> str:
 def _needed(bundle: Bundle) -> set[str]:
     """What a session of the bundle reads."""
     manifest = bundle.manifest
-    files = {file for graph in manifest.graphs.values() for file in (graph.file, graph.weights)}
-    files |= {way.schedule for way in manifest.routes.values() if isinstance(way, Loop)} | {manifest.bank}
-    return {file for file in files if file is not None}
+    files = {file for graph in manifest.graphs.values() for file in graph.files}
+    files |= {way.schedule for way in manifest.routes.values() if isinstance(way, Loop)}
+    return files | {*filter(None, [manifest.bank])}
 
 
 def _config(name: str, graph: Graph, largest: int, plans: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hflow_rt.assets import PRETRAINED
+from hflow_rt.assets import is_installed
 from hflow_rt.errors import BundleError, ConfigError
 from hflow_rt.export.making import EngineOptions, GraphOptions, Tell, checked, model_and_bundle, nobody
 from hflow_rt.export.tensorrt import (
@@ -20,7 +20,7 @@ from hflow_rt.export.tensorrt import (
 from hflow_rt.files import atomic_directory, exists, is_file
 from hflow_rt.manifest import MANIFEST, read_manifest, routes_of
 from hflow_rt.runs import ROOT
-from hflow_rt.runtime.bundle import BUNDLE, Bundle, default_model, find_bundle
+from hflow_rt.runtime.bundle import BUNDLE, Bundle, chosen_model, find_bundle
 from hflow_rt.runtime.engines.cuda import chosen_gpu
 
 __all__ = ["Made", "Make", "add_plans", "bundle_with", "is_of"]
@@ -109,14 +109,13 @@ def _update(
 def bundle_with(run: Path | None, output: Path | None, graphs: GraphOptions, make: Make, note: Tell) -> Path:
     """The folder of a bundle with the graphs that are wanted: the one that is there if it holds them, else exported.
 
-    make: exports a model file to a folder. note: hears why, and which model it is where none was named.
+    make: exports a model file to a folder. note: hears why, and which bundled model it is.
     """
-    if run is None:
-        run, line = default_model()
-        if line:
-            output = output or ROOT / PRETRAINED
-            run = output if is_file(output / MANIFEST) else run
-            note(f"{line}, in {output}")
+    run, line = chosen_model(run)
+    if line and is_installed(run):
+        output = output or ROOT / run.name
+        run = output if is_file(output / MANIFEST) else run
+        note(f"{line}, in {output}")
     source, folder = model_and_bundle(run, output, graphs)
     bundle = source.parent
     if is_file(bundle / MANIFEST) and folder.resolve() != bundle.resolve():

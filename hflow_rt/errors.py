@@ -20,7 +20,7 @@ anything that is not an `HFlowError` is a bug and shows its traceback.
 ...     hflow_rt.load("nowhere")
 ... except hflow_rt.errors.HFlowError as error:
 ...     print(error)
-nowhere does not exist; name a run or a bundle
+nowhere does not exist; name a run, a bundle or one of ...
 """
 
 __all__ = [

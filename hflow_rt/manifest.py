@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hflow_rt.choices import Precision, Route, Routes, Tuning
 from hflow_rt.errors import BundleError
@@ -85,12 +85,23 @@ class Graph(_Entry):
     """One graph of the model."""
 
     file: str
-    weights: str | None = Field(default=None, description="file beside it that holds its constants, shared by graphs")
+    weights: tuple[str, ...] = Field(default=(), description="files beside it that hold its constants")
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     batch: tuple[int, int] = Field(description="smallest and largest batch of one call")
     operators: dict[str, int]
     rewrites: dict[str, int] = Field(default={}, description="what tuning changed, and how often")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _upgrade(cls, value: Any) -> Any:
+        """Former bundles have one file or none."""
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that opening it reads."""
+        return self.file, *self.weights
 
 
 class Latent(_Entry):
@@ -225,8 +236,8 @@ class Manifest(_Entry):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"file '{name}' lies outside the bundle")
         for name, graph in self.graphs.items():
-            for file in (graph.file, graph.weights):
-                if file is not None and file not in self.files:
+            for file in graph.files:
+                if file not in self.files:
                     raise ValueError(f"graph '{name}' is in {file}, which is not among the files")
         for route, found in self.routes.items():
             if isinstance(found, Loop) and found.schedule not in self.files:
@@ -271,9 +282,8 @@ class Manifest(_Entry):
 
 
 def graph_sha256(manifest: Manifest, name: str) -> str:
-    """Digest of a graph: of its ONNX file and of the file of its constants."""
-    graph = manifest.graphs[name]
-    digests = [manifest.files[file].sha256 for file in (graph.file, graph.weights) if file is not None]
+    """Digest of a graph: of its ONNX file and of the files of its constants."""
+    digests = [manifest.files[file].sha256 for file in manifest.graphs[name].files]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 

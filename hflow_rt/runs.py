@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hflow_rt.assets import resolved
 from hflow_rt.errors import CheckpointError, DataError
 from hflow_rt.files import destination, exists, is_file, is_folder, locked, removed_if_empty, unusable
 from hflow_rt.manifest import MODEL
@@ -91,10 +92,13 @@ def latest_run(root: Path | str = ROOT) -> Path:
 
 
 def resolve_run(path: Path | str | None = None) -> Path:
-    """The run folder at `path`, or the latest run. Raises `CheckpointError` where no run with a model is."""
+    """The run folder at `path`, a bundled model's by its name, or the latest run.
+
+    Raises `CheckpointError` where no run with a model is.
+    """
     if path is None:
         return latest_run()
-    path = Path(path)
+    path = resolved(Path(path))
     if not exists(path):
         raise CheckpointError(f"no run at {path}; {_HOW}")
     if not is_file(path / MODEL):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hflow_rt.assets import PRETRAINED, pretrained
+from hflow_rt.assets import PRETRAINED, bundled_models, pretrained, resolved
 from hflow_rt.errors import BundleError, CheckpointError
 from hflow_rt.files import exists, is_file, is_ours, sha256
 from hflow_rt.manifest import MANIFEST, MODEL, Manifest, read_manifest
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["BUNDLE", "REPORT", "Bundle", "default_model", "find_bundle"]
+__all__ = ["BUNDLE", "REPORT", "Bundle", "chosen_model", "find_bundle"]
 
 BUNDLE = "bundle"  # folder of a run that export writes
 REPORT = ("latency.json", "latency.md", "latency.png")  # what bench adds to a bundle
@@ -55,8 +55,8 @@ class Bundle:
             have = ", ".join(self.manifest.graphs) or "none"
             raise BundleError(f"{self.path} has no '{name}' engine (it has: {have}); export it with 'hflow-rt export'")
         graph = self.manifest.graphs[name]
-        if graph.weights is not None:
-            self.file(graph.weights)
+        for file in graph.weights:
+            self.file(file)
         return self.file(graph.file)
 
     def made_of(self, weights: Path) -> bool:
@@ -76,8 +76,16 @@ class Bundle:
         return self.file(MODEL)
 
 
-def default_model() -> tuple[Path, str]:
-    """The latest run under ./runs and "", or else the bundled model and a line that says so."""
+def chosen_model(model: Path | None) -> tuple[Path, str]:
+    """What a command takes for the model, and a line on what that is where it may be another than people think.
+
+    model: a path or the name of a bundled model; None for the latest run under ./runs, or else the bundled model.
+    """
+    if model is not None:
+        found = resolved(model)
+        if str(model) not in bundled_models():
+            return found, ""
+        return found, f"{model} is the bundled model" if found != model else f"{model} is the one in this folder"
     try:
         return latest_run(), ""
     except CheckpointError:
@@ -85,13 +93,13 @@ def default_model() -> tuple[Path, str]:
 
 
 def find_bundle(path: Path | str) -> Bundle:
-    """The bundle at `path`, which may also be a run that was exported; one of a run may be `outdated`.
+    """The bundle at `path`, which may also be a run that was exported, or the name of a bundled model.
 
-    Raises `BundleError`, and `DataError` for a path that cannot be asked.
+    One of a run may be `outdated`. Raises `BundleError`, and `DataError` for a path that cannot be asked.
     """
-    path = Path(path)
+    path = resolved(Path(path))
     if not exists(path):
-        raise BundleError(f"{path} does not exist; name a run or a bundle")
+        raise BundleError(f"{path} does not exist; name a run, a bundle or one of {', '.join(bundled_models())}")
     if is_file(path / MANIFEST):
         return Bundle(path, read_manifest(path))
     if is_file(path) and not is_ours(path):

@@ -9,14 +9,14 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hflow_rt import __version__
-from hflow_rt.assets import pretrained
+from hflow_rt.assets import is_installed
 from hflow_rt.data.image_source import ImageSource
 from hflow_rt.data.sources import open_source
 from hflow_rt.errors import BackendUnavailable, DataError, HFlowError
@@ -40,7 +40,7 @@ class Opening(NamedTuple):
     """What a machine opens, by paths that all of them see."""
 
     out: str
-    model: str | None  # None: the bundled one, which each machine has
+    model: str  # or the name of a bundled one, which each machine has
     backend: str
     device: str
     source: str | None
@@ -49,7 +49,7 @@ class Opening(NamedTuple):
     def of(cls, out: Path, session: Session, backend: str, device: str, source: Path | None) -> "Opening":
         """What makes others do as `session`, which `load` opened by `backend` and `device`."""
         path = session.bundle.path
-        model = None if path == pretrained() else os.path.abspath(path)
+        model = path.name if is_installed(path) else os.path.abspath(path)
         return cls(os.path.abspath(out), model, backend, device, None if source is None else os.path.abspath(source))
 
 
@@ -93,7 +93,7 @@ def in_tasks(
 def here(opening: Opening, job: Job, shard: int) -> bool:
     """Do a shard in this process, which keeps open what it opens; whether it is done now. Raises `HFlowError`."""
     try:
-        session, source = _opened(opening, job.model_dump_json())
+        session, source, _ = _opened(opening, job.model_dump_json())
         out = Path(opening.out)
         return work(session, out, job, shard, source) or is_done(out, job, shard)
     except HFlowError as error:
@@ -101,9 +101,12 @@ def here(opening: Opening, job: Job, shard: int) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _opened(opening: Opening, plan: str) -> tuple[Session, ImageSource | None]:
-    """The model and the images of a job, if they are those that it is of. Raises `HFlowError`."""
-    out, job = Path(opening.out), Job.model_validate_json(plan)
+def _opened(opening: Opening, plan: str) -> tuple[Session, ImageSource | None, ExitStack]:
+    """The model and the images of a job, if they are those that it is of, and what keeps these open.
+
+    Raises `HFlowError`.
+    """
+    kept, out, job = ExitStack(), Path(opening.out), Job.model_validate_json(plan)
     try:
         seen = read_job(out)
     except DataError:
@@ -121,11 +124,11 @@ def _opened(opening: Opening, plan: str) -> tuple[Session, ImageSource | None]:
             f"the job is of model {job.model[:12]} on {job.backend}, and here is {found[0][:12]} on {found[1]}"
         )
     if opening.source is None:
-        return session, None
-    source = open_source(opening.source).__enter__()  # for all shards of this process
+        return session, None, kept
+    source = kept.enter_context(open_source(opening.source))  # for all shards of this process
     if listed(source) != job.inputs:
         raise DataError(f"{opening.source} must hold the same images on every machine, and holds others")
-    return session, source
+    return session, source, kept
 
 
 def _travelling() -> Callable[..., bool | str]:

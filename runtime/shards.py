@@ -6,37 +6,23 @@ with the job.
 """
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hflow_rt.data.image_files import Skipped
 from hflow_rt.data.image_source import ImageSource
-from hflow_rt.data.resize import fit
 from hflow_rt.errors import DataError
-from hflow_rt.extras import needed
 from hflow_rt.files import atomic_file, is_file, locked, sha256, unusable
-from hflow_rt.manifest import LOG_PROB, graphs_of
-from hflow_rt.memory import need
-from hflow_rt.runtime.images.pictures import to_picture, to_uint8
-from hflow_rt.runtime.latents.files import about_model, latents_file
-from hflow_rt.runtime.latents.operations import concatenate
 from hflow_rt.runtime.session import Session
+from hflow_rt.runtime.shard_files import write_encoded, write_sampled
 
 __all__ = [
-    "FORMATS",
     "Job",
     "Kind",
     "State",
@@ -52,9 +38,7 @@ __all__ = [
 ]
 
 PLAN = "plan.json"
-BATCH = 16
 Kind = Literal["score", "encode", "sample"]
-FORMATS: dict[Kind, tuple[str, ...]] = {"score": ("parquet",), "encode": ("safetensors",), "sample": ("tar", "npz")}
 
 
 class Job(BaseModel):
@@ -106,8 +90,9 @@ def pinned(out: Path, job: Job) -> None:
     """Write the plan of a new job into `out`, or compare it with the one there. Raises `DataError` for another."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not is_file(out / PLAN) and (others := sorted(path.name for path in out.iterdir() if path.name[0] != ".")):
-            raise DataError(f"{out} holds {others[0]} and no plan of shards; choose another folder")
+        there = sorted(path.name for path in out.iterdir() if path.name[0] != ".")
+        if there and PLAN not in there:
+            raise DataError(f"{out} holds {there[0]} and no plan of shards; choose another folder")
         with tempfile.NamedTemporaryFile("w", dir=out, prefix=f".{PLAN}.") as file:
             file.write(job.model_dump_json(indent=1) + "\n")
             file.flush()
@@ -116,9 +101,9 @@ def pinned(out: Path, job: Job) -> None:
                 os.link(file.name, out / PLAN)
     except OSError as error:
         raise unusable(out, error, "write") from error
-    there = read_job(out)
+    pinned_there = read_job(out).model_dump()
     for name, wanted in job.model_dump().items():
-        found = there.model_dump()[name]
+        found = pinned_there[name]
         if found != wanted:
             raise DataError(f"{out} is of another job: its {name} is {found}, not {wanted}; choose another folder")
 
@@ -184,7 +169,7 @@ def work(
                 left.unlink(missing_ok=True)
         with atomic_file(path) as temporary:
             with open(temporary, "r+b") as file:
-                images, refused = _WRITERS[job.files](session, job, cut(job, shard), source, file, told)
+                images, refused = _write(session, job, cut(job, shard), source, file, told)
                 file.flush()
                 os.fsync(file.fileno())
             about = {"images": images, "refused": refused, "sha256": sha256(temporary)}
@@ -196,143 +181,14 @@ def work(
     return True
 
 
-class _Row(NamedTuple):
-    """A picture of the job, uint8 `[C, R, R]`, or why there is none."""
-
-    name: str
-    pixels: NDArray[np.uint8] | None
-    reason: str | None
-
-
-def _rows(session: Session, source: ImageSource, images: range) -> Iterator[list[_Row]]:
-    """The pictures of a shard, a batch at a time."""
-    batch: list[_Row] = []
-    for name, picture in source.part(images):
-        found = (
-            picture if isinstance(picture, Skipped) else fit(picture, session.resolution, "center", session.channels)
-        )
-        batch.append(_Row(name, None, found.detail) if isinstance(found, Skipped) else _Row(name, found, None))
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _inverse(session: Session, job: Job, rows: Sequence[_Row], first: int) -> Any:
-    """The whole ones encoded; None where there are none."""
-    pixels = [row.pixels for row in rows if row.pixels is not None]
-    if not pixels:
-        return None
-    return session.inverse(
-        np.stack(pixels).astype(np.float32) / np.float32(255), first=first, seed=job.settings["seed"]
-    )
-
-
-def _scores(
-    session: Session, job: Job, images: range, source: Any, file: Any, told: Callable[[int], None]
+def _write(
+    session: Session, job: Job, images: range, source: ImageSource | None, file: Any, told: Callable[[int], None]
 ) -> tuple[int, int]:
-    """Likelihoods and their parts, a row a picture, as parquet."""
-    with needed("pyarrow", "scores of many images need pyarrow; pip install 'hflow-rt[shards]'"):
-        arrow: Any = import_module("pyarrow")
-        parquet: Any = import_module("pyarrow.parquet")
-    manifest = session.manifest
-    graphs = [manifest.graphs[name] for name in graphs_of(manifest.routes["inverse"])]
-    names = [tensor.name for graph in graphs for tensor in graph.outputs if tensor.role == "score"]
-    columns = [*(["bits_per_dim"] if LOG_PROB in names else []), *names]
-    fields = [
-        ("name", arrow.string()),
-        *((name, arrow.float32()) for name in columns),
-        ("reason", arrow.string()),
-    ]
-    schema = arrow.schema(fields)
-    refused, first = 0, images.start
-    with parquet.ParquetWriter(file, schema) as writer:
-        for rows in _rows(session, source, images):
-            found = _inverse(session, job, rows, first)
-            whole = [index for index, row in enumerate(rows) if row.pixels is not None]
-            values = {name: [None] * len(rows) for name in columns}
-            for name in columns if whole else ():
-                known = session.bits_per_dim(found.scores[LOG_PROB]) if name == "bits_per_dim" else found.scores[name]
-                for index, value in zip(whole, known.tolist(), strict=True):
-                    values[name][index] = value
-            table = {"name": [row.name for row in rows], **values, "reason": [row.reason for row in rows]}
-            writer.write_table(arrow.table(table, schema))
-            refused, first = refused + len(rows) - len(whole), first + len(rows)
-            told(len(rows))
-    return len(images) - refused, refused
-
-
-def _latents(
-    session: Session, job: Job, images: range, source: Any, file: Any, told: Callable[[int], None]
-) -> tuple[int, int]:
-    """Latents of the whole ones, their names and scores, as a latents file."""
-    size = 8 * len(images) * sum(int(np.prod(shape)) for shape in session.input_shapes.values())
-    need(size, f"the latents of a shard of {len(images):,} images", "ask for more --shards")
-    parts, scores, names, first = [], [], list[str](), images.start
-    skipped: dict[str, str | None] = {}
-    for rows in _rows(session, source, images):
-        found = _inverse(session, job, rows, first)
-        if found is not None:
-            parts.append(found.latents)
-            scores.append(found.scores)
-        names += [row.name for row in rows if row.pixels is not None]
-        skipped |= {row.name: row.reason for row in rows if row.pixels is None}
-        first += len(rows)
-        told(len(rows))
-    if not parts:
-        parts = [{name: np.zeros((0, *shape), np.float32) for name, shape in session.input_shapes.items()}]
-    told_of = {name: values.tolist() for name, values in (concatenate(scores) if scores else {}).items()}
-    about = about_model(session) | {"images": names, "skipped": skipped} | told_of
-    file.write(latents_file(concatenate(parts), about))
-    return len(names), len(skipped)
-
-
-def _pictures(
-    session: Session, job: Job, images: range, source: Any, file: Any, told: Callable[[int], None]
-) -> tuple[int, int]:
-    """Samples as a tar of .png and .json by number, as webdataset reads it."""
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for first, pixels in _samples(session, job, images, told):
-            for index, image in enumerate(pixels, first):
-                content = io.BytesIO()
-                to_picture(image).save(content, "PNG")
-                about = {"seed": job.settings["seed"], "image": index}
-                for suffix, data in ((".png", content.getvalue()), (".json", json.dumps(about).encode())):
-                    member = tarfile.TarInfo(f"{index:09d}{suffix}")  # without a time: the same bytes at any
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-    return len(images), 0
-
-
-def _array(
-    session: Session, job: Job, images: range, source: Any, file: Any, told: Callable[[int], None]
-) -> tuple[int, int]:
-    """Samples as one uint8 array `arr_0` `[n, R, R, C]`, which tools that measure distances read."""
-    shape = (len(images), session.resolution, session.resolution, session.channels)
-    with (
-        zipfile.ZipFile(file, "w") as archive,
-        archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,
-    ):
-        np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for _, pixels in _samples(session, job, images, told):
-            array.write(pixels.tobytes())
-    return len(images), 0
-
-
-def _samples(
-    session: Session, job: Job, images: range, told: Callable[[int], None]
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    first = images.start
-    settings = job.settings
-    for latents in session.draw(images, settings["std"] or None, settings["seed"], BATCH, settings["label"]):
-        pixels = to_uint8(session.forward(latents))
-        yield first, pixels
-        first += len(pixels)
-        told(len(pixels))
-
-
-_WRITERS = {"parquet": _scores, "safetensors": _latents, "tar": _pictures, "npz": _array}
+    """Write a shard; how many images are in it, and how many could not be used."""
+    if job.kind == "sample":
+        return write_sampled(session, job.settings, job.files, images, file, told)
+    assert source is not None
+    return write_encoded(session, job.settings, job.files, source, images, file, told)
 
 
 def _beside(path: Path) -> Path:

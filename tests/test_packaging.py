@@ -63,10 +63,12 @@ def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_holds_what_is_not_code(wheel: zipfile.ZipFile) -> None:
     held = set(wheel.namelist())
     assert "hflow_rt/py.typed" in held
-    for path in (ROOT / "hflow_rt" / "assets").iterdir():
-        if path.is_file():
-            assert f"hflow_rt/assets/{path.name}" in held
+    assets = ROOT / "hflow_rt" / "assets"
+    for path in assets.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert f"hflow_rt/assets/{path.relative_to(assets).as_posix()}" in held
     assert wheel.getinfo("hflow_rt/assets/emoji.zip").file_size <= 3_000_000
+    assert sum(one.compress_size for one in wheel.infolist()) <= 40_000_000
     assert any(name.endswith("licenses/LICENSE") for name in held)
     entry_points = next(name for name in held if name.endswith("entry_points.txt"))
     assert "hflow-rt = hflow_rt.cli.__main__:main" in wheel.read(entry_points).decode()

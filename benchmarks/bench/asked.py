@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hflow_rt.assets import pretrained
+from hflow_rt.assets import is_installed
 from hflow_rt.bench.measure import measure_latency
 from hflow_rt.bench.report import check_report, compare, read_report, write_report
 from hflow_rt.bench.variants import VARIANTS, cases_of
@@ -29,7 +29,7 @@ def bench(
     """The report of `measure_latency`, and the files it was written to.
 
     route: `forward`, `inverse`, or `both` for every graph. variants: those with one of these in their name; all
-    without any. output: NAME of NAME.json, .md and .png; by default latency, in the bundle, or here for the bundled
+    without any. output: NAME of NAME.json, .md and .png; by default latency, in the bundle, or here for a bundled
     model. note: hears why there is no chart. Raises `ConfigError`, `DataError`.
     """
     for value in batches:
@@ -39,7 +39,7 @@ def bench(
     if not cases:
         raise ConfigError(f"{bundle.path} has no {route} graph; export it with 'hflow-rt export'")
     names = _chosen(variants)
-    target = output or (Path() if bundle.path == pretrained() else bundle.path) / "latency"
+    target = output or (Path() if is_installed(bundle.path) else bundle.path) / "latency"
     check_report(target)
     report = measure_latency(bundle, names, cases, batches, rounds, progress)
     written = [f"{target}.{kind}" for kind in ("json", "md", "png")]

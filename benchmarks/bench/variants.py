@@ -328,6 +328,5 @@ def files_of(variant: Variant, bundle: Path, manifest: Manifest, case: str) -> i
         newest = list(manifest.engines.values())[-1:]
         names = {engines.plans[name].file for engines in newest for name in graphs if name in engines.plans}
     else:
-        described = [manifest.graphs[name] for name in graphs]
-        names = {graph.file for graph in described} | {graph.weights for graph in described if graph.weights}
+        names = {file for name in graphs for file in manifest.graphs[name].files}
     return sum(os.path.getsize(bundle / name) for name in names)

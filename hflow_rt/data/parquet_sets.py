@@ -21,7 +21,7 @@ __all__ = ["is_parquet", "open_parquet"]
 # where a file has several columns of bytes, the first of these that it has
 _NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "data")
 _ROWS = 16  # decoded together
-_BUFFER = 1 << 20  # bytes read together of a column, whose part in a row group may be large
+_BUFFER = 1 << 20  # bytes read together of a column, whose part in a row group may be large, instead of all of it
 
 
 def is_parquet(path: Path | str) -> bool:
@@ -110,7 +110,7 @@ def _opened(path: Path) -> Iterator[Any]:
         arrow: Any = import_module("pyarrow")
         parquet: Any = import_module("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+        with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
             yield file
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a whole parquet file ({short(error)}); copy or download it again") from error

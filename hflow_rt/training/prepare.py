@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hflow_rt.assets import demo_images
+from hflow_rt.assets import demo_images, resolved
 from hflow_rt.errors import ConfigError
 from hflow_rt.files import is_file, is_folder
 from hflow_rt.manifest import MODEL
@@ -87,7 +87,7 @@ def prepare(
     before: dict[str, Any] | None = None  # the run's data
     checkpoint: bool | Path = False
     folder = None if out is None else Path(out)
-    begin = None if start is None else Path(start)
+    begin = None if start is None else resolved(Path(start))
     if resume is not False:
         if preset is not None or config is not None or start is not None:
             raise ConfigError("--resume takes weights and settings from the run; change single ones with --set")

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hflow_rt import __version__
-from hflow_rt.assets import pretrained
+from hflow_rt.assets import is_installed, pretrained
 from hflow_rt.errors import DataError
 from hflow_rt.manifest import Loop
 from hflow_rt.runtime.bundle import BUNDLE
@@ -27,7 +27,7 @@ def described(session: Session) -> dict[str, Any]:
         "version": __version__,
         "name": where.parent.name if where.name == BUNDLE else where.name,
         # no path of this machine leaves it
-        "said": "" if where == pretrained() else "MODEL",
+        "said": "" if where == pretrained() else where.name if is_installed(where) else "MODEL",
         "family": manifest.family,
         "model": manifest.checkpoint.get("sha256", ""),
         "backend": session.backend,

@@ -53,7 +53,7 @@ def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list
     session = open_bundle(bundle, "onnx", "cpu")
     manifest = bundle.manifest
     web = _web(session)
-    sources = {graph[key] for graph in web["graphs"].values() for key in ("file", "weights") if graph[key]}
+    sources = {file for graph in web["graphs"].values() for file in (graph["file"], *graph["weights"])}
     sources |= {way["schedule"] for way in web["routes"].values() if "schedule" in way} | {*filter(None, [web["bank"]])}
     about = described(session) | {"engine": "browser", "backend": "this browser", "projects": False, "web": web}
     if not about["encodes"]:

@@ -95,6 +95,7 @@ def test_classes_come_from_folders(hflow: Command, tmp_path: Path, monkeypatch: 
     classes_by_place(hflow)
     latent_tools_of_classes(hflow)
     shutil.copy("data/red/0.png", "0.png")
+    shards_of_classes(hflow)
     for arguments, message in (
         (("encode", "0.png"), "images need a folder named after one of the labels (red, blue); '0.png' is in none;"),
         (("zeroing",), "put it there, or say --label"),
@@ -112,6 +113,30 @@ def classes_by_place(hflow: Command) -> None:
         assert load_latents(Path("z.safetensors"))[0]["labels"].argmax(1).tolist() == [expected] * count
     ok(hflow("encode", "data/red/0.png", "--label", "blue", "-o", "z.safetensors"))
     assert load_latents(Path("z.safetensors"))[0]["labels"].tolist() == [[0, 1]]
+
+
+def shards_of_classes(hflow: Command) -> None:
+    """The likelihood of an image is of its own class; what has none is a row with the reason, if it is not all."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shutil.copytree("data", "jobs/data")
+    shutil.copy("0.png", "jobs/data/stray.png")
+    for out, words in (("own", ()), ("blue", ("--label", "blue"))):
+        assert "refused" in ok(hflow("score", "jobs/data", *words, "--keep", "log_prob,labels", "-o", out)).out or words
+        (rows,) = (parquet.read_table(path).to_pylist() for path in Path(out).glob("*.parquet"))
+        found = {row["name"]: row for row in rows}
+        assert found["red/0.png"]["labels"] == ([0, 1] if words else [1, 0])
+        assert found["blue/0.png"]["labels"] == [0, 1]
+        assert ("is in none" in (found["stray.png"]["reason"] or "")) == (not words)
+        ok(hflow("encode", "jobs/data/red/0.png", *words, "-o", "one.safetensors"))
+        expected = load_latents(Path("one.safetensors"))[1]["log_prob"][0]
+        assert found["red/0.png"]["log_prob"] == pytest.approx(expected, rel=1e-4)
+    ok(hflow("encode", "jobs/data/blue", "--shards", 2, "-o", "of-blue"))
+    assert load_latents(Path("of-blue/00002-of-00002.safetensors"))[0]["labels"].tolist() == [[0, 1]] * 5
+    Path("plain").mkdir()
+    shutil.copy("0.png", "plain/0.png")
+    result = hflow("score", "plain", "-o", "none")
+    assert "images need a folder named after a class (red, blue); make one, or say --label" in result.err
+    assert not Path("none").exists()
 
 
 def latent_tools_of_classes(hflow: Command) -> None:

@@ -64,7 +64,7 @@ def test_presets_are_listed_with_their_sizes(hflow: Command, monkeypatch: pytest
     lines = ok(hflow("info", "--presets")).out.splitlines()
     assert re.fullmatch(r"glow-demo +glow +32x32 +0\.56 M parameters", lines[0])
     assert lines[2] == "next: hflow-rt train --preset glow-demo"
-    refused(hflow("info", "here", "--presets"), "--presets lists all presets; omit here")
+    refused(hflow("info", "here", "--presets"), "--presets lists all of them; omit here")
 
 
 def test_info_speaks_no_python(hflow: Command, run: Path) -> None:

@@ -1,7 +1,9 @@
 """Commands that work in shards, on one machine or as one of many."""
 
 import json
+import shlex
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,25 @@ def test_scores_of_a_folder(hflow: Command, model: Path) -> None:
     assert "3 of 3 shards whole" in ok(hflow("shards", "many")).out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("score", "photos", "--keep", "log_prob,end", "--shard", "2/3"),
+        ("encode", "photos", "--format", "parquet", "--seed", "4", "--shard", "2/3"),
+        ("sample", "-n", "6", "--std", "0.5", "--std", "z0=0.4", "--seed", "1", "--shard", "2/3"),
+    ],
+)
+def test_the_command_that_is_shown_goes_on(hflow: Command, model: Path, words: tuple[str, ...]) -> None:
+    """By who has nothing but the folder and knows where images and model are, and by who began."""
+    pytest.importorskip("pyarrow")
+    for out in ("a job", "another"):
+        begun = ok(hflow(*words, "-o", out)).out.splitlines()
+        looked = hflow("shards", out).out.splitlines()
+        line = looked[-1].removeprefix("next: ") if out == "a job" else begun[-1].strip()
+        known = shlex.split(line.replace("IMAGES", "photos").replace("MODEL", str(model)))
+        assert "3 of 3 shards" in ok(hflow(*known[1:])).out
+
+
 def test_by_several_processes(hflow: Command, model: Path) -> None:
     words = ["sample", "-n", 12, "--shards", 4, "--format", "npz", "--seed", 5, "--std", "0.5"]
     ok(hflow(*words, "-o", "one"))
@@ -48,6 +69,13 @@ def test_by_several_processes(hflow: Command, model: Path) -> None:
         assert path.read_bytes() == (Path("two") / path.name).read_bytes(), path.name
     array = np.concatenate([np.load(path)["arr_0"] for path in sorted(Path("two").glob("*.npz"))])
     assert array.shape == (12, 16, 16, 3)
+    assert "12 images: all.npz" in ok(hflow("shards", "two", "--join", "all.npz")).out
+    with np.load("all.npz") as joined:
+        assert list(joined) == ["arr_0"]
+        np.testing.assert_array_equal(joined["arr_0"], array)
+    Path("two/00001-of-00004.npz").unlink()
+    assert hflow("shards", "two", "--join", "part.npz").code == 1
+    assert not Path("part.npz").exists()
 
 
 def test_a_process_that_fails_is_said(hflow: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +90,34 @@ def test_latents_in_shards(hflow: Command, model: Path) -> None:
     ok(hflow("encode", "photos", "--shards", 2, "-o", "latents"))
     ok(hflow("decode", "latents/00002-of-00002.safetensors", "-o", "decoded/"))
     assert len([*Path("decoded").glob("*.png")]) == 3
+
+
+@pytest.mark.parametrize("kind", ["tar shards", "parquet", "npy"])
+def test_other_sources(hflow: Command, model: Path, kind: str) -> None:
+    """What is read of any source is what is read of the files."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    files = [Path(f"photos/{index}.png") for index in range(7)]
+    Path("set").mkdir()
+    source = "set"
+    if kind == "npy":
+        source = "set/photos.npy"
+        np.save(source, np.stack([np.asarray(Image.open(path)) for path in files]))
+    elif kind == "parquet":
+        parquet.write_table(arrow.table({"image": [path.read_bytes() for path in files]}), "set/a.parquet")
+    else:
+        for name, part in (("a.tar", files[:3]), ("b.tar", files[3:])):
+            with tarfile.open(f"set/{name}", "w") as archive:
+                for path in part:
+                    archive.add(path)
+    Path("photos/bad.png").unlink()
+    scores = []
+    for place in ("photos", source):
+        out = f"of-{Path(place).name}"
+        ok(hflow("score", place, "--shards", 2, "-o", out, "--keep", "log_prob"))
+        tables = [parquet.read_table(path) for path in sorted(Path(out).glob("*.parquet"))]
+        scores.append(arrow.concat_tables(tables)["log_prob"].to_pylist())
+    assert scores[0] == scores[1]
 
 
 def test_a_damaged_shard_is_done_again(hflow: Command, model: Path) -> None:
@@ -92,6 +148,9 @@ def test_a_damaged_shard_is_done_again(hflow: Command, model: Path) -> None:
             ["encode", "photos", "--shards", 2, "-o", "l.safetensors"],
             "in shards one source of images goes into a folder",
         ),
+        (["encode", "photos", "--keep", "z0"], "--keep and --format are for jobs in shards; say --shards"),
+        (["score", "photos", "--keep", "x"], "unknown 'x' in --keep; this model has all, bits_per_dim, log_prob, end0"),
+        (["score", "photos", "--label", "cat"], "this model knows no classes; omit 'cat'"),
         (["shards", "photos"], "photos has no plan.json"),
         (["score", "photos", "-o", "photos"], "photos holds 0.png and no plan of shards"),
     ],

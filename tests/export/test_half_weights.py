@@ -1,5 +1,7 @@
 """Constants in half precision are the same constants, in half the bytes."""
 
+import hashlib
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -34,6 +36,7 @@ def test_the_same_constant(scale: float) -> None:
     values = (weights.astype(np.float64) * scale).astype(np.float32)
     proto, changed = product(values), product(values)
     assert halve(changed, SCALES) == 1
+    assert [node.op_type for node in changed.graph.node][:-1] == ["Cast"] + ["Mul"] * (scale != 1)
     onnx.checker.check_model(changed, full_check=True)
     kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in changed.graph.initializer}
     assert (kept["w.half"] == weights).all()
@@ -56,6 +59,16 @@ def test_a_scale_for_each_channel() -> None:
     assert (kept["w.half"] == weights).all()
     x = rng.standard_normal((3, 40)).astype(np.float32)
     assert (np.abs(run(changed, x) - run(proto, x)) <= 3e-7 * (np.abs(x) @ np.abs(values))).all()
+
+
+def test_numbers_that_are_stored_go_first() -> None:
+    """Of gains that are powers of 2 apart each gives half-precision numbers; one gives those of the model file."""
+    weights = np.random.default_rng(3).standard_normal((40, 30)).astype(np.float16)
+    for stored, expected in ((set(), 2 * weights), ({hashlib.sha256(weights.tobytes()).digest()}, weights)):
+        proto = product((weights * 0.5).astype(np.float32))
+        assert halve(proto, [0.25, 0.5, 1.0], stored) == 1
+        kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+        assert (kept["w.half"] == expected).all()
 
 
 def test_other_constants_stay() -> None:

@@ -72,6 +72,21 @@ def test_changed_constants_close_every_graph(bundle: Path) -> None:
         load(bundle).sample(1)
 
 
+def test_former_bundles_have_one_file_of_constants(bundle: Path) -> None:
+    found = find_bundle(bundle)
+
+    def one_file(values: Manifest) -> None:
+        for graph in values["graphs"].values():
+            graph["weights"] = next(iter(graph["weights"]), None)
+
+    edit(bundle, one_file)
+    assert {graph["weights"] for graph in json.loads((bundle / "manifest.json").read_text())["graphs"].values()} == {
+        "weights.bin",
+        None,
+    }
+    assert find_bundle(bundle) == found
+
+
 def test_only_what_is_used_is_read(bundle: Path) -> None:
     """A broken inverse does not keep anybody from sampling; `check` reads everything."""
     (bundle / "inverse.onnx").write_bytes(b"")
@@ -150,7 +165,9 @@ def test_a_file_that_is_a_folder(bundle: Path) -> None:
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    assert refused(tmp_path / "nowhere") == f"{tmp_path / 'nowhere'} does not exist; name a run or a bundle"
+    names = "glow-emoji, hflow-emoji, ihdm-emoji"
+    expected = f"{tmp_path / 'nowhere'} does not exist; name a run, a bundle or one of {names}"
+    assert refused(tmp_path / "nowhere") == expected
 
 
 def test_a_path_that_is_a_file(tiny_run: Path) -> None:

@@ -20,11 +20,13 @@ import pytest
 from PIL import Image
 
 from hflow_rt.data.sources import open_source
-from hflow_rt.errors import DataError
+from hflow_rt.errors import DataError, NoInverse
 from hflow_rt.runtime import load
 from hflow_rt.runtime.images.pictures import to_uint8
-from hflow_rt.runtime.latents.files import load_latents
+from hflow_rt.runtime.latents.files import as_made, load_latents
+from hflow_rt.runtime.latents.operations import check_latents
 from hflow_rt.runtime.session import Session
+from hflow_rt.runtime.shard_files import encoding_settings
 from hflow_rt.runtime.shards import Job, cut, forget, is_done, listed, pinned, read_job, shard_name, state, work
 
 SEED = {"seed": 3, "std": ["0.5"], "label": None}
@@ -54,7 +56,9 @@ def source(photos: Path) -> Iterator[Any]:
         yield stack.enter_context(open_source(photos))
 
 
-def job_of(session: Session, kind: Any, files: str, images: int, shards: int, source: Any = None) -> Job:
+def job_of(
+    session: Session, kind: Any, files: str, images: int, shards: int, source: Any = None, settings: Any = None
+) -> Job:
     return Job(
         kind=kind,
         files=files,
@@ -64,8 +68,13 @@ def job_of(session: Session, kind: Any, files: str, images: int, shards: int, so
         images=images,
         inputs=None if source is None else listed(source),
         shards=shards,
-        settings=SEED,
+        settings=settings or SEED,
     )
+
+
+def encoding_of(session: Session, photos: Path, source: Any, kind: Any, files: str, shards: int, **how: Any) -> Job:
+    settings = encoding_settings(session, 3, how.get("keep"), None, photos, files, scores=kind == "score")
+    return job_of(session, kind, files, 20, shards, source, settings)
 
 
 @pytest.mark.parametrize(("images", "shards"), [(20, 3), (7, 7), (1_000_003, 64)])
@@ -80,7 +89,8 @@ def test_every_image_is_in_one_shard(session: Session, images: int, shards: int)
 
 def test_scores(session: Session, source: Any, photos: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    job, out = job_of(session, "score", "parquet", 20, 3, source), tmp_path / "out"
+    job, out = encoding_of(session, photos, source, "score", "parquet", 3), tmp_path / "out"
+    assert job.settings["keep"] == ["bits_per_dim", "log_prob", "end0", "end1"]  # of more numbers are the others
     pinned(out, job)
     assert [work(session, out, job, shard, source) for shard in (1, 2, 3)] == [True] * 3
     table = [row for shard in (1, 2, 3) for row in parquet.read_table(out / shard_name(job, shard)).to_pylist()]
@@ -90,25 +100,75 @@ def test_scores(session: Session, source: Any, photos: Path, tmp_path: Path) -> 
     for index, row in enumerate(table):
         if index in (5, 13):
             assert row["bits_per_dim"] is row["log_prob"] is None
+            assert np.isnan(row["end1"]).all()
             continue
         encoded = session.inverse(session.read(photos / row["name"]))
         assert row["log_prob"] == pytest.approx(float(encoded.log_prob[0]), rel=1e-4)
         assert row["bits_per_dim"] == pytest.approx(float(session.bits_per_dim(encoded.log_prob)[0]), rel=1e-4)
+        np.testing.assert_allclose(row["end1"], encoded.latents["end1"].reshape(-1), atol=1e-4)
     found = state(out, job)
     assert (found.done, found.missing, found.images, found.refused) == ((1, 2, 3), (), 18, 2)
 
 
 def test_latents(session: Session, source: Any, photos: Path, tmp_path: Path) -> None:
-    job, out = job_of(session, "encode", "safetensors", 20, 2, source), tmp_path / "out"
-    pinned(out, job)
-    for shard in (1, 2):
-        work(session, out, job, shard, source)
-    latents, about = load_latents(out / shard_name(job, 1))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    found = {}
+    for files in ("safetensors", "parquet"):
+        job, out = encoding_of(session, photos, source, "encode", files, 2), tmp_path / files
+        pinned(out, job)
+        for shard in (1, 2):
+            work(session, out, job, shard, source)
+        found[files] = out / shard_name(job, 1)
+    latents, about = load_latents(found["safetensors"])
     assert about["images"] == [f"{index:02d}.png" for index in range(10) if index != 5]
     assert list(about["skipped"]) == ["05.png"]
     expected = session.inverse(session.read(photos / "07.png"))
     for name, values in expected.latents.items():
         np.testing.assert_allclose(latents[name][6], values[0], atol=1e-4)
+    table = parquet.read_table(found["parquet"])
+    shapes = json.loads(table.schema.metadata[b"hflow_rt.latents"])["shapes"]
+    assert {name: tuple(shape) for name, shape in shapes.items()} == session.input_shapes
+    assert table["log_prob"].to_pylist()[:5] == about["log_prob"][:5]
+    for name, shape in shapes.items():
+        values = table[name].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
+        np.testing.assert_array_equal(np.delete(values, 5, axis=0), latents[name])
+
+
+def test_what_is_kept(session: Session, source: Any, photos: Path, tmp_path: Path) -> None:
+    scores, latents = ["bits_per_dim", "log_prob"], list(session.latent_shapes)
+    for keep, names in [("z", latents[-1:]), ("log_prob, z0", ["log_prob", "z0"]), ("all", scores + latents)]:
+        job = encoding_of(session, photos, source, "encode", "safetensors", 2, keep=keep)
+        assert job.settings["keep"] == [name for name in scores + latents if name in names or name[0] == keep]
+    job = encoding_of(session, photos, source, "encode", "safetensors", 20, keep="log_prob,z0")
+    pinned(tmp_path / "out", job)
+    work(session, tmp_path / "out", job, 1, source)
+    found, about = load_latents(tmp_path / "out" / shard_name(job, 1))
+    assert (list(found), len(about["log_prob"]), "bits_per_dim" in about) == (["z0"], 1, False)
+    work(session, tmp_path / "out", job, 6, source)  # of the broken one alone
+    assert load_latents(tmp_path / "out" / shard_name(job, 6))[0]["z0"].shape == (0, *session.latent_shapes["z0"])
+    known = f"this model has all, {', '.join(scores + latents)}"
+    with pytest.raises(DataError, match=f"unknown 'zz' in --keep; {known}"):
+        encoding_of(session, photos, source, "encode", "parquet", 2, keep="zz")
+    with pytest.raises(DataError, match="safetensors holds latents, and --keep log_prob names none"):
+        encoding_of(session, photos, source, "encode", "safetensors", 2, keep="log_prob")
+
+
+def test_latents_of_many_steps_know_how_they_were_made(
+    many_steps: Path, photos: Path, source: Any, tmp_path: Path
+) -> None:
+    session = load(many_steps, device="cpu").in_steps(2)
+    job = encoding_of(session, photos, source, "encode", "safetensors", 10)
+    job = job.model_copy(update={"settings": job.settings | {"steps": 2}})
+    pinned(tmp_path / "out", job)
+    work(session, tmp_path / "out", job, 1, source)
+    path = tmp_path / "out" / shard_name(job, 1)
+    latents, _ = load_latents(path)
+    check_latents(latents, as_made(load(many_steps, device="cpu"), [path]).input_shapes, "a shard")
+
+
+def test_without_an_inverse_nothing_is_begun(slots_run: Path, photos: Path, source: Any) -> None:
+    with pytest.raises(NoInverse, match="hflow-rt project"):
+        encoding_of(load(slots_run, device="cpu"), photos, source, "score", "parquet", 2)
 
 
 def test_samples(session: Session, tmp_path: Path) -> None:
@@ -203,19 +263,55 @@ def test_one_at_a_time(session: Session, tmp_path: Path, monkeypatch: pytest.Mon
     assert state(tmp_path, job).done == (1,)
 
 
-def test_a_full_disk_leaves_nothing(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = job_of(session, "sample", "npz", 4, 1)
-    pinned(tmp_path, job)
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of the size of files")
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [("score", "parquet"), ("encode", "parquet"), ("encode", "safetensors"), ("sample", "tar"), ("sample", "npz")],
+)
+def test_a_disk_that_is_full_in_the_middle(
+    session: Session, source: Any, photos: Path, tmp_path: Path, kind: Any, files: str
+) -> None:
+    """The system writes a part of a file and then no more, as on a full disk; it stands in for that."""
+    import resource
 
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+    out = tmp_path / "out"
+    if kind == "sample":
+        job = job_of(session, kind, files, 40, 1)
+    else:
+        job = encoding_of(session, photos, source, kind, files, 1)
+    pinned(out, job)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*File too large; free space"):
+            work(session, out, job, 1, source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in out.iterdir()] == ["plan.json"]
+    assert work(session, out, job, 1, source)
+    assert state(out, job).done == (1,)
 
-    with monkeypatch.context() as patched:
-        patched.setattr("os.fsync", full)
-        with pytest.raises(DataError, match="No space left"):
-            work(session, tmp_path, job, 1, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-    assert work(session, tmp_path, job, 1, None)
+
+def test_of_many_jobs_that_begin_at_once_one_is_not_refused(session: Session, tmp_path: Path) -> None:
+    jobs = [job_of(session, "sample", "npz", 40, shards) for shards in range(1, 17)]
+    ready, begun, refused = threading.Barrier(len(jobs)), list[Job](), list[str]()
+
+    def begin(job: Job) -> None:
+        ready.wait(20)
+        try:
+            pinned(tmp_path / "out", job)
+            begun.append(job)
+        except DataError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=begin, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert begun == [read_job(tmp_path / "out")]
+    assert len(refused) == 15
+    assert all("is of another job: its shards is" in line for line in refused)
 
 
 @pytest.mark.slow

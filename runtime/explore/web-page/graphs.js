@@ -39,7 +39,8 @@ function session(name) {
     const { file, weights } = web.graphs[name];
     const made = async () => {
       const graph = new Uint8Array(await fetched(file));
-      const data = weights ? [{ path: weights, data: new Uint8Array(await fetched(weights)) }] : undefined;
+      const held = await Promise.all(weights.map(fetched));
+      const data = weights.map((path, index) => ({ path, data: new Uint8Array(held[index]) }));
       return ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData: data });
     };
     const found = made();

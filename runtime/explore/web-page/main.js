@@ -254,7 +254,7 @@ at("file").addEventListener("change", () => {
   takeFiles([...at("file").files]);
   at("file").value = "";
 });
-at("model-said").hidden = !model.said;
+at("model-said").hidden = model.said !== "MODEL"; // else nothing, or the name of a bundled one
 at("open").disabled = !model.encodes && !model.projects;
 at("open").title = at("open").disabled ? (model.encodes_not ?? "") : "or drop one anywhere on this page";
 at("frame").addEventListener("input", () => change((now) => (now.frame = Number(at("frame").value)), false));

@@ -19,8 +19,8 @@ _FILE = "data.mdb"  # of a set that is a folder
 _SUFFIXES = (".lmdb", ".mdb")
 _ENCODED = (b"\xff\xd8\xff", b"\x89PNG")  # how files begin whose length might be that of raw pixels
 
-# name, and what opens it
-Value = tuple[str, partial[IO[bytes]]]
+# name, bytes, and what opens it
+Value = tuple[str, int, partial[IO[bytes]]]
 
 
 def lmdb_parts(path: Path) -> dict[str, Path]:
@@ -50,14 +50,16 @@ def lmdb_values(parts: dict[str, Path]) -> Iterator[list[Value]]:
                 opened = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
                 environment = stack.enter_context(opened)
                 transaction = stack.enter_context(environment.begin())
-                keys = sorted((_number(key, path), key) for key in transaction.cursor().iternext(values=False))
+                with environment.begin(buffers=True) as listed:  # whose values are not read
+                    found = ((bytes(key), len(value)) for key, value in listed.cursor())
+                    keys = sorted((_number(key, path), key, size) for key, size in found)
             except lmdb.Error as error:
                 raise DataError(f"{path} is not a whole LMDB ({str(error).splitlines()[0]}); copy it again") from error
             if not keys:
                 raise DataError(f"{path} has no keys; it must hold images under the keys 0, 1, ...")
-            _check_counted([number for number, _ in keys], path)
+            _check_counted([number for number, _, _ in keys], path)
             # .ppm is what raw values are read as, and says that all are images
-            values += [(f"{folder}{number}.ppm", partial(_open, transaction, key)) for number, key in keys]
+            values += [(f"{folder}{number}.ppm", size, partial(_open, transaction, key)) for number, key, size in keys]
         yield values
 
 

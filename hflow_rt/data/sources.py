@@ -48,8 +48,8 @@ def open_source(source: Path | str) -> Iterator[ImageSource]:
     path = Path(source)
     if parts := lmdb_parts(path):
         with lmdb_values(parts) as values:
-            names = [name for name, _ in values]
-            yield of_files(names, [-1] * len(names), lambda number: values[number][1]())
+            names, sizes = [name for name, _, _ in values], [size for _, size, _ in values]
+            yield of_files(names, sizes, lambda number: values[number][2]())
     elif os.path.isdir(path):
         yield _of_folder(path, _files(path))
     elif _is_pattern(path):

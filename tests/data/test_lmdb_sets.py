@@ -46,6 +46,7 @@ def test_raw_and_encoded_values_come_by_number(write: Write) -> None:
     path = write("train.lmdb", values)
     with open_source(path) as source:
         found = dict(source)
+        assert [*source.listing] == [(f"{index}.ppm", len(values[str(index)])) for index in range(11)]
     assert list(found) == [f"{index}.ppm" for index in range(11)]
     for index in range(11):
         image = found[f"{index}.ppm"]

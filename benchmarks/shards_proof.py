@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,11 @@ def rates(folder: Path) -> None:
     print(f"\nOne process {one:.0f} images/s, two {two:.0f}: {two / one / 2:.2f} of twice as many, start included.")
 
 
+def there(out: Path) -> int:
+    """Shards that are done."""
+    return len([*out.glob("*.npz.json")])
+
+
 def killed_on_ray(cluster: Loopback, folder: Path, kills: int) -> str:
     """As `killed`, of the workers, the second machine and the driver of a cluster; every job is run to its end."""
     rng, images, shards = np.random.default_rng(0), 600, 150
@@ -157,13 +162,16 @@ def killed_on_ray(cluster: Loopback, folder: Path, kills: int) -> str:
         while not ended:
             runs += 1
             driver = subprocess.Popen(command, cwd=folder, env=dict(os.environ), **QUIET)
+            enough = there(out) + int(
+                rng.integers(0, 8)
+            )  # by shards, not by seconds, so that a busy machine gets on, too
             while driver.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    driver.wait(float(rng.uniform(0.5, 3.0)))
-                    break
-                what = str(rng.choice([*done], p=[0.8, 0.1, 0.1]))
-                if sum(done.values()) == kills or not (workers := cluster.workers()):
+                time.sleep(float(rng.uniform(0, 0.5)))
+                workers = cluster.workers()
+                if sum(done.values()) == kills or not workers or there(out) < enough:
                     continue
+                what = str(rng.choice([*done], p=[0.8, 0.1, 0.1]))
+                enough = there(out) + int(rng.integers(0, 8))
                 if what == "workers":
                     workers[rng.integers(len(workers))].kill()
                 elif what == "machines":
@@ -171,6 +179,7 @@ def killed_on_ray(cluster: Loopback, folder: Path, kills: int) -> str:
                 else:
                     driver.kill()
                 done[what] += 1
+                print(f"job {jobs}, run {runs}: {done}", file=sys.stderr)
             ended = driver.wait() == 0
         found = contents(out)
         if found != whole:

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hflow_rt import __version__
-from hflow_rt.assets import pretrained
+from hflow_rt.assets import is_installed
 from hflow_rt.data.image_source import ImageSource
 from hflow_rt.data.sources import open_source
 from hflow_rt.errors import BackendUnavailable, DataError, HFlowError
@@ -26,10 +26,13 @@ from hflow_rt.runtime.shards import Job, is_done, listed, read_job, work
 
 __all__ = ["Opening", "here", "in_tasks"]
 
-RETRIES = (
-    5  # of a task that was lost: machines go now and then, but a shard that ends its process shall not do so for ever
-)
+RETRIES = 5  # of a task that was lost: machines go now and then, but what always ends its process must come to an end
 SECONDS = 5.0  # for what Ray itself gives a minute or more
+_IMPATIENT = {  # it would try for ten minutes, say after `auto` found what is left of a cluster that has ended
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    "RAY_gcs_rpc_server_connect_timeout_s": "2",
+    "RAY_py_gcs_connect_timeout_s": "5",
+}
 ROUNDS = 30  # a second each, for shards that a process of a lost machine, or of a killed driver, still holds
 
 
@@ -37,7 +40,7 @@ class Opening(NamedTuple):
     """What a machine opens, by paths that all of them see."""
 
     out: str
-    model: str | None  # None: the bundled one, which each machine has
+    model: str  # or the name of a bundled one, which each machine has
     backend: str
     device: str
     source: str | None
@@ -46,13 +49,13 @@ class Opening(NamedTuple):
     def of(cls, out: Path, session: Session, backend: str, device: str, source: Path | None) -> "Opening":
         """What makes others do as `session`, which `load` opened by `backend` and `device`."""
         path = session.bundle.path
-        model = None if path == pretrained() else os.path.abspath(path)
-        return cls(os.path.abspath(out), model, backend, device, source and os.path.abspath(source))
+        model = path.name if is_installed(path) else os.path.abspath(path)
+        return cls(os.path.abspath(out), model, backend, device, None if source is None else os.path.abspath(source))
 
 
 def in_tasks(
     address: str, opening: Opening, job: Job, shards: Sequence[int], told: Callable[[str], None]
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Do `shards` on the cluster at `address`, as `ray.init` takes it; yields each that is done.
 
     told: hears what the cluster is, and which shards somebody else is at. What is not done when this is closed is
@@ -60,14 +63,15 @@ def in_tasks(
     was lost too often, and what a task raises.
     """
     with _connected(address) as ray:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        told(f"Ray at {address}: {len(nodes)} machines, {sum(node.get('CPU', 0) for node in nodes):.0f} CPUs")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cpus = sum(node["Resources"].get("CPU", 0) for node in nodes)
+        told(f"Ray at {address}: {len(nodes)} machines, {cpus:.0f} CPUs")
         _spare(ray, nodes)
         gpus = int("cpu" not in job.backend.lower())
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD")(_travelling())
         left, lost = list(shards), list[int]()
         for _ in range(ROUNDS):
-            held = []
+            held = list[int]()
             for shard, found in _results(ray, task, (__version__, tuple(opening), job.model_dump_json()), left):
                 if found:
                     yield shard
@@ -175,6 +179,8 @@ def _results(ray: Any, task: Any, beside: tuple[Any, ...], shards: Sequence[int]
 def _connected(address: str) -> Iterator[Any]:
     """The module, connected. Raises `BackendUnavailable` in seconds, `DataError` for what is no address."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that starts here tells nobody of it
+    if address != "local":
+        os.environ |= {name: os.environ.get(name, value) for name, value in _IMPATIENT.items()}
     with needed("ray", "--ray needs Ray: pip install 'hflow-rt[ray]'"):
         ray: Any = import_module("ray")
     if address not in ("auto", "local"):
@@ -196,9 +202,9 @@ def _connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _spare(ray: Any, nodes: Sequence[dict[str, float]]) -> None:
+def _spare(ray: Any, nodes: Sequence[dict[str, Any]]) -> None:
     """Take a CPU of each machine that has more than two, for as long as this is connected: for what else runs there."""
-    for resources in nodes:
-        if resources.get("CPU", 0) > 2:
-            (name,) = (name for name in resources if name.startswith("node:") and "__" not in name)
+    for node in nodes:
+        if node["Resources"].get("CPU", 0) > 2:
+            name = f"node:{node['NodeManagerAddress']}"  # a resource that Ray gives each machine to choose it by
             ray.util.placement_group([{"CPU": 1, name: 0.001}]).wait(SECONDS)  # else tasks would take it first

@@ -82,7 +82,7 @@ def test_a_machine_that_has_something_else_refuses(session: Session, photos: Pat
     with pytest.raises(DataError, match="must be one folder that every machine sees"):
         here(opening._replace(out=str(tmp_path / "nowhere")), job, 1)
     with pytest.raises(DataError, match="and here is"):
-        here(opening._replace(model=None), job, 1)
+        here(opening._replace(model="hflow-emoji"), job, 1)
     Image.new("RGB", (16, 16)).save(photos / "new.png")
     with pytest.raises(DataError, match="must hold the same images on every machine"):
         here(opening, job, 1)
@@ -99,7 +99,7 @@ def test_without_ray(session: Session, tmp_path: Path, monkeypatch: pytest.Monke
 def ray() -> Iterator[Any]:
     """Ray, imported where it keeps to the loopback address."""
     with on_loopback():
-        yield pytest.importorskip("ray")
+        yield pytest.importorskip("ray", reason="Ray is not installed: pip install 'hflow-rt[ray]'")
 
 
 def test_nobody_is_there(ray: Any, session: Session, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_what_goes_wrong_on_a_cluster_is_one_error(
 ) -> None:
     opening, job = begun(session, tmp_path)
     told: list[str] = []
-    with pytest.raises(BundleError, match=r"nowhere does not exist; name a run or a bundle \(on "):
+    with pytest.raises(BundleError, match=r"nowhere does not exist; .* \(on "):
         [*in_tasks(cluster.address, opening._replace(model="nowhere"), job, [1, 2], told.append)]
     assert told == [f"Ray at {cluster.address}: 2 machines, 2 CPUs"]
     with monkeypatch.context() as patched:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -113,28 +114,29 @@ def test_two_processes_that_train_in_phases(ends: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_trains_with_two_processes(images: Any, tmp_path: Path) -> None:
-    """`accelerate launch -m hflow_rt.cli train`: one run, one report, on a real (tiny) hflow."""
-    (tmp_path / "pictures").mkdir()
-    for index in range(12):
-        tile = images.array[index].transpose(1, 2, 0)
-        Image.fromarray(tile).resize((32, 32)).save(tmp_path / "pictures" / f"{index}.png")
+def test_the_command_trains_on_two_machines(images: Any, tmp_path: Path) -> None:
+    """As docs/sharding.md says, each of a folder of its own: one run, one report, on a real (tiny) hflow."""
     settings = {"batch_size": 2, "accumulate": 2, "init_images": 4, "images": 16, "evaluate_images": 2}
-    (tmp_path / "settings.json").write_text(json.dumps({"preset": "hflow-demo", "training": settings}))
-    arguments = [
-        "-m",
-        "hflow_rt.cli",
-        "train",
-        "--config",
-        "settings.json",
-        "--data",
-        "pictures",
-        "--out",
-        "run",
-    ]
-    done = _launch(*arguments, "--device", "cpu", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert (found["images"], found["step"]) == (16, 2)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in ("0", "1"):
+        folder = tmp_path / rank
+        (folder / "pictures").mkdir(parents=True)
+        for index in range(12):
+            tile = images.array[index].transpose(1, 2, 0)
+            Image.fromarray(tile).resize((32, 32)).save(folder / "pictures" / f"{index}.png")
+        (folder / "settings.json").write_text(json.dumps({"preset": "hflow-demo", "training": settings}))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
+        command += ["--machine_rank", rank, "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+        command += ["--main_process_port", port, "-m", "hflow_rt.cli", "train", "--config", "settings.json"]
+        command += ["--data", "pictures", "--out", "run", "--device", "cpu", "--json"]
+        environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+        running.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True))
+    (out, errors), (silent, _) = (process.communicate(timeout=150) for process in running)
+    assert [process.returncode for process in running] == [0, 0], errors
+    found = json.loads(out)
+    assert (found["images"], found["step"], silent) == (16, 2, "")
     assert math.isfinite(found["final"]["figures"]["strict"]["mean"])
-    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert (tmp_path / "0" / "run" / "model.safetensors").is_file()
+    assert not (tmp_path / "1" / "run").exists()

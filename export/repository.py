@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from hflow_rt.choices import Route
 from hflow_rt.errors import BundleError, ConfigError
 from hflow_rt.files import atomic_directory, atomic_file, is_folder
-from hflow_rt.manifest import MANIFEST, Engines, Graph, Loop, Route, Tensor, graphs_of
+from hflow_rt.manifest import MANIFEST, Engines, Graph, Loop, Tensor, graphs_of
 from hflow_rt.runtime.bundle import BUNDLE, Bundle
 from hflow_rt.runtime.served import DEFAULTS, ROUTE
 from hflow_rt.runtime.session import Session, open_bundle
@@ -169,13 +170,15 @@ def _sample_config(name: str) -> str:
 def _route_config(name: str, session: Session, route: str) -> str:
     """The settings of a loop: a request is one call of the session's method."""
     manifest = session.manifest
-    image = {"image": (manifest.channels, manifest.resolution, manifest.resolution)}
+    image: dict[str, tuple[int, ...]] = {"image": (manifest.channels, manifest.resolution, manifest.resolution)}
     if route == "forward":
         return _python_config(name, route, session.input_shapes, {"control": "TYPE_STRING"}, image)
-    conditions = {key: (len(options),) for key, options in session.conditions.items()}
+    conditions: dict[str, tuple[int, ...]] = {key: (len(options),) for key, options in session.conditions.items()}
     latents = {key: shape for key, shape in session.input_shapes.items() if key not in conditions}
     graphs = [manifest.graphs[graph] for graph in graphs_of(manifest.routes["inverse"])]
-    scores = {one.name: () for graph in graphs for one in graph.outputs if one.role == "score"}
+    scores: dict[str, tuple[int, ...]] = {
+        one.name: () for graph in graphs for one in graph.outputs if one.role == "score"
+    }
     words = {"control": "TYPE_STRING", "seed": "TYPE_UINT64", "first": "TYPE_UINT64"}
     return _python_config(name, route, image | conditions, words, latents | scores)
 
@@ -193,10 +196,12 @@ def _python_config(
     """
     listed = ("std", "control")  # as the command takes them, repeated
     floats = _Raw("TYPE_FP32")
-    given = [{"name": key, "data_type": floats, "dims": [-1, *shape]} for key, shape in arrays.items()]
-    given += [
-        {"name": key, "data_type": _Raw(kind), "dims": [-1 if key in listed else 1], "optional": True}
-        for key, kind in words.items()
+    given: list[dict[str, Any]] = [
+        *({"name": key, "data_type": floats, "dims": [-1, *shape]} for key, shape in arrays.items()),
+        *(
+            {"name": key, "data_type": _Raw(kind), "dims": [-1 if key in listed else 1], "optional": True}
+            for key, kind in words.items()
+        ),
     ]
     return _text(
         {

@@ -116,11 +116,11 @@ def peak(command: list[str], folder: Path) -> float:
     return int(ran.stdout) / 1024
 
 
-def rate(folder: Path, name: str, images: int, *more: str) -> float:
+def seconds(folder: Path, name: str, images: int, *more: str) -> float:
     began = time.monotonic()
     command = job("samples, npz", folder, folder / name, images, SHARDS, *more)
     subprocess.run(command, check=True, cwd=folder, env=ONE_THREAD, **QUIET)
-    return images / (time.monotonic() - began)
+    return time.monotonic() - began
 
 
 def memory(folder: Path) -> None:
@@ -133,12 +133,19 @@ def memory(folder: Path) -> None:
 
 
 def rates(folder: Path) -> None:
-    ones, twos = [], []
-    for round_ in range(3):
-        ones.append(rate(folder, f"one{round_}", 3200))
-        twos.append(rate(folder, f"two{round_}", 3200, "--processes", "2"))
-    one, two = np.median(ones), np.median(twos)
-    print(f"\nOne process {one:.0f} images/s, two {two:.0f}: {two / one / 2:.2f} of twice as many, start included.")
+    """In turns, of jobs of two sizes, so with the start and without it."""
+    few, many, pairs = 800, 4000, []
+    for turn in range(3):
+        one, two = (
+            [seconds(folder, f"{way}{turn}-{images}", images, *more) for images in (few, many)]
+            for way, more in (("one", ()), ("two", ("--processes", "2")))
+        )
+        pairs.append((many / one[1], many / two[1], (many - few) / (one[1] - one[0]), (many - few) / (two[1] - two[0])))
+    one, two, alone, together = np.median(pairs, axis=0)
+    print(
+        f"\nOnce started, one process {alone:.0f} images/s, two {together:.0f}: {together / alone / 2:.2f} of twice as"
+        f" many. A job of {many:,} images, start included: {one:.0f} and {two:.0f}, {two / one / 2:.2f}."
+    )
 
 
 def there(out: Path) -> int:

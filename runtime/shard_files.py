@@ -26,6 +26,7 @@ from hflow_rt.manifest import LOG_PROB, graphs_of
 from hflow_rt.memory import need
 from hflow_rt.runtime.images.pictures import to_picture, to_uint8
 from hflow_rt.runtime.latents.files import about_model, latents_file
+from hflow_rt.runtime.latents.round_trips import BATCH, RoundTrip, round_trip, together
 from hflow_rt.runtime.session import Session
 
 __all__ = ["check_classes", "encoding_settings", "join_arrays", "write_encoded", "write_sampled"]
@@ -33,8 +34,8 @@ __all__ = ["check_classes", "encoding_settings", "join_arrays", "write_encoded",
 Settings = Mapping[str, Any]
 Told = Callable[[int], None]  # hears how many images of every batch
 
-BATCH = 16
 BITS = "bits_per_dim"
+OFF = "largest_difference"  # of an image from what its latents decode to, in 8-bit levels
 COARSE = 256  # numbers: latents that `score` keeps have at most so many together, 1 KiB an image
 _GROUP = 1 << 23  # bytes of a row group of parquet, so that memory is the same for any shard
 _KEY = "hflow_rt.latents"
@@ -55,7 +56,7 @@ def encoding_settings(
     graphs = [session.manifest.graphs[name] for name in graphs_of(session.manifest.routes["inverse"])]
     known = [tensor.name for graph in graphs for tensor in graph.outputs if tensor.role == "score"]
     known = [*([BITS] if LOG_PROB in known else []), *known]
-    kept = _kept(session, known, keep, scores)
+    kept = _kept(session, known, [OFF] if session.steps > 1 else [], keep, scores)
     if files == "safetensors" and not set(kept) & session.input_shapes.keys():
         raise DataError(f"safetensors holds latents, and --keep {keep} names none; name one, or write parquet")
     settings: dict[str, Any] = {"seed": seed, "keep": kept, "label": label}
@@ -141,10 +142,10 @@ class _Encodings(NamedTuple):
         return [index for index, row in enumerate(self.rows) if row.pixels is not None]
 
 
-def _kept(session: Session, scores: Sequence[str], keep: str | None, few: bool) -> list[str]:
+def _kept(session: Session, scores: Sequence[str], trips: Sequence[str], keep: str | None, few: bool) -> list[str]:
     """What is kept, in the order of the manifest. Raises `DataError`."""
     shapes = session.input_shapes
-    known = [*scores, *shapes]
+    known = [*scores, *trips, *shapes]
     if keep is None:
         coarse, numbers = [], 0
         for name in session.latent_shapes:
@@ -181,8 +182,8 @@ def _classes(session: Session, settings: Settings, names: Sequence[str]) -> dict
     return by_folder(session.conditions, [settings.get("folder", "") + name for name in names])
 
 
-def _rows(session: Session, settings: Settings, source: ImageSource, images: range) -> Iterator[list[_Row]]:
-    """The pictures of a shard, a batch at a time."""
+def _rows(session: Session, settings: Settings, source: ImageSource, images: range, size: int) -> Iterator[list[_Row]]:
+    """The pictures of a shard, so many at a time."""
     batch: list[_Row] = []
     for name, picture in source.part(images):
         found = (
@@ -190,7 +191,7 @@ def _rows(session: Session, settings: Settings, source: ImageSource, images: ran
         )
         reason = found.detail if isinstance(found, Skipped) else _classless(session, settings, name)
         batch.append(_Row(name, None if isinstance(found, Skipped) or reason else found, reason))
-        if len(batch) == BATCH:
+        if len(batch) == size:
             yield batch
             batch = []
     if batch:
@@ -200,18 +201,25 @@ def _rows(session: Session, settings: Settings, source: ImageSource, images: ran
 def _encodings(
     session: Session, settings: Settings, source: ImageSource, images: range, told: Told
 ) -> Iterator[_Encodings]:
-    first = images.start
-    for rows in _rows(session, settings, source, images):
+    first, size = images.start, together(session, BATCH)
+    for rows in _rows(session, settings, source, images, size):
         whole = [row for row in rows if row.pixels is not None]
         values: dict[str, NDArray[np.float32]] = {}
         if whole:
+            # latents of a loop hold in calls of as many images, so all of its calls are filled up
+            taken = np.minimum(np.arange(size if session.steps > 1 else len(whole)), len(whole) - 1)
             pixels = np.stack([row.pixels for row in whole if row.pixels is not None]).astype(np.float32)
-            classes = _classes(session, settings, [row.name for row in whole]) if session.conditions else {}
-            found = session.inverse(pixels / np.float32(255), classes, first=first, seed=settings["seed"])
+            pixels = (pixels / np.float32(255))[taken]
+            names = [whole[index].name for index in taken]
+            classes = _classes(session, settings, names) if session.conditions else {}
+            found = session.inverse(pixels, classes, first=first, seed=settings["seed"])
             values = {**found.latents, **found.scores}
             if BITS in settings["keep"]:
                 values[BITS] = session.bits_per_dim(values[LOG_PROB])
-        yield _Encodings(rows, {name: values[name] for name in settings["keep"] if whole})
+            if OFF in settings["keep"]:
+                trip = round_trip(session, pixels, found.latents)
+                values[OFF] = np.array(trip.largest_difference, np.float32)
+        yield _Encodings(rows, {name: values[name][: len(whole)] for name in settings["keep"] if whole})
         first += len(rows)
         told(len(rows))
 
@@ -270,7 +278,12 @@ def _write_latents(
         skipped |= {row.name: row.reason for row in part.rows if row.pixels is None}
         refused += len(part.rows) - len(part.whole)
     about = _about(session, settings) | {"images": names, "skipped": skipped}
-    about |= {name: values[name][: len(names)].tolist() for name in values if name not in shapes}
+    about |= {name: values[name][: len(names)].tolist() for name in values if name not in shapes and name != OFF}
+    if OFF in values:
+        off, batch = tuple(values[OFF][: len(names)].astype(int).tolist()), together(session, BATCH)
+        about["round_trip"] = RoundTrip(backend=session.backend, batch=batch, largest_difference=off).model_dump(
+            mode="json"
+        )
     file.write(latents_file({name: values[name][: len(names)] for name in shapes}, about))
     return len(names), refused
 

@@ -23,8 +23,9 @@ from hflow_rt.data.sources import open_source
 from hflow_rt.errors import DataError, NoInverse
 from hflow_rt.runtime import load
 from hflow_rt.runtime.images.pictures import to_uint8
-from hflow_rt.runtime.latents.files import as_made, load_latents
+from hflow_rt.runtime.latents.files import as_made, how_made, load_latents
 from hflow_rt.runtime.latents.operations import check_latents
+from hflow_rt.runtime.latents.round_trips import decoded
 from hflow_rt.runtime.session import Session
 from hflow_rt.runtime.shard_files import encoding_settings
 from hflow_rt.runtime.shards import Job, cut, forget, is_done, listed, pinned, read_job, shard_name, state, work
@@ -153,17 +154,28 @@ def test_what_is_kept(session: Session, source: Any, photos: Path, tmp_path: Pat
         encoding_of(session, photos, source, "encode", "safetensors", 2, keep="log_prob")
 
 
-def test_latents_of_many_steps_know_how_they_were_made(
+def test_latents_of_many_steps_know_how_they_were_made_and_what_they_give_back(
     many_steps: Path, photos: Path, source: Any, tmp_path: Path
 ) -> None:
+    """Also beside a broken image: calls are filled up."""
     session = load(many_steps, device="cpu").in_steps(2)
-    job = encoding_of(session, photos, source, "encode", "safetensors", 10)
+    job = encoding_of(session, photos, source, "encode", "safetensors", 2)
     job = job.model_copy(update={"settings": job.settings | {"steps": 2}})
     pinned(tmp_path / "out", job)
     work(session, tmp_path / "out", job, 1, source)
     path = tmp_path / "out" / shard_name(job, 1)
-    latents, _ = load_latents(path)
-    check_latents(latents, as_made(load(many_steps, device="cpu"), [path]).input_shapes, "a shard")
+    latents, about = load_latents(path)
+    again = as_made(load(many_steps, device="cpu"), [path])
+    check_latents(latents, again.input_shapes, "a shard")
+    trip = how_made(about, "a shard").round_trip
+    assert trip is not None
+    assert (trip.backend, trip.batch, len(trip.largest_difference)) == (session.backend, 16, 9)
+    back = np.concatenate([to_uint8(part) for part in decoded(again, latents, batch=trip.batch)])
+    sides = np.stack([session.read(photos / name)[0] for name in about["images"]])
+    off = abs(back.astype(int) - to_uint8(sides)).reshape(9, -1).max(1)
+    assert tuple(off) == trip.largest_difference
+    assert trip.exact > 0
+    assert "largest_difference" not in encoding_of(session, photos, source, "score", "parquet", 2).settings["keep"]
 
 
 def test_without_an_inverse_nothing_is_begun(slots_run: Path, photos: Path, source: Any) -> None:

@@ -1,5 +1,6 @@
 """`hflow-rt score` and `hflow-rt shards`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -84,15 +85,35 @@ def shards(
     else:
         say(f"{job.kind} by {job.family}: {len(found.done)} of {job.shards} shards whole, {found.images:,} images")
         if found.refused:
-            say(f"{found.refused:,} files could not be used; their rows say why")
+            say(f"images that could not be used: {found.refused:,}; their rows say why")
         for what, numbers in (("missing", found.missing), ("damaged, to be done again", found.damaged)):
             if numbers:
-                say(f"{what}: {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}")
+                say(f"{what}: {_ranges(numbers)}")
     if len(found.done) < job.shards:
         if not json:
-            say_next(continued(job, output, Path("IMAGES"), Path("MODEL")))
+            say_next(continued(job, output, Path("IMAGES"), _bundled(job.model)))
         raise typer.Exit(1)
     if join is not None:
         count = join_arrays([output / shard_name(job, number) for number in found.done], join)
         if not json:
             say(f"{count:,} images: {join}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """For example `3, 7-12`."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ", ".join("-".join(map(str, ends)) for ends in found)
+
+
+def _bundled(weights: str) -> Path:
+    """The name of the bundled model of these weights, or a place for where another is."""
+    from hflow_rt.assets import bundled_models, pretrained
+    from hflow_rt.manifest import read_manifest
+
+    known = {read_manifest(pretrained(name)).checkpoint["sha256"]: name for name in bundled_models()}
+    return Path(known.get(weights, "MODEL"))

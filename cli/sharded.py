@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 _SHARDS = "Shards"  # heading in the help
+_LOOK = 0.2  # seconds from one look at what other processes have done to the next
 
 ShardsOption = Annotated[
     int | None,
@@ -110,10 +114,10 @@ def parse_shards(shards: int | None, chosen: Sequence[str] | None) -> tuple[int,
     return shards, numbers or list(range(1, shards + 1))
 
 
-def continued(job: "Job", out: Path, source: Path | None, model: Path | None) -> str:
-    """The command that goes on with a job, its plan all but where images and model are: None for the bundled one."""
+def continued(job: "Job", out: Path, source: Path | None, model: Path) -> str:
+    """The command that goes on with a job, its plan all but where images and model are."""
     how, sampled = job.settings, job.kind == "sample"
-    named = [] if model is None else [quoted(model)] if sampled else [f"--model {quoted(model)}"]
+    named = [quoted(model)] if sampled else [f"--model {quoted(model)}"]
     words = ["hflow-rt", job.kind, *(named if sampled else [quoted(source)]), f"--shards {job.shards}"]
     words += [f"-n {job.images}"] if sampled else [f"--keep {','.join(how['keep'])}"]
     words += [] if job.kind == "score" else [f"--format {job.files}", f"--seed {how['seed']}"]
@@ -141,17 +145,17 @@ def in_shards(
     """
     from contextlib import nullcontext
 
-    from hflow_rt.assets import pretrained
+    from hflow_rt.assets import is_installed
     from hflow_rt.data.sources import open_source
     from hflow_rt.runtime.shard_files import check_classes
-    from hflow_rt.runtime.shards import Job, is_done, listed, pinned, state
+    from hflow_rt.runtime.shards import Job, is_begun, is_done, listed, pinned, state
 
     number, mine = parse_shards(sharing.shards, sharing.chosen)
     if sharing.ray is not None and sharing.processes > 1:
         raise DataError("--ray and --processes exclude each other; keep one of them")
     with nullcontext() if source is None else open_source(source) as images:
         total = (count or 0) if images is None else len(images)
-        if total < number:
+        if total < number and not is_begun(out):
             raise DataError(f"{total:,} images cannot be cut into {number:,} shards; ask for fewer")
         if images is not None:
             check_classes(session, settings, images)
@@ -172,7 +176,7 @@ def in_shards(
         if sharing.ray is not None and left:
             _by_ray(sharing, session, out, job, left, source, json)
         elif sharing.processes > 1 and len(left) > 1:
-            failed = _by_others(left, number, min(sharing.processes, len(left)))
+            failed = _by_others(out, job, left, min(sharing.processes, len(left)))
         else:
             _by_us(session, out, job, left, images, json)
     found = state(out, job, verify=False)
@@ -185,7 +189,8 @@ def in_shards(
             + (f", {found.refused:,} refused" if found.refused else "")
             + f": {out}/"
         )
-        model = None if session.bundle.path == pretrained() else session.bundle.path
+        path = session.bundle.path
+        model = Path(path.name) if is_installed(path) else path
         say_next(f"hflow-rt shards {quoted(out)}", *([continued(job, out, source, model)] if found.missing else []))
     if failed:
         raise typer.Exit(1)
@@ -222,19 +227,42 @@ def _by_ray(
             pass
 
 
-def _by_others(shards: Sequence[int], number: int, processes: int) -> int:
-    """This very command once more for each process, with its share of the shards; how many did not end well."""
+def _by_others(out: Path, job: "Job", shards: Sequence[int], processes: int) -> int:
+    """This very command once more for each process, with its share of the shards; how many did not end well.
+
+    Of what they say only what ends one is told.
+    """
+    from hflow_rt.runtime.shards import cut, is_done
+
     words = _without(_without(sys.argv[1:], "--processes"), "--shard")
-    base = [sys.executable, "-m", "hflow_rt.cli", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = []
-    for first in range(processes):
-        mine = [word for shard in shards[first::processes] for word in ("--shard", f"{shard}/{number}")]
-        running.append(subprocess.Popen([*base, *mine], env=environment, stdout=subprocess.DEVNULL))
-    failed = sum(process.wait() != 0 for process in running)
+    with ExitStack() as stack:
+        running, said = [], []
+        for first in range(processes):
+            mine = [word for shard in shards[first::processes] for word in ("--shard", f"{shard}/{job.shards}")]
+            command = [sys.executable, "-m", "hflow_rt.cli", *words, *mine]
+            said.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said[-1]))
+            stack.callback(running[-1].wait)
+            stack.callback(running[-1].terminate)
+
+        def done() -> Iterator[int]:
+            left = list(shards)
+            while left and any(process.poll() is None for process in running):
+                time.sleep(_LOOK)
+                found = [shard for shard in left if is_done(out, job, shard)]
+                yield from found
+                left = [shard for shard in left if shard not in found]
+
+        for _ in tracked(done(), sum(len(cut(job, one)) for one in shards), lambda one: len(cut(job, one)), "working"):
+            pass
+        failed = [file for process, file in zip(running, said, strict=True) if process.wait() != 0]
+        for file in failed:
+            file.seek(0)
+            note(([line for line in file.read().splitlines() if line] or ["error: it was killed"])[-1])
     if failed:
-        note(f"error: {failed} of {processes} processes did not end well; run this again to do what is left")
-    return failed
+        note(f"error: {len(failed)} of {processes} processes did not end well; run this again to do what is left")
+    return len(failed)
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:

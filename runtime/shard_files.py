@@ -185,12 +185,14 @@ def _classes(session: Session, settings: Settings, names: Sequence[str]) -> dict
 def _rows(session: Session, settings: Settings, source: ImageSource, images: range, size: int) -> Iterator[list[_Row]]:
     """The pictures of a shard, so many at a time."""
     batch: list[_Row] = []
+    side, channels = session.resolution, session.channels
     for name, picture in source.part(images):
-        found = (
-            picture if isinstance(picture, Skipped) else fit(picture, session.resolution, "center", session.channels)
-        )
-        reason = found.detail if isinstance(found, Skipped) else _classless(session, settings, name)
-        batch.append(_Row(name, None if isinstance(found, Skipped) or reason else found, reason))
+        found = picture if isinstance(picture, Skipped) else fit(picture, side, "center", channels)
+        if isinstance(found, Skipped):
+            batch.append(_Row(name, None, f"{found.reason}: {found.detail}"))
+        else:
+            reason = _classless(session, settings, name)
+            batch.append(_Row(name, None if reason else found, reason))
         if len(batch) == size:
             yield batch
             batch = []

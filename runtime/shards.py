@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hflow_rt.data.image_source import ImageSource
 from hflow_rt.errors import DataError
 from hflow_rt.files import atomic_file, is_file, locked, sha256, unusable
+from hflow_rt.names import quoted
 from hflow_rt.runtime.session import Session
 from hflow_rt.runtime.shard_files import write_encoded, write_sampled
 
@@ -28,6 +29,7 @@ __all__ = [
     "State",
     "cut",
     "forget",
+    "is_begun",
     "is_done",
     "listed",
     "pinned",
@@ -39,6 +41,7 @@ __all__ = [
 
 PLAN = "plan.json"
 Kind = Literal["score", "encode", "sample"]
+_WORDS = {"files": "format", "images": "number of images", "inputs": "list of inputs", "shards": "number of shards"}
 
 
 class Job(BaseModel):
@@ -101,11 +104,15 @@ def pinned(out: Path, job: Job) -> None:
                 os.link(file.name, out / PLAN)
     except OSError as error:
         raise unusable(out, error, "write") from error
-    pinned_there = read_job(out).model_dump()
-    for name, wanted in job.model_dump().items():
-        found = pinned_there[name]
-        if found != wanted:
-            raise DataError(f"{out} is of another job: its {name} is {found}, not {wanted}; choose another folder")
+    plan, wanted = read_job(out).model_dump(), job.model_dump()
+    for each in (plan, wanted):
+        each |= each.pop("settings")  # which are compared one by one
+    for name in {**plan, **wanted}:
+        if plan.get(name) != wanted.get(name):
+            raise DataError(
+                f"{out} is of another job: its {_WORDS.get(name, name)} is {plan.get(name)}, not {wanted.get(name)};"
+                f" say what 'hflow-rt shards {quoted(out)}' shows, or choose another folder"
+            )
 
 
 def read_job(out: Path) -> Job:
@@ -135,6 +142,11 @@ def state(out: Path, job: Job, verify: bool = True) -> State:
             done.append(shard)
             images, refused = images + told["images"], refused + told["refused"]
     return State(tuple(done), tuple(missing), tuple(damaged), images, refused)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a folder has a plan."""
+    return is_file(out / PLAN)
 
 
 def is_done(out: Path, job: Job, shard: int) -> bool:

@@ -13,6 +13,10 @@ import pytest
 from outcomes import ok, refused
 from PIL import Image
 
+import hflow_rt
+from hflow_rt.cli.score import _bundled, _ranges
+from hflow_rt.manifest import read_manifest
+
 Command = Callable[..., Any]
 
 
@@ -161,4 +165,11 @@ def test_refused_in_one_line(hflow: Command, model: Path, words: list[object], l
 
 def test_another_seed_is_another_job(hflow: Command, model: Path) -> None:
     ok(hflow("sample", "-n", 4, "--shards", 2, "-o", "out"))
-    refused(hflow("sample", "-n", 4, "--shards", 2, "-o", "out", "--seed", 1), "out is of another job: its settings is")
+    again = hflow("sample", "-n", 4, "--shards", 2, "-o", "out", "--seed", 1)
+    refused(again, "out is of another job: its seed is 0, not 1")
+
+
+def test_missing_shards_are_told_as_ranges_and_a_bundled_model_by_name() -> None:
+    assert _ranges((1, 2, 3, 7, 9, 10)) == "1-3, 7, 9-10"
+    assert _bundled(read_manifest(hflow_rt.pretrained()).checkpoint["sha256"]) == Path("hflow-emoji")
+    assert _bundled("0" * 64) == Path("MODEL")

@@ -96,7 +96,7 @@ def test_scores(session: Session, source: Any, photos: Path, tmp_path: Path) -> 
     assert [work(session, out, job, shard, source) for shard in (1, 2, 3)] == [True] * 3
     table = [row for shard in (1, 2, 3) for row in parquet.read_table(out / shard_name(job, shard)).to_pylist()]
     assert [row["name"] for row in table] == [f"{index:02d}.png" for index in range(20)]
-    assert table[5]["reason"] == "it is not an image that Pillow can read"
+    assert table[5]["reason"] == "not an image: it is not an image that Pillow can read"
     assert "smaller than 16" in table[13]["reason"]
     for index, row in enumerate(table):
         if index in (5, 13):
@@ -234,9 +234,11 @@ def test_another_job_is_refused(session: Session, source: Any, tmp_path: Path) -
     job, out = job_of(session, "score", "parquet", 20, 3, source), tmp_path / "out"
     pinned(out, job)
     assert read_job(out) == job
-    for name, value in {"model": "0" * 64, "shards": 4, "inputs": "other", "settings": {"seed": 4}}.items():
-        with pytest.raises(DataError, match=f"is of another job: its {name} is"):
-            pinned(out, job.model_copy(update={name: value}))
+    others = {"model": "0" * 64, "number of shards": 4, "list of inputs": "other", "seed": {**SEED, "seed": 4}}
+    fields = ("model", "shards", "inputs", "settings")
+    for field, (name, value) in zip(fields, others.items(), strict=True):
+        with pytest.raises(DataError, match=f"is of another job: its {name} is .*; say what 'hflow-rt shards"):
+            pinned(out, job.model_copy(update={field: value}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep")
     with pytest.raises(DataError, match=r"holds letter\.txt and no plan of shards"):
@@ -323,7 +325,7 @@ def test_of_many_jobs_that_begin_at_once_one_is_not_refused(session: Session, tm
         thread.join()
     assert begun == [read_job(tmp_path / "out")]
     assert len(refused) == 15
-    assert all("is of another job: its shards is" in line for line in refused)
+    assert all("is of another job: its number of shards is" in line for line in refused)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def encode(
     output, controls = asked.output, parse_controls(control or [])
     sharing = Sharing(shards, shard, processes, ray, asked.backend, asked.device)
     if sharing.asked:
-        if picture or posterior or len(images) != 1 or output.suffix:
+        if picture or posterior or len(images) != 1:
             raise DataError("in shards one source of images goes into a folder -o; omit --picture and --posterior")
         session = asked.open()
         session = (session if steps is None else session.in_steps(steps)).with_controls(controls)

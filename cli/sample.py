@@ -107,8 +107,10 @@ def sample(
         if first or latents or trajectory or draw_pixels or centre_of is not None or same_start or share_noise:
             raise DataError("samples in shards are the images of a seed, and nothing beside; omit other options")
         chosen = parse_controls(control or [])
-        settings = {"seed": asked.seed, "std": list(asked.std or []), "label": asked.label, **set_by(chosen, steps)}
+        stds = list(asked.std or session.std)
+        settings = {"seed": asked.seed, "std": stds, "label": asked.label, **set_by(chosen, steps)}
         session = session.with_controls(chosen)
+        next(session.draw(range(1), stds or None, asked.seed, 1, asked.label))  # before anything is pinned
         in_shards(session, "sample", output, None, number, sharing, settings, files, asked.json)
         return
     indices = range(first, first + number)

@@ -110,10 +110,10 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, ends)) for ends in found)
 
 
-def _bundled(weights: str) -> Path:
-    """The name of the bundled model of these weights, or a place for where another is."""
+def _bundled(model: str) -> Path:
+    """The name of the bundled model of this identity, or a place for where another is."""
     from hflow_rt.assets import bundled_models, pretrained
     from hflow_rt.manifest import read_manifest
 
-    known = {read_manifest(pretrained(name)).checkpoint["sha256"]: name for name in bundled_models()}
-    return Path(known.get(weights, "MODEL"))
+    known = {read_manifest(pretrained(name)).identity(): name for name in bundled_models()}
+    return Path(known.get(model, "MODEL"))

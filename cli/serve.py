@@ -37,6 +37,7 @@ def serve(
 
     Example: hflow-rt serve runs/my-run
     """
+    import signal
     import sys
     from contextlib import suppress
 
@@ -49,11 +50,12 @@ def serve(
     names = models_in(repository)
     places = [f"--http-address={host}", f"--http-port={http}", f"--grpc-address={host}", f"--grpc-port={grpc}"]
     rest = [f"--model-repository={repository}", *places, "--allow-metrics=false", *(word or [])]
-    command = [program(server, repository, http, grpc), *rest]
+    command = [program(server, repository, host, http, grpc), *rest]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server ends as well
     at = f"http://{host}:{http}/v2"
-    with suppress(KeyboardInterrupt), status() as progress, running(command, f"{at}/health/ready", progress) as process:
+    with suppress(KeyboardInterrupt), status() as progress, running(command, f"{at}/health/ready", progress) as wait:
         say(f"{', '.join(names)} at http://{host}:{http}, gRPC {host}:{grpc}")
         say(f"try: curl {at}/models/{next((name for name in names if name.endswith('_forward')), names[0])}/config")
         note("Ctrl-C ends it")
         sys.stdout.flush()
-        process.wait()
+        wait()

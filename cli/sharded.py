@@ -146,11 +146,16 @@ def in_shards(
     from contextlib import nullcontext
 
     from hflow_rt.assets import is_installed
+    from hflow_rt.data.image_files import looks_like_image
     from hflow_rt.data.sources import open_source
+    from hflow_rt.limits import check_seed
     from hflow_rt.runtime.shard_files import check_classes
     from hflow_rt.runtime.shards import Job, is_begun, is_done, listed, pinned, state
 
     number, mine = parse_shards(sharing.shards, sharing.chosen)
+    check_seed(settings["seed"])
+    if looks_like_image(out.name) or out.suffix in (".safetensors", f".{files}"):
+        raise DataError(f"shards go into a folder; say -o, such as -o {quoted(out.stem)}/")
     if sharing.ray is not None and sharing.processes > 1:
         raise DataError("--ray and --processes exclude each other; keep one of them")
     with nullcontext() if source is None else open_source(source) as images:
@@ -163,7 +168,7 @@ def in_shards(
             kind=kind,
             files=files,
             family=session.manifest.family,
-            model=session.manifest.checkpoint["sha256"],
+            model=session.manifest.identity(session.engines),
             backend=session.backend,
             images=total,
             inputs=None if images is None else listed(images),
@@ -192,7 +197,7 @@ def in_shards(
         path = session.bundle.path
         model = Path(path.name) if is_installed(path) else path
         say_next(f"hflow-rt shards {quoted(out)}", *([continued(job, out, source, model)] if found.missing else []))
-    if failed:
+    if failed or not set(mine) <= set(found.done):
         raise typer.Exit(1)
 
 

@@ -6,6 +6,7 @@ a route that is a loop is `NAME_forward` or `NAME_inverse`. A model that is ther
 watch: what it sees is whole at any time.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ __all__ = ["model_name", "write_repository"]
 
 _DELAY = 500  # microseconds that a request waits for others to be run together
 _CONFIG = "config.pbtxt"
+_WRITTEN = "# as hflow-rt wrote it: "  # and the hash of the rest
 _ONNX = "model.onnx"  # a folder of this name holds a graph and its constants
 _PYTHON = '''"""The bundle beside this file, run by a session of ours."""
 
@@ -75,7 +77,7 @@ def write_repository(bundle: Bundle, folder: Path, served: Served = "onnx", name
         model = folder / f"{name}_{route}"
         with _version(model, config) as (made, versions[model.name]):
             (made / "model.py").write_text(_PYTHON)
-            for file in (MANIFEST, *_needed(bundle)):
+            for file in (MANIFEST, *manifest.run_files):
                 (made / BUNDLE / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(bundle.path / MANIFEST if file == MANIFEST else bundle.file(file), made / BUNDLE / file)
     with atomic_file(folder / f"{name}.{MANIFEST}") as temporary:
@@ -84,19 +86,34 @@ def write_repository(bundle: Bundle, folder: Path, served: Served = "onnx", name
 
 
 @contextmanager
-def _version(model: Path, config: str) -> Iterator[tuple[Path, int]]:
-    """A folder to fill, and the number of the version that it becomes when it is whole."""
+def _version(model: Path, settings: str) -> Iterator[tuple[Path, int]]:
+    """A folder to fill, and the number of the version that it becomes when it is whole.
+
+    Settings that somebody has changed stay as they are. Raises `ConfigError` where they are of another backend.
+    """
+    config = f"{_WRITTEN}{_digest(settings)}\n{settings}"
     if not is_folder(model):
         with atomic_directory(model, replace=False) as made:
             (made / "1").mkdir()
             yield made / "1", 1
             (made / _CONFIG).write_text(config)
         return
+    there = (model / _CONFIG).read_text()
+    first, _, rest = there.partition("\n")
+    ours = first == f"{_WRITTEN}{_digest(rest)}"
+    backend = next(line for line in settings.splitlines() if line.startswith(("backend:", "platform:")))
+    if not ours and backend not in there:
+        raise ConfigError(f"{model / _CONFIG} was changed and is not of {backend}; write into another folder")
     number = 1 + max((int(path.name) for path in model.iterdir() if path.name.isdigit()), default=0)
     with atomic_directory(model / str(number), replace=False) as made:
         yield made, number
+    if ours:
         with atomic_file(model / _CONFIG) as temporary:
             temporary.write_text(config)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _engines(bundle: Bundle) -> list[Engines]:
@@ -111,20 +128,18 @@ def _engines(bundle: Bundle) -> list[Engines]:
             " 'hflow-rt export --engine trt --flavor tensorrt', or serve the graphs with --serve onnx"
         )
     newest = {capability: one for one in usable for capability in one.capabilities}
-    return [one for one in usable if one in newest.values()]
+    found = [one for one in usable if one in newest.values()]
+    if any(one.plans.keys() != found[0].plans.keys() or one.batch[0] > 1 for one in found):
+        raise ConfigError(
+            "engines that are served together must be of the same graphs and take batches from 1 on; build them again"
+            " with 'hflow-rt export --engine trt', or serve the graphs with --serve onnx"
+        )
+    return found
 
 
 def _plan(file: str) -> str:
     """What a plan is called beside others of the same graph."""
     return file.replace("/", "-")
-
-
-def _needed(bundle: Bundle) -> set[str]:
-    """What a session of the bundle reads."""
-    manifest = bundle.manifest
-    files = {file for graph in manifest.graphs.values() for file in graph.files}
-    files |= {way.schedule for way in manifest.routes.values() if isinstance(way, Loop)}
-    return files | {*filter(None, [manifest.bank])}
 
 
 def _config(name: str, graph: Graph, largest: int, plans: Mapping[str, str]) -> str:

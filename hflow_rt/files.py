@@ -124,28 +124,32 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Iterator[bool | None]:
     """Whether nobody else holds the file `path`, which is held inside and goes at the end, also that of the process.
 
-    Raises `DataError` where it cannot be made. Where there are no locks, nobody is told apart by it.
+    None where there are no locks, so that nobody can know. Raises `DataError` where it cannot be made.
     """
     try:
-        handle = _lock(path)
+        held = _lock(path)
     except OSError as error:
         raise unusable(path, error, "write") from error
-    if handle is None:
+    if held is None:
         yield False
         return
+    handle, known = held
     try:
-        yield True
+        yield True if known else None
     finally:
         with contextlib.suppress(OSError):  # Windows keeps what is open
             path.unlink()  # before it is let go, so that nobody holds a file without a name
         os.close(handle)
 
 
-def _lock(path: Path) -> int | None:
-    """A handle that holds the lock at `path` until it is closed, also by the end of the process; None if it is held."""
+def _lock(path: Path) -> tuple[int, bool] | None:
+    """A handle that holds the lock at `path` until it is closed, also by the end of the process; None if it is held.
+
+    And whether there are locks at all.
+    """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -153,13 +157,13 @@ def _lock(path: Path) -> int | None:
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(handle, path):
-                return handle
+                return handle, True
             os.close(handle)  # the process that held it has just removed it
         except ImportError:  # Windows
-            return handle
+            return handle, False
         except OSError as error:
             if error.errno in _NO_LOCKS:  # there, too, two are told apart by nothing
-                return handle
+                return handle, False
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return None

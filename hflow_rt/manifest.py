@@ -1,6 +1,7 @@
 """The manifest of a bundle: what an exported model is, so that it can be run without its training code."""
 
 import hashlib
+import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, get_args
 
@@ -265,6 +266,23 @@ class Manifest(_Entry):
             return list(self.graphs)
         ways = [self.routes[route] for route in routes_of(routes) if route in self.routes]
         return [name for way in ways for name in graphs_of(way) if name in self.graphs]
+
+    @property
+    def run_files(self) -> list[str]:
+        """The files that a session of the graphs reads, sorted."""
+        files = {file for graph in self.graphs.values() for file in (graph.file, *graph.weights)} | {self.bank}
+        files |= {way.schedule for way in self.routes.values() if isinstance(way, Loop)}
+        return sorted(file for file in files if file is not None)
+
+    def identity(self, engines: str | None = None) -> str:
+        """What tells apart models whose results differ, as a sha256: weights, graphs or engines, and the default std.
+
+        engines: the key of the TensorRT engines that run instead of the graphs.
+        """
+        plans = [] if engines is None else [plan.file for plan in self.engines[engines].plans.values()]
+        files = {file: self.files[file].sha256 for file in (*self.run_files, *plans)}
+        told = {"weights": self.checkpoint.get("sha256"), "files": files, "std": self.std}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     @property
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:

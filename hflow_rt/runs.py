@@ -78,7 +78,7 @@ def taken(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise unusable(folder, error, "make") from error
     with removed_if_empty(place), locked(place / _LOCK) as alone:
-        if not alone:
+        if alone is False:
             raise CheckpointError(f"another training is using {folder}; wait until it ends, or choose another --out")
         yield
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hflow_rt.errors import BackendUnavailable, DataError
 from hflow_rt.extras import needed
-from hflow_rt.limits import check_count
+from hflow_rt.limits import check_count, check_seed
 from hflow_rt.runtime.arrays import as_pixels
 from hflow_rt.runtime.noise import parse_std
 from hflow_rt.runtime.served import DEFAULTS
@@ -116,6 +116,7 @@ class Client:
         if not arrays:
             raise DataError(f"{self._name}_{model} needs {', '.join(wanted)}; received nothing")
         count = len(next(iter(arrays.values())))
+        check_count("the number of images", count)
         if "control" in wanted:  # a loop
             return self._looped(model, arrays, controls, drawn)
         for name, value in {**self._config(model)["defaults"], **controls}.items():
@@ -175,7 +176,7 @@ class Client:
             if one["name"] not in arrays:
                 continue
             array = arrays[one["name"]]
-            array = array[:, None] if array.ndim == 1 and one["name"] in arrays and "reshape" in one else array
+            array = array[:, None] if array.ndim == 1 and "reshape" in one else array
             inputs.append(self._grpc.InferInput(one["name"], array.shape, _NUMBERS[str(array.dtype)]))
             inputs[-1].set_data_from_numpy(array)
         try:
@@ -202,6 +203,7 @@ def _shape(told: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _numbered(seed: int, first: int) -> dict[str, NDArray[Any]]:
+    check_seed(seed)
     return {"seed": np.array([seed], np.uint64), "first": np.array([first], np.uint64)}
 
 

@@ -68,6 +68,10 @@ def in_tasks(
         told(f"Ray at {address}: {len(nodes)} machines, {cpus:.0f} CPUs")
         _spare(ray, nodes)
         gpus = int("cpu" not in job.backend.lower())
+        if gpus and not any(node["Resources"].get("GPU") for node in nodes):
+            raise BackendUnavailable(
+                f"{job.backend} needs a GPU, and no machine at {address} has one; use a CPU backend"
+            )
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD")(_travelling())
         left, lost = list(shards), list[int]()
         for _ in range(ROUNDS):
@@ -118,7 +122,7 @@ def _opened(opening: Opening, plan: str) -> tuple[Session, ImageSource | None, E
     if (steps := job.settings.get("steps")) is not None:
         session = session.in_steps(steps)
     session = session.with_controls(job.settings.get("controls", {}))
-    found = (session.manifest.checkpoint["sha256"], session.backend)
+    found = (session.manifest.identity(session.engines), session.backend)
     if found != (job.model, job.backend):
         raise DataError(
             f"the job is of model {job.model[:12]} on {job.backend}, and here is {found[0][:12]} on {found[1]}"

@@ -42,7 +42,7 @@ def _drawn(session: Session, seed: int, first: int, asked: Mapping[str, Any]) ->
     """The images `[count, C, R, R]` that `hflow-rt sample` draws for the same words."""
     count, label = int(_one(asked, "count", 1)), _one(asked, "label", None)
     session = session.in_steps(int(_one(asked, "steps", 0))) if "steps" in asked else session
-    label = label.decode() if isinstance(label, bytes) else label
+    label = _text(label) if isinstance(label, bytes) else label
     check_count("the number of images", count)
     size = 4 * count * session.channels * session.resolution**2
     need(size, f"{count:,} images", "ask for fewer together")
@@ -55,7 +55,11 @@ def _one(asked: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 
 
 def _texts(asked: Mapping[str, Any], name: str) -> list[str]:
-    return [text.decode() if isinstance(text, bytes) else str(text) for text in asked.get(name, [])]
+    return [_text(text) for text in asked.get(name, [])]
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 class TritonPythonModel:

@@ -205,15 +205,17 @@ def _encodings(
 ) -> Iterator[_Encodings]:
     first, size = images.start, together(session, BATCH)
     for rows in _rows(session, settings, source, images, size):
-        whole = [row for row in rows if row.pixels is not None]
+        part = _Encodings(rows, {})
         values: dict[str, NDArray[np.float32]] = {}
-        if whole:
+        if part.whole:
+            # each image has its place and number, whatever becomes of its neighbours, in whose stead there is another;
             # latents of a loop hold in calls of as many images, so all of its calls are filled up
-            taken = np.minimum(np.arange(size if session.steps > 1 else len(whole)), len(whole) - 1)
-            pixels = np.stack([row.pixels for row in whole if row.pixels is not None]).astype(np.float32)
-            pixels = (pixels / np.float32(255))[taken]
-            names = [whole[index].name for index in taken]
-            classes = _classes(session, settings, names) if session.conditions else {}
+            whole = set(part.whole)
+            places = range(size if session.steps > 1 else len(rows))
+            taken = [rows[place] if place in whole else rows[part.whole[0]] for place in places]
+            pixels = np.stack([row.pixels for row in taken if row.pixels is not None]).astype(np.float32)
+            pixels /= np.float32(255)
+            classes = _classes(session, settings, [row.name for row in taken]) if session.conditions else {}
             found = session.inverse(pixels, classes, first=first, seed=settings["seed"])
             values = {**found.latents, **found.scores}
             if BITS in settings["keep"]:
@@ -221,7 +223,8 @@ def _encodings(
             if OFF in settings["keep"]:
                 trip = round_trip(session, pixels, found.latents)
                 values[OFF] = np.array(trip.largest_difference, np.float32)
-        yield _Encodings(rows, {name: values[name][: len(whole)] for name in settings["keep"] if whole})
+        kept = {name: values[name][part.whole] for name in settings["keep"] if part.whole}
+        yield part._replace(values=kept)
         first += len(rows)
         told(len(rows))
 

@@ -53,7 +53,7 @@ class Job(BaseModel):
     kind: Kind
     files: str  # what a shard is, by its suffix
     family: str
-    model: str  # sha256 of the weights
+    model: str  # `Manifest.identity` of what runs
     backend: str
     images: int
     inputs: str | None  # sha256 of the names and sizes of what is read, in its order
@@ -99,9 +99,11 @@ def pinned(out: Path, job: Job) -> None:
         with tempfile.NamedTemporaryFile("w", dir=out, prefix=f".{PLAN}.") as file:
             file.write(job.model_dump_json(indent=1) + "\n")
             file.flush()
+            os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             with suppress(FileExistsError):  # of several that begin at once one is the first
                 os.link(file.name, out / PLAN)
+        _sync(out)
     except OSError as error:
         raise unusable(out, error, "write") from error
     plan, wanted = read_job(out).model_dump(), job.model_dump()
@@ -174,9 +176,9 @@ def work(
     """
     path = out / shard_name(job, shard)
     with locked(path.with_name(f".{path.name}.lock")) as alone:
-        if not alone or is_done(out, job, shard):
+        if alone is False or is_done(out, job, shard):
             return False
-        for left in path.parent.glob(f".{path.stem}.*"):  # of one who was killed at it
+        for left in path.parent.glob(f".{path.stem}.*") if alone else ():  # of one who was killed at it
             if left.suffix != ".lock":
                 left.unlink(missing_ok=True)
         with atomic_file(path) as temporary:
@@ -218,7 +220,10 @@ def _told(out: Path, job: Job, shard: int) -> dict[str, Any] | None:
 
 def _sync(path: Path) -> None:
     """On disk, names and all, before it is told of."""
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # which has no handles of folders
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

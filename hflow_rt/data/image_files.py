@@ -120,7 +120,7 @@ def open_file(path: Path) -> IO[bytes] | Skipped:
 def looks_like_image(name: str) -> bool:
     """Whether a file is called like an image, readable or not."""
     suffix = os.path.splitext(name)[1].lower()
-    return suffix in _FOREIGN or suffix in Image.registered_extensions()
+    return suffix in _FOREIGN or Image.registered_extensions().get(suffix) in Image.OPEN
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -34,7 +34,7 @@ def lmdb_parts(path: Path) -> dict[str, Path]:
         return {"": path}
     if not path.is_dir():
         return {}
-    found = [child for child in sorted(path.iterdir()) if child.suffix.lower() in _SUFFIXES]
+    found = sorted(child for child in path.iterdir() if child.suffix.lower() in _SUFFIXES)
     return {f"{child.stem}/": child for child in found}
 
 

@@ -64,6 +64,8 @@ def _rows(path: Path, name: str, columns: Sequence[str], rows: range) -> Iterato
                 row = end
                 continue
             for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                if row >= rows.stop:
+                    return
                 values = batch.column(0)
                 for place in range(max(rows.start - row, 0), min(rows.stop - row, len(values))):
                     yield _image(f"{name}/{row + place:06}", values[place].as_py())

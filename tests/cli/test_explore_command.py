@@ -48,7 +48,7 @@ def test_a_folder_for_any_host(hflow: Command, tmp_path: Path, monkeypatch: pyte
     for name in static.RUNTIME:
         (runtime / name).write_text(name)
     found = ok(hflow("explore", "--static", "site", "--web-runtime", "dist"))
-    assert "hflow-emoji, 5.4 MB of model: site/" in found.out
+    assert "hflow-emoji, 5.8 MB of model: site/" in found.out
     assert "next: python -m http.server --directory site" in found.out
     written = {path.relative_to("site").as_posix() for path in Path("site").rglob("*") if path.is_file()}
     needed = {"index.html", "model.json", "forward.onnx", "weights.bin", "ort/LICENSE.txt", "worker.js", "main.js"}
@@ -74,7 +74,7 @@ from hflow_rt.assets import pretrained
 from hflow_rt.runtime.explore.static import write_static
 print(write_static(pretrained(), Path(sys.argv[1]) / "site", Path(sys.argv[1])))
 """
-    assert "hflow-emoji, 5.4 MB of model" in ok(python(code, tmp_path)).out
+    assert "hflow-emoji, 5.8 MB of model" in ok(python(code, tmp_path)).out
 
 
 def test_without_its_packages(hflow: Command, monkeypatch: pytest.MonkeyPatch) -> None:

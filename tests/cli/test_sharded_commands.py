@@ -15,6 +15,7 @@ from PIL import Image
 
 import hflow_rt
 from hflow_rt.cli.score import _bundled, _ranges
+from hflow_rt.files import locked
 from hflow_rt.manifest import read_manifest
 
 Command = Callable[..., Any]
@@ -150,7 +151,7 @@ def test_a_damaged_shard_is_done_again(hflow: Command, model: Path) -> None:
         ),
         (
             ["encode", "photos", "--shards", 2, "-o", "l.safetensors"],
-            "in shards one source of images goes into a folder",
+            "shards go into a folder; say -o",
         ),
         (["encode", "photos", "--keep", "z0"], "--keep and --format are for jobs in shards; say --shards"),
         (["score", "photos", "--keep", "x"], "unknown 'x' in --keep; this model has all, bits_per_dim, log_prob, end0"),
@@ -167,9 +168,27 @@ def test_another_seed_is_another_job(hflow: Command, model: Path) -> None:
     ok(hflow("sample", "-n", 4, "--shards", 2, "-o", "out"))
     again = hflow("sample", "-n", 4, "--shards", 2, "-o", "out", "--seed", 1)
     refused(again, "out is of another job: its seed is 0, not 1")
+    refused(hflow("sample", "-n", 4, "--shards", 2), "shards go into a folder; say -o, such as -o samples/")
+
+
+def test_what_is_wrong_is_said_before_anything_is_pinned(hflow: Command, model: Path) -> None:
+    for wrong, line in (("--std=abc", "std"), ("--seed=-1", "seed"), ("--label=cat", "no classes")):
+        assert line in hflow("sample", "-n", 4, "--shards", 2, "-o", "out", wrong).err
+        assert not Path("out").exists()
+
+
+def test_a_shard_that_somebody_else_is_at_is_not_done(hflow: Command, model: Path) -> None:
+    Path("out").mkdir()
+    with locked(Path("out/.00002-of-00002.npz.lock")):
+        words = ("sample", "-n", 4, "--shards", 2, "--format", "npz", "-o", "out")
+        assert hflow(*words).code == 1
+        assert hflow(*words, "--shard", "1/2").code == 0
+    ok(hflow(*words))
 
 
 def test_missing_shards_are_told_as_ranges_and_a_bundled_model_by_name() -> None:
     assert _ranges((1, 2, 3, 7, 9, 10)) == "1-3, 7, 9-10"
-    assert _bundled(read_manifest(hflow_rt.pretrained()).checkpoint["sha256"]) == Path("hflow-emoji")
+    assert _bundled(read_manifest(hflow_rt.pretrained()).identity()) == Path("hflow-emoji")
     assert _bundled("0" * 64) == Path("MODEL")
+    manifest = read_manifest(hflow_rt.pretrained())  # whose samples differ
+    assert manifest.model_copy(update={"std": ("1",)}).identity() != manifest.identity()

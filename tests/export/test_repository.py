@@ -1,6 +1,8 @@
 """Model repositories: settings that the server's own protobuf reads, versions, what is refused; the client's words."""
 
+import http.server
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,19 @@ def test_another_export_is_another_version(bundle: Bundle, tmp_path: Path) -> No
     assert write_repository(bundle, tmp_path, name="other")["other_sample"] == 1
     assert {path.name for path in (tmp_path / "m_forward").iterdir()} == {"1", "7", "8", "config.pbtxt"}
     assert not [*tmp_path.rglob(".*")]
+
+
+def test_settings_that_were_changed_stay(bundle: Bundle, tmp_path: Path) -> None:
+    write_repository(bundle, tmp_path, name="m")
+    settings = tmp_path / "m_forward" / "config.pbtxt"
+    as_written = settings.read_text()
+    settings.write_text(as_written.replace("count: 1", "count: 3"))
+    write_repository(bundle, tmp_path, name="m")
+    assert config(tmp_path / "m_forward").instance_group[0].count == 3
+    settings.write_text(as_written.replace("onnxruntime", "openvino"))
+    with pytest.raises(ConfigError, match=r"was changed and is not of backend: .onnxruntime"):
+        write_repository(bundle, tmp_path, name="m")
+    assert not (tmp_path / "m_forward" / "3").exists()
 
 
 def test_nothing_is_half_written(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +171,9 @@ def test_a_server_that_is_not_there(bundle: Bundle, tmp_path: Path) -> None:
     assert repository_for(bundle, tmp_path) == folder
     assert max(int(path.name) for path in (folder / "tiny_forward").glob("[0-9]")) == 1
     with pytest.raises(
-        BackendUnavailable, match=r"no-such-server is not on this machine; .*docker run --rm -p 80:8000"
+        BackendUnavailable, match=r"no-such-server is not on this machine; .*docker run --rm -p 127\.0\.0\.1:80:8000"
     ):
-        program("no-such-server", folder, 80, 81)
+        program("no-such-server", folder, "127.0.0.1", 80, 81)
     with pytest.raises(BundleError, match="holds no models; write them"):
         models_in(tmp_path / "nothing")
     with (
@@ -171,6 +186,22 @@ def test_a_server_that_is_not_there(bundle: Bundle, tmp_path: Path) -> None:
         running(["sleep", "60"], "http://127.0.0.1:1/", lambda line: None, 0.1),
     ):
         pass
+
+
+def test_a_port_where_somebody_answers() -> None:
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *about: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        at = f"http://127.0.0.1:{other.server_address[1]}/"
+        with pytest.raises(BackendUnavailable, match="somebody else answers"), running(["sleep", "9"], at, print):
+            pass
 
 
 def test_a_client_without_a_server() -> None:

@@ -49,7 +49,7 @@ def begun(session: Session, out: Path, shards: int = 3, photos: Path | None = No
         kind="sample" if photos is None else "encode",
         files="npz" if photos is None else "safetensors",
         family=session.manifest.family,
-        model=session.manifest.checkpoint["sha256"],
+        model=session.manifest.identity(),
         backend=session.backend,
         images=6,
         inputs=inputs,

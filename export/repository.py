@@ -8,8 +8,10 @@ watch: what it sees is whole at any time.
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, Literal
 
 from hflow_rt.choices import Route
 from hflow_rt.errors import BundleError, ConfigError
-from hflow_rt.files import atomic_directory, atomic_file, is_folder
+from hflow_rt.files import atomic_directory, atomic_file, is_folder, unusable
 from hflow_rt.manifest import MANIFEST, Engines, Graph, Loop, Tensor, graphs_of
 from hflow_rt.runtime.bundle import BUNDLE, Bundle
 from hflow_rt.runtime.served import DEFAULTS, ROUTE
@@ -93,10 +95,15 @@ def _version(model: Path, settings: str) -> Iterator[tuple[Path, int]]:
     """
     config = f"{_WRITTEN}{_digest(settings)}\n{settings}"
     if not is_folder(model):
-        with atomic_directory(model, replace=False) as made:
-            (made / "1").mkdir()
-            yield made / "1", 1
-            (made / _CONFIG).write_text(config)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".", dir=_unwatched(model.parent)) as temporary:
+                made = Path(temporary) / model.name
+                (made / "1").mkdir(parents=True)
+                yield made / "1", 1
+                (made / _CONFIG).write_text(config)
+                made.rename(model)
+        except OSError as error:
+            raise unusable(model, error, "write") from error
         return
     there = (model / _CONFIG).read_text()
     first, _, rest = there.partition("\n")
@@ -110,6 +117,16 @@ def _version(model: Path, settings: str) -> Iterator[tuple[Path, int]]:
     if ours:
         with atomic_file(model / _CONFIG) as temporary:
             temporary.write_text(config)
+
+
+def _unwatched(folder: Path) -> Path:
+    """Where a model is made: beside the repository, because a server that watches it takes every folder for a model.
+
+    In it where that is another disk, or not ours.
+    """
+    parent = folder.resolve().parent
+    same = parent.stat().st_dev == folder.stat().st_dev
+    return parent if same and os.access(parent, os.W_OK) else folder
 
 
 def _digest(text: str) -> str:

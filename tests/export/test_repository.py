@@ -91,6 +91,19 @@ def test_nothing_is_half_written(bundle: Bundle, tmp_path: Path, monkeypatch: py
     def full(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
+    seen: list[list[str]] = []
+
+    def looked(source: object, target: object) -> None:
+        seen.append(sorted(path.name for path in (tmp_path / "watched").iterdir()))
+        copy(source, target)
+
+    copy = shutil.copyfile
+    monkeypatch.setattr("shutil.copyfile", looked)
+    (tmp_path / "watched").mkdir()
+    write_repository(bundle, tmp_path / "watched", name="m")
+    assert seen[0] == []  # what is being made is not there, not even under another name
+    assert not any(name.startswith(".") for names in seen for name in names)
+    shutil.rmtree(tmp_path / "watched")
     monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(DataError, match="No space left"):
         write_repository(bundle, tmp_path)

@@ -134,7 +134,7 @@ def memory(folder: Path) -> None:
 
 def rates(folder: Path) -> None:
     """In turns, of jobs of two sizes, so with the start and without it."""
-    few, many, pairs = 800, 4000, []
+    few, many, pairs = 400, 2000, []
     for turn in range(3):
         one, two = (
             [seconds(folder, f"{way}{turn}-{images}", images, *more) for images in (few, many)]

@@ -5,6 +5,7 @@ onnxruntime, runs the very files. `make serving` installs the server.
 """
 
 import os
+import shlex
 import shutil
 import socket
 import sysconfig
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from hflow_rt.export.serving import running
 
-__all__ = ["SERVER", "Ports", "served"]
+__all__ = ["SERVER", "Ports", "free_ports", "program", "served"]
 
 VENV = Path(os.environ.get("HFLOW_TRITON_VENV", Path(__file__).parents[1] / ".venv-triton"))
 PACKAGES = next(iter(VENV.glob("lib/python*/site-packages")), Path("none"))
@@ -56,14 +57,14 @@ class Ports(NamedTuple):
     grpc: int
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+def free_ports() -> Ports:
+    """Two that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as http, socket.create_server(("127.0.0.1", 0)) as grpc:
+        return Ports(http.getsockname()[1], grpc.getsockname()[1])
 
 
-@contextmanager
-def served(models: Path, folder: Path, ports: Ports | None = None) -> Iterator[Ports]:
-    """The server on a repository, its backends in `folder`, while it is needed."""
+def program(folder: Path) -> Path:
+    """A `tritonserver` that finds its libraries, its Python and its backends, which lie in `folder`."""
     backends = folder / "backends"
     if not backends.exists():
         shutil.copytree(SERVER / "backends" / "python", backends / "python")
@@ -71,7 +72,6 @@ def served(models: Path, folder: Path, ports: Ports | None = None) -> Iterator[P
         shutil.copy(SERVER / "python_backend_stubs" / version / _STUB, backends / "python")
         (backends / "onnxruntime").mkdir()
         (backends / "onnxruntime" / "model.py").write_text(_BACKEND)
-    ports = ports or Ports(_free_port(), _free_port())
     environment = {
         "LD_LIBRARY_PATH": f"{PACKAGES / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
         "PATH": f"{VENV / 'bin'}:{os.environ['PATH']}",
@@ -79,11 +79,22 @@ def served(models: Path, folder: Path, ports: Ports | None = None) -> Iterator[P
         "OMP_NUM_THREADS": "1",
         "HOME": str(folder),
     }
-    words = [f"--model-repository={models}", f"--backend-directory={backends}", "--allow-metrics=false"]
-    words += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}"]
-    words += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
     # not in a checkout, whose folders are not the package
     command = ["env", "-i", "-C", str(folder), *(f"{name}={value}" for name, value in environment.items())]
-    command += [str(SERVER / "bin/tritonserver"), *words]
-    with running(command, f"http://127.0.0.1:{ports.http}/v2/health/ready", lambda line: None, 120):
+    command += [str(SERVER / "bin/tritonserver"), f"--backend-directory={backends}"]
+    script = folder / "tritonserver"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@contextmanager
+def served(models: Path, folder: Path, ports: Ports | None = None) -> Iterator[Ports]:
+    """The server on a repository, its backends in `folder`, while it is needed."""
+    ports = ports or free_ports()
+    words = [f"--model-repository={models}", "--allow-metrics=false"]
+    words += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}"]
+    words += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
+    health = f"http://127.0.0.1:{ports.http}/v2/health/ready"
+    with running([str(program(folder)), *words], health, lambda line: None, 120):
         yield ports

@@ -55,7 +55,8 @@ def serve(
     at = f"http://{host}:{http}/v2"
     with suppress(KeyboardInterrupt), status() as progress, running(command, f"{at}/health/ready", progress) as wait:
         say(f"{', '.join(names)} at http://{host}:{http}, gRPC {host}:{grpc}")
-        say(f"try: curl {at}/models/{next((name for name in names if name.endswith('_forward')), names[0])}/config")
+        shown = min((name for name in names if name.endswith("_forward")), key=len, default=names[0])
+        say(f"try: curl {at}/models/{shown}/config")
         note("Ctrl-C ends it")
         sys.stdout.flush()
         wait()

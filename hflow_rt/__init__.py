@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["Session", "check", "errors", "export", "load", "pretrained", "train"]
+__all__ = ["Client", "Session", "check", "errors", "export", "load", "pretrained", "train"]
 
 if TYPE_CHECKING:
     from hflow_rt import errors as errors
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from hflow_rt.export.opening import load as load
     from hflow_rt.export.public import check as check
     from hflow_rt.export.public import export as export
+    from hflow_rt.runtime.client import Client as Client
     from hflow_rt.runtime.session import Session as Session
     from hflow_rt.runtime.training import train as train
 else:  # type checkers would take a module with `__getattr__` to have every name
     # Where each name is: the one place in this package that knows of others above it. `errors` and `export` are
     # modules; that of `export` can be called, see there.
     _HOMES = {
+        "Client": "hflow_rt.runtime.client",
         "Session": "hflow_rt.runtime.session",
         "check": "hflow_rt.export.public",
         "load": "hflow_rt.export.opening",

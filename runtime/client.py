@@ -25,8 +25,8 @@ _NUMBERS = {"float32": "FP32", "int32": "INT32", "uint64": "UINT64", "object": "
 class Client:
     """The models `NAME_forward`, `NAME_inverse` and `NAME_sample` that `export --engine triton-repo` wrote.
 
-    >>> from hflow_rt.runtime.client import Client  # doctest: +SKIP
-    >>> with Client("localhost:8001", "my-run") as session:  # doctest: +SKIP
+    >>> import hflow_rt
+    >>> with hflow_rt.Client("localhost:8001", "my-run") as session:  # doctest: +SKIP
     ...     session.sample(4, std=0.7, seed=1).shape
     (4, 3, 64, 64)
     """

@@ -1,6 +1,7 @@
 """What NVIDIA's Triton Inference Server runs in its Python backend: a session, which draws images or runs a loop."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def _texts(asked: Mapping[str, Any], name: str) -> list[str]:
     return [_text(text) for text in asked.get(name, [])]
 
 
+def _visible(device: int) -> str:
+    """The one GPU that CUDA shall see, of those that the server sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return seen.split(",")[device] if seen else str(device)
+
+
 def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
@@ -66,10 +73,13 @@ class TritonPythonModel:
     """The server makes one for each instance, and calls it with the requests that wait."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the bundle of this version."""
+        """Open the bundle of this version, on the GPU that the server gives this instance, which is its own process."""
         folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         self._route = json.loads(args["model_config"])["parameters"][ROUTE]["string_value"]
-        self._session = load(folder, device="auto" if args["model_instance_kind"] == "GPU" else "cpu")
+        gpu = args["model_instance_kind"] == "GPU"
+        if gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = _visible(int(args["model_instance_device_id"]))
+        self._session = load(folder, device="auto" if gpu else "cpu")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request: arrays, or the sentence that says what cannot be."""

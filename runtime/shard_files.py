@@ -160,7 +160,10 @@ def _kept(session: Session, scores: Sequence[str], trips: Sequence[str], keep: s
             pattern = ".*" if part.strip() == "all" else re.escape(part.strip()) + r"\d*"
             found = [name for name in known if name == part.strip()] or [n for n in known if re.fullmatch(pattern, n)]
             if not found:
-                raise DataError(f"unknown '{part.strip()}' in --keep; this model has all, {', '.join(known)}")
+                raise DataError(
+                    f"unknown '{part.strip()}' in --keep of this {session.manifest.family} model, which has all,"
+                    f" {', '.join(known)}"
+                )
             kept += found
     if not kept:
         raise DataError(f"this model tells no scores; say what to --keep: all, {', '.join(known)}")

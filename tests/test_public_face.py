@@ -24,7 +24,7 @@ from hflow_rt.runtime.running import Runner
 from hflow_rt.runtime.session import Session
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["Session", "check", "errors", "export", "load", "pretrained", "train"]
+NAMES = ["Client", "Session", "check", "errors", "export", "load", "pretrained", "train"]
 PUBLIC = [name for name in {**vars(Runner), **vars(Known), **vars(Session)} if not name.startswith("_")]
 
 IMPORT = """

@@ -6,6 +6,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+# a process started in the background by a script ignores SIGINT, and so do its children
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from hflow_rt.cli.__main__ import main
+main()
+"""
+
 
 def ok(result: Any) -> Any:
     """The result of a command that must succeed."""

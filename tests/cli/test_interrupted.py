@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outcomes import refused, tree
+from outcomes import INTERRUPTIBLE, refused, tree
 
 from hflow_rt.manifest import read_manifest
 from hflow_rt.models.checkpoint import load_model
 
 Command = Callable[..., Any]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-# a process started in the background by a script ignores SIGINT, and so do its children
-INTERRUPTIBLE = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from hflow_rt.cli.__main__ import main
-main()
-"""
 
 
 def interrupted(*arguments: object, after: str) -> Any:

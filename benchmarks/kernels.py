@@ -71,22 +71,24 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="SECONDS")
     parser.add_argument("--ops", default="", metavar="PATTERN", help="only operators whose name matches, in `kernels`")
+    parser.add_argument("--preset", action="append", help="of whole models; by default those of the paper, or demos")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     parts = arguments.part or [part for part in PARTS if part != "dispatch"]
     ends = time.monotonic() + arguments.budget
     ops = [op for op in OPS if re.search(arguments.ops, op.name)]
+    demos = tuple(arguments.preset or DEMOS)
     if arguments.dry_run:
         sizes = dict.fromkeys(TOLERANCE, Size("cpu", 4096, 8))
-        plan = Plan("cpu", ops, sizes, at_batch(1, DEMOS), at_batch(2, DEMOS), 2, 0.0, ends, "eager")
+        plan = Plan("cpu", ops, sizes, at_batch(1, demos), at_batch(2, demos), 2, 0.0, ends, "eager")
         report = Report()
     elif parts == ["dispatch"]:
-        plan = Plan("cpu", [], {}, at_batch(1, DEMOS), at_batch(16, DEMOS), 60, 0.0, ends, "eager")
+        plan = Plan("cpu", [], {}, at_batch(1, demos), at_batch(16, demos), 60, 0.0, ends, "eager")
         report = Report(RESULTS / "dispatch-cpu")
     elif torch.cuda.is_available() and dispatch.INSTALLED and not dispatch.INTERPRETED:
-        presets = ("hflow-128", "hflow-256", "glow-64")
+        presets = tuple(arguments.preset or ("hflow-128", "hflow-256", "glow-64"))
         decodes = tuple(sized for batch in (1, 16, 64, 4) for sized in at_batch(batch, presets))
-        steps = at_batch(16, ("hflow-128", "glow-64"))
+        steps = at_batch(16, tuple(arguments.preset or ("hflow-128", "glow-64")))
         sizes = dict.fromkeys(TOLERANCE, Size("cuda", 128 << 20, 256))
         plan = Plan("cuda", ops, sizes, decodes, steps, 15, 0.01, ends, "inductor")
         gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())

@@ -25,6 +25,8 @@ from hflow_rt.models.registry import Family
 
 # Tiny tensors gain nothing from threads, and spinning ones make the suite crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Settings hold sets, whose order all workers shall write alike: what one of them traced another finds by its bytes.
+os.environ.setdefault("PYTHONHASHSEED", "0")
 # Exports make many objects that stay: looking through them again and again costs a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 
@@ -82,10 +84,11 @@ def traced_once(common: Path) -> Iterator[None]:
             return export(module, examples, **options)
         about = (options["input_names"], options["output_names"], [tuple(example.shape) for example in examples])
         path = kept / hashlib.sha256(whole.getvalue() + repr(about).encode()).hexdigest()
-        if not path.exists():
-            made = path.with_suffix(f".{os.getpid()}")
-            onnx.save(export(module, examples, **options).model_proto, made)
-            made.rename(path)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                made = path.with_suffix(".made")
+                onnx.save(export(module, examples, **options).model_proto, made)
+                made.rename(path)
         return SimpleNamespace(model_proto=onnx.load(path))
 
     with pytest.MonkeyPatch.context() as patched:

@@ -199,7 +199,7 @@ def distance(
     chosen = select(data, session.resolution, split, channels=session.channels)
     kept = None if no_cache else FeatureCache(cache or cache_folder())
     controls = parse_controls(control or [])
-    settings = stds, seed, batch, kept, processes, _track(processes), controls
+    settings = stds, seed, batch, kept, processes, _track(processes), controls, chosen.held_out
     found = distances(network, session, chosen, number, *settings)
     length = None
     if path is not None and seen is not None:

@@ -35,6 +35,14 @@ class Selection:
         return f"{len(self)} {SPLITS[self.split]} of {self.source}"
 
     @property
+    def held_out(self) -> Selection | None:
+        """The test images beside training images; None of other splits, and where there are less than two."""
+        indices = self.images.split()[1]
+        return (
+            Selection(self.images, indices, "test", self.source) if self.split == "train" and len(indices) > 1 else None
+        )
+
+    @property
     def names(self) -> list[str]:
         """What these images are called in the set."""
         return [self.images.names[index] for index in self.indices]

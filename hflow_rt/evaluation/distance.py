@@ -20,7 +20,7 @@ from hflow_rt.data.selection import Selection
 from hflow_rt.errors import DataError
 from hflow_rt.evaluation.batches import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.cache import FeatureCache, cache_key
-from hflow_rt.evaluation.coverage import shares_within
+from hflow_rt.evaluation.coverage import Nearest, nearest, shares_within
 from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.evaluation.session import Session, Stds, sample_pixels
 from hflow_rt.evaluation.statistics import Statistics, need_two, statistics
@@ -65,7 +65,9 @@ class DistanceReport:
     dimensions: int
     samples: int
     data: int
+    nearest: Nearest
     coverage: tuple[float, float] | None = None  # precision and recall, see `shares_within`
+    held_out: Nearest | None = None  # of images that are not among the data
 
     @property
     def rank_deficient(self) -> bool:
@@ -79,6 +81,10 @@ class DistanceReport:
             "kernel": {"name": self.kernel_name, **self.kernel._asdict()},
             "features": {"name": self.network, "sha256": self.network_sha256, "dimensions": self.dimensions},
             "n": {"samples": self.samples, "data": self.data},
+            "nearest": {
+                "samples": self.nearest._asdict(),
+                **({} if self.held_out is None else {"held_out": self.held_out._asdict()}),
+            },
             **({} if self.coverage is None else dict(zip(("precision", "recall"), self.coverage, strict=True))),
         }
 
@@ -95,12 +101,14 @@ def distances(
     shares: Shares | None = None,
     track: Track = silent,
     controls: Mapping[str, float] | None = None,
+    held_out: Selection | None = None,
 ) -> DistanceReport | None:
     """Both distances between `count` samples of `seed` and the data; None in all processes but the main one.
 
-    std: by default what the bundle says. controls: as of `Session.forward`. The same however many processes share the
-    work. Raises `DataError` for too few images, a wrong std or control, or features that are not finite, and
-    `BackendUnavailable` without torchmetrics.
+    std: by default what the bundle says. controls: as of `Session.forward`. held_out: images that are not among the
+    data, to compare samples with that are like one of the data. The same however many processes share the work. Raises
+    `DataError` for too few images, a wrong std or control, or features that are not finite, and `BackendUnavailable`
+    without torchmetrics.
     """
     need_two(count, "the samples")
     need_two(len(data), str(data))
@@ -109,7 +117,10 @@ def distances(
     shares = shares or Alone()
     of_data = data_statistics(network, data, batch, cache, shares, track)
     of_samples = sample_statistics(network, session, count, std, seed, batch, shares, track, controls)
-    return distance_report(network, of_data, of_samples, seed) if shares.is_main and of_data is not None else None
+    fresh = None if held_out is None else data_statistics(network, held_out, batch, cache, shares, track)
+    if of_data is None or not shares.is_main:
+        return None
+    return distance_report(network, of_data, of_samples, seed, fresh)
 
 
 def data_statistics(
@@ -151,7 +162,9 @@ def sample_statistics(
     return statistics(_joined(shares.collect(mine)), "the samples")
 
 
-def distance_report(network: FeatureNetwork, data: Statistics, samples: Statistics, seed: int = 0) -> DistanceReport:
+def distance_report(
+    network: FeatureNetwork, data: Statistics, samples: Statistics, seed: int = 0, held_out: Statistics | None = None
+) -> DistanceReport:
     """Both distances; `seed` picks the subsets. Raises `BackendUnavailable` without torchmetrics."""
     return DistanceReport(
         frechet_name=network.frechet,
@@ -163,7 +176,9 @@ def distance_report(network: FeatureNetwork, data: Statistics, samples: Statisti
         dimensions=network.dimensions,
         samples=samples.n,
         data=data.n,
+        nearest=nearest(data.rows, samples.rows),
         coverage=shares_within(data.rows, samples.rows),
+        held_out=None if held_out is None else nearest(data.rows, held_out.rows),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from hflow_rt.data.selection import Selection
 from hflow_rt.evaluation.bits import BitsReport, BoundBits
+from hflow_rt.evaluation.coverage import Nearest
 from hflow_rt.evaluation.distance import DistanceReport
 from hflow_rt.evaluation.figures import Estimate
 from hflow_rt.evaluation.path_length import PathLength
@@ -51,6 +52,8 @@ def distance_lines(found: DistanceReport, chosen: Selection, drawn: list[str], s
         f"{found.kernel_name}: {kernel.mean:.5f} "
         f"(std {kernel.std:.5f} over {kernel.subsets} subsets of {kernel.subset_size} images)",
         *([] if found.coverage is None else ["precision {:.3f}, recall {:.3f}".format(*found.coverage)]),
+        f"most like one of the data, by cosine: samples {_cosines(found.nearest)}"
+        + ("" if found.held_out is None else f"; held-out images {_cosines(found.held_out)}"),
         f"{found.samples} samples{' at ' + ' '.join(drawn) if drawn else ''}, seed {seed}, against {chosen}; "
         f"{found.dimensions} features of {found.network}",
     ]
@@ -61,6 +64,10 @@ def distance_lines(found: DistanceReport, chosen: Selection, drawn: list[str], s
             "compare the first distance only at the same numbers of images"
         )
     return lines
+
+
+def _cosines(found: Nearest) -> str:
+    return f"{found.median:.3f} in the middle, {found.largest:.3f} at most"
 
 
 def path_line(found: PathLength, network: str) -> str:

@@ -30,6 +30,9 @@ def test_train_and_test_are_all(greys: Path) -> None:
     both = [*chosen["train"].indices, *chosen["test"].indices]
     assert sorted(both) == list(chosen["all"].indices) == list(range(40))
     assert str(chosen["test"]) == f"{len(chosen['test'])} held-out images of {greys}"
+    assert chosen["train"].held_out is not None
+    assert list(chosen["train"].held_out.indices) == list(chosen["test"].indices)
+    assert chosen["test"].held_out is chosen["all"].held_out is None
     for one in chosen.values():
         assert one.names == [one.images.names[index] for index in one.indices]
         np.testing.assert_array_equal(one.pixels()[:, 0, 0, 0], one.indices)

@@ -1,9 +1,9 @@
-"""Precision and recall of samples."""
+"""Precision and recall of samples, and whether they are copies."""
 
 import numpy as np
 import pytest
 
-from hflow_rt.evaluation.coverage import shares_within
+from hflow_rt.evaluation.coverage import nearest, shares_within
 
 
 def test_samples_of_a_part_of_the_data() -> None:
@@ -24,3 +24,15 @@ def test_balls_reach_to_the_third_neighbour() -> None:
     precision, _ = shares_within(data, samples) or (None, None)
     assert precision == pytest.approx(3 / 5)
     assert shares_within(data[:4], samples) is None
+
+
+def test_a_copy_is_at_one() -> None:
+    data = np.array([[3, 0], [0, 2]], np.float32)
+    assert nearest(data, data[1:] * 5) == (1, 1)
+    found = nearest(data, np.array([[1, 1], [4, 3], [-1, 0]], np.float32))
+    assert found == pytest.approx((0.5**0.5, 0.8))
+    rng = np.random.default_rng(0)
+    one, other = (rng.normal(size=(n, 7)).astype(np.float32) for n in (40, 1100))
+    exact = (other / np.linalg.norm(other, axis=1)[:, None]) @ (one / np.linalg.norm(one, axis=1)[:, None]).T
+    assert nearest(one, other).largest == pytest.approx(exact.max(), rel=1e-5)
+    assert nearest(one, other).median == pytest.approx(np.sort(exact.max(1))[549], rel=1e-5)

@@ -210,6 +210,11 @@ def test_a_report_names_its_features_and_counts_both_sides(tiny_run: Path) -> No
     assert distance_report(counting.network, data, statistics(data.rows[:4], "y")).rank_deficient
     direct = distance_report(counting.network, data, sample_statistics(counting.network, session, 6, batch=4))
     assert direct == found
+    assert "held_out" not in dumped["nearest"]
+    fresh = distances(counting.network, session, selection(pixels), 6, batch=4, held_out=selection(pixels[2:5]))
+    assert fresh is not None
+    assert fresh.held_out == pytest.approx((1, 1))  # they are among the data
+    assert fresh.dump()["nearest"]["samples"] == dumped["nearest"]["samples"] == found.nearest._asdict()
 
 
 def test_what_is_wrong_is_said_before_anything_is_computed(tiny_run: Path) -> None:

@@ -21,6 +21,7 @@ from hflow_rt.models.family import LatentModel
 
 DOCS = Path(__file__).parent
 WORDS = DOCS / "cards"
+RATES = WORDS / "rates.json"  # by docs/compare_models.py
 TABLE = DOCS / "models.md"
 MARKS = "<!-- the table, by docs/make_cards.py -->\n", "<!-- its end -->\n"
 DATA = (
@@ -73,21 +74,25 @@ def card(name: str) -> str:
 
 def table() -> str:
     """The table of docs/models.md: a row for each bundled model."""
-    columns = ["model", "family", "parameters", "bundle", "core-hours", "strict bits/dim", "FD", "KD"]
-    lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 6]
+    columns = ["model", "parameters", "bundle", "core-hours", "strict bits/dim", "FD", "KD", "precision", "recall"]
+    columns += ["most like a training image", "samples/s", "encodings/s"]
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    rates = json.loads(RATES.read_text(encoding="utf-8"))
     for name in bundled_models():
-        manifest, facts = read_manifest(pretrained(name)), _facts(name)
+        facts = _facts(name)
         bits = next((report["strict"] for report in facts["reports"] if "strict" in report), None)
         distance = next((report for report in facts["reports"] if "frechet" in report), None)
         cells = [
             f"[`{name}`](../hflow_rt/assets/{name}.md)",
-            manifest.family,
             f"{_parameters(name) / 1e6:.2f} M",
             f"{_megabytes(name):.1f} MB",
             _hours(facts),
             "–" if bits is None else f"{bits['mean']:.3f}",
             "–" if distance is None else f"{distance['frechet']['value']:.1f}",
             "–" if distance is None else f"{distance['kernel']['mean']:.3f}",
+            *("–" if distance is None else f"{distance[share]:.2f}" for share in ("precision", "recall")),
+            "–" if distance is None else f"{distance['nearest']['samples']['largest']:.3f}",
+            *("–" if (found := rates[name].get(what)) is None else f"{found:g}" for what in ("sample", "inverse")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

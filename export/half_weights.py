@@ -1,12 +1,13 @@
 """Keep the constants of a graph in half precision where they are half-precision numbers times a scale.
 
 A model whose weights were rounded to half precision has such constants: folding multiplies a layer's weights by its
-gain, one number or one for each output channel. The graph then holds the rounded weights, a Cast and, for another gain
-than 1, a Mul, which runtimes fold when they open it, so that everything is computed in float32 from the same numbers as
-before, up to their last bit.
+gain, one number, one for each output channel, or one for each output and one for each input channel. The graph then
+holds the rounded weights, a Cast and a Mul for each gain but 1, which runtimes fold when they open it, so that
+everything is computed in float32 from the same numbers as before, up to their last bits.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Container, Iterator
 
 import numpy as np
@@ -37,16 +38,14 @@ def halve(proto: onnx.ModelProto, gains: Collection[Gain], stored: Container[byt
         if split is None:
             kept.append(tensor)
             continue
-        weights, scale = split
+        weights, factors = split
         count += 1
-        half, wide, factor = (f"{tensor.name}{suffix}" for suffix in (".half", ".wide", ".scale"))
+        half, steps = f"{tensor.name}.half", [*(f"{tensor.name}.wide{i}" for i in range(len(factors))), tensor.name]
         kept.append(numpy_helper.from_array(weights, half))
-        if scale.ndim == 0 and scale == 1:
-            nodes.append(helper.make_node("Cast", [half], [tensor.name], to=onnx.TensorProto.FLOAT))
-            continue
-        kept.append(numpy_helper.from_array(scale.astype(np.float32), factor))
-        nodes.append(helper.make_node("Cast", [half], [wide], to=onnx.TensorProto.FLOAT))
-        nodes.append(helper.make_node("Mul", [wide, factor], [tensor.name]))
+        nodes.append(helper.make_node("Cast", [half], steps[:1], to=onnx.TensorProto.FLOAT))
+        for index, factor in enumerate(factors):
+            kept.append(numpy_helper.from_array(factor.astype(np.float32), f"{tensor.name}.scale{index}"))
+            nodes.append(helper.make_node("Mul", [steps[index], kept[-1].name], [steps[index + 1]]))
     rest = list(proto.graph.node)
     del proto.graph.initializer[:], proto.graph.node[:]
     proto.graph.initializer.extend(kept)
@@ -54,11 +53,11 @@ def halve(proto: onnx.ModelProto, gains: Collection[Gain], stored: Container[byt
     return count
 
 
-_Split = tuple[NDArray[np.float16], NDArray[np.float64]]
+_Split = tuple[NDArray[np.float16], list[NDArray[np.float64]]]
 
 
 def _split(values: NDArray[np.float32], gains: Collection[Gain], stored: Container[bytes]) -> _Split | None:
-    """Half-precision numbers and the scale whose product is `values`: stored ones, else the first that fit."""
+    """Half-precision numbers and what they are multiplied by to be `values`: stored ones, else the first that fit."""
     first = None
     for split in _splits(values, gains):
         if hashlib.sha256(split[0].tobytes()).digest() in stored:
@@ -70,18 +69,28 @@ def _split(values: NDArray[np.float32], gains: Collection[Gain], stored: Contain
 def _splits(values: NDArray[np.float32], gains: Collection[Gain]) -> Iterator[_Split]:
     """What `_split` chooses from, by gain."""
     exact = values.astype(np.float64)
-    for given in gains:
-        scale = np.asarray(given, np.float64)
-        if scale.ndim and scale.shape != exact.shape[:1]:
+    axes = range(exact.ndim)
+    # a few of each channel sort out most gains
+    some = max(1, _FIRST * exact.shape[1] // exact.size) if exact.ndim > 1 else 1
+    for gain in gains:
+        given = [np.asarray(part, np.float64) for part in (gain if isinstance(gain, tuple) else (gain,))]
+        if any(factor.ndim and factor.shape != exact.shape[axis : axis + 1] for axis, factor in enumerate(given)):
             continue
-        scale = scale.reshape(-1, *[1] * (exact.ndim - 1)) if scale.ndim else scale
-        # a few of each channel sort out most gains
-        few = exact.reshape(len(exact), -1)[:, : max(1, _FIRST // len(exact))]
-        if _fits(few, scale.reshape(-1, 1) if scale.ndim else scale) and _fits(exact, scale):
-            yield (exact / scale).astype(np.float16), scale
+        factors = [
+            factor.reshape([-1 if axis == own else 1 for axis in axes]) if factor.ndim else factor
+            for own, factor in enumerate(given)
+        ]
+        few = [factor[:, :some] if exact.ndim > 1 and factor.ndim else factor for factor in factors]
+        if _fits(exact[:, :some] if exact.ndim > 1 else exact, few) and _fits(exact, factors):
+            yield (exact / _product(factors)).astype(np.float16), [one for one in factors if one.ndim or one != 1]
 
 
-def _fits(values: NDArray[np.float64], scale: NDArray[np.float64]) -> bool:
+def _fits(values: NDArray[np.float64], factors: list[NDArray[np.float64]]) -> bool:
+    scale = _product(factors)
     with np.errstate(over="ignore"):  # too large for half precision is infinite, which does not fit
         weights = (values / scale).astype(np.float16).astype(np.float64)
     return bool((np.abs(weights * scale - values) <= _TOLERANCE * np.abs(values)).all())
+
+
+def _product(factors: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return math.prod(factors[1:], start=factors[0])

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from hflow_rt.models.plan import TrainingPlan
     from hflow_rt.training.config import TrainingConfig
 
-    Gain = float | NDArray[np.float64]
+    Gain = float | NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]
 else:
-    Gain = Any  # a number, or a float64 vector with one for each index of a tensor's first axis
+    # a number, a float64 vector with one for each index of a tensor's first axis, or two, the other for its second axis
+    Gain = Any
 
 __all__ = [
     "LOG_PROB",

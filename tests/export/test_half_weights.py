@@ -1,6 +1,9 @@
 """Constants in half precision are the same constants, in half the bytes."""
 
+import copy
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hflow_rt.export.half_weights import halve
+from hflow_rt.models.registry import Family
 
 SCALES = (0.7071067811865476, 0.0123456789, 1.0)
 
@@ -59,6 +63,38 @@ def test_a_scale_for_each_channel() -> None:
     assert (kept["w.half"] == weights).all()
     x = rng.standard_normal((3, 40)).astype(np.float32)
     assert (np.abs(run(changed, x) - run(proto, x)) <= 3e-7 * (np.abs(x) @ np.abs(values))).all()
+
+
+def test_a_scale_for_each_output_and_each_input() -> None:
+    """As folding norms before and behind a convolution leaves them."""
+    rng = np.random.default_rng(4)
+    weights = rng.standard_normal((40, 30)).astype(np.float16)
+    rows, columns = rng.uniform(0.3, 3, 40), rng.uniform(0.3, 3, 30)
+    values = (weights * rows[:, None] * columns).astype(np.float32)
+    proto, changed = product(values), product(values)
+    assert halve(changed, [1.0, rows, (columns, rows), (rows, rows[:30])]) == 0
+    assert halve(changed, [1.0, rows, (rows, columns)]) == 1
+    assert [node.op_type for node in changed.graph.node] == ["Cast", "Mul", "Mul", "MatMul"]
+    kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in changed.graph.initializer}
+    assert (kept["w.half"] == weights).all()
+    x = rng.standard_normal((3, 40)).astype(np.float32)
+    assert (np.abs(run(changed, x) - run(proto, x)) <= 4e-7 * (np.abs(x) @ np.abs(values))).all()
+
+
+def test_every_convolution_of_a_rounded_nvae(tiny: Callable[[Family], Any]) -> None:
+    torch = pytest.importorskip("torch")
+    from hflow_rt.models.nvae import FAMILY
+
+    model = copy.deepcopy(tiny(FAMILY))
+    model.load_state_dict({name: v.half().to(v.dtype) for name, v in model.state_dict().items()})
+    for norm in (one for one in model.modules() if hasattr(one, "running_var")):
+        norm.running_var.uniform_(0.5, 2)
+    spec = model.graphs()["inverse"]
+    weights = [one.weight.numpy() for one in spec.module.modules() if isinstance(one, torch.nn.Conv2d)]
+    large = [numpy_helper.from_array(one, f"w{i}") for i, one in enumerate(weights) if one.size >= 256]
+    graph = helper.make_graph([], "weights", [], [], large)
+    assert len(large) > 10
+    assert halve(helper.make_model(graph), (*spec.gains, 1.0)) == len(large)
 
 
 def test_numbers_that_are_stored_go_first() -> None:

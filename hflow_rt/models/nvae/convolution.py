@@ -41,6 +41,11 @@ class NormedConv2d(nn.Conv2d):
         effective: Tensor = self.log_norm.exp() * weight / (_norm(weight) + _SMALLEST_NORM)
         return effective
 
+    def gain(self) -> Tensor:
+        """What the weight is multiplied by for that, `[out]`."""
+        gain: Tensor = self.log_norm.exp() / (_norm(self._masked()) + _SMALLEST_NORM)
+        return gain.reshape(-1)
+
     def forward(self, x: Tensor) -> Tensor:
         convolved: Tensor = self._conv_forward(x, self.effective_weight(), self.bias)
         return convolved

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hflow_rt.models.family import Gain
 from hflow_rt.models.nvae.cells import SHIFTS, DownSkip, InvertedResidual
 from hflow_rt.models.nvae.convolution import NormedConv2d
 from hflow_rt.models.nvae.network import Network
 
-__all__ = ["folded"]
+__all__ = ["folded", "gains"]
 
 N = TypeVar("N", bound=Network)
 
@@ -81,6 +82,22 @@ def folded(network: N) -> N:
     clone = copy.deepcopy(network).double().eval().requires_grad_(False)
     _fold(clone)
     return clone.float()
+
+
+def gains(network: Network) -> list[Gain]:
+    """What folding multiplies the weights of each convolution by, from the network in eval mode."""
+    clone = copy.deepcopy(network).double().eval().requires_grad_(False)
+    found: list[Tensor | tuple[Tensor, Tensor]] = []
+    for module in clone.modules():
+        match module:
+            case NormedConv2d():
+                found.append(module.gain())
+            case DownSkip():
+                found.append(torch.cat([conv.gain() for conv in module.convs if isinstance(conv, NormedConv2d)]))
+            case InvertedResidual():
+                scales = [_line(norm)[0] for norm in (module.norm_expanded, module.norm_depthwise, module.norm_out)]
+                found += [(scales[0], _line(module.norm_in)[0]), *scales[1:]]
+    return [tuple(one.numpy() for one in gain) if isinstance(gain, tuple) else gain.numpy() for gain in found]
 
 
 def _fold(module: nn.Module) -> None:

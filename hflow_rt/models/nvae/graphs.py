@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hflow_rt.models.family import GraphSpec, Role, Space, TensorSpec
 from hflow_rt.models.nvae.config import NVAEConfig
-from hflow_rt.models.nvae.folded import folded
+from hflow_rt.models.nvae.folded import folded, gains
 from hflow_rt.models.nvae.inverse import forward, inverse
 from hflow_rt.models.nvae.network import Network, packed, unpacked
 from hflow_rt.models.nvae.objective import bound_parts, part_names
@@ -121,8 +121,9 @@ def graphs(network: Network) -> dict[str, GraphSpec]:
         parts = (*(TensorSpec(name, (), "score") for name in part_names(config)), channels)
         made["features"] = (_Features, (image,), features)
         made["bound"] = (_Bound, (image, *features, *noise_specs(config)), parts)
+    factors = tuple(gains(network))
     found = {
-        name: GraphSpec(name, graph(plain, inputs), graph(network, inputs), inputs, outputs, _NETS)
+        name: GraphSpec(name, graph(plain, inputs), graph(network, inputs), inputs, outputs, _NETS, gains=factors)
         for name, (graph, inputs, outputs) in made.items()
     }
     drawing = _Pixel(config)

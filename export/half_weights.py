@@ -21,7 +21,7 @@ __all__ = ["halve"]
 
 _SMALLEST = 256  # elements; below, the two nodes are larger than what they save
 _FIRST = 64  # elements that sort out most gains
-_TOLERANCE = 3 * 2.0**-24  # relative: the scale's own rounding, the product's, and the folded constant's
+_TOLERANCE = 3 * 2.0**-24  # relative: the folded constant's rounding, and what folding made of it before
 
 
 def halve(proto: onnx.ModelProto, gains: Collection[Gain], stored: Container[bytes] = ()) -> int:
@@ -87,7 +87,7 @@ def _splits(values: NDArray[np.float32], gains: Collection[Gain]) -> Iterator[_S
 
 def _fits(values: NDArray[np.float64], factors: list[NDArray[np.float64]]) -> bool:
     scale = _product(factors)
-    with np.errstate(over="ignore"):  # too large for half precision is infinite, which does not fit
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # infinite and NaN do not fit
         weights = (values / scale).astype(np.float16).astype(np.float64)
     return bool((np.abs(weights * scale - values) <= _TOLERANCE * np.abs(values)).all())
 

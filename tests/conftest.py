@@ -25,7 +25,8 @@ from hflow_rt.models.registry import Family
 
 # Tiny tensors gain nothing from threads, and spinning ones make the suite crawl on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Settings hold sets, whose order all workers shall write alike: what one of them traced another finds by its bytes.
+# Settings hold sets, whose order all workers shall write alike: what one of them traced another finds by its bytes. So
+# nothing that depends on that order is found here.
 os.environ.setdefault("PYTHONHASHSEED", "0")
 # Exports make many objects that stay: looking through them again and again costs a tenth of the time.
 gc.set_threshold(100_000, 50, 100)

@@ -54,7 +54,10 @@ class KernelDistance(NamedTuple):
 
 @dataclass(frozen=True)
 class DistanceReport:
-    """Both distances in the features of `network`, from `samples` samples and `data` images."""
+    """Both distances in the features of `network`, from `samples` samples and `data` images, and how like they are.
+
+    `nearest` and `coverage` are of the rows that `Statistics` keep of either side.
+    """
 
     frechet_name: str
     frechet: float
@@ -106,7 +109,7 @@ def distances(
     """Both distances between `count` samples of `seed` and the data; None in all processes but the main one.
 
     std: by default what the bundle says. controls: as of `Session.forward`. held_out: images that are not among the
-    data, to compare samples with that are like one of the data. The same however many processes share the work. Raises
+    data; how like the data these are is told beside the samples. The same however many processes share the work. Raises
     `DataError` for too few images, a wrong std or control, or features that are not finite, and `BackendUnavailable`
     without torchmetrics.
     """

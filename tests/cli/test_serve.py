@@ -30,11 +30,13 @@ def test_from_its_start_to_ctrl_c(tiny_run: Path, tmp_path: Path) -> None:
         assert process.stdout is not None
         at = f"http://127.0.0.1:{ports.http}"
         told = [process.stdout.readline(), process.stdout.readline()]
-        with Client(f"127.0.0.1:{ports.grpc}", name) as client:
-            found = client.sample(2, seed=1)
-        process.send_signal(signal.SIGINT)
-        code = process.wait()
-        watchdog.cancel()
+        try:
+            with Client(f"127.0.0.1:{ports.grpc}", name) as client:
+                found = client.sample(2, seed=1)
+        finally:
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
+            watchdog.cancel()
     assert code == 0
     assert f"{name}_forward" in told[0]
     assert told[0].endswith(f" at {at}, gRPC 127.0.0.1:{ports.grpc}\n")

@@ -33,6 +33,7 @@ def test_train_and_test_are_all(greys: Path) -> None:
     assert chosen["train"].held_out is not None
     assert list(chosen["train"].held_out.indices) == list(chosen["test"].indices)
     assert chosen["test"].held_out is chosen["all"].held_out is None
+    assert select(save_greys(greys.parent / "few", 3), 4, "train").held_out is None
     for one in chosen.values():
         assert one.names == [one.images.names[index] for index in one.indices]
         np.testing.assert_array_equal(one.pixels()[:, 0, 0, 0], one.indices)

@@ -42,8 +42,8 @@ class NormedConv2d(nn.Conv2d):
         return effective
 
     def gain(self) -> Tensor:
-        """What the weight is multiplied by for that, `[out]`."""
-        gain: Tensor = self.log_norm.exp() / (_norm(self._masked()) + _SMALLEST_NORM)
+        """What the weight is multiplied by for that, float64 `[out]`."""
+        gain: Tensor = self.log_norm.double().exp() / (_norm(self._masked().double()) + _SMALLEST_NORM)
         return gain.reshape(-1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,20 +87,25 @@ def folded(network: N) -> N:
     return clone.float()
 
 
-def gains(network: Network) -> list[Gain]:
-    """What folding multiplies the weights of each convolution by, from the network in eval mode."""
-    clone = copy.deepcopy(network).double().eval().requires_grad_(False)
-    found: list[Tensor | tuple[Tensor, Tensor]] = []
-    for module in clone.modules():
+def gains(network: Network) -> Iterator[Gain]:
+    """What folding multiplies the weights of each convolution by, of the network in eval mode."""
+    for module in network.modules():
         match module:
             case NormedConv2d():
-                found.append(module.gain())
+                yield _numbers(module.gain())
             case DownSkip():
-                found.append(torch.cat([conv.gain() for conv in module.convs if isinstance(conv, NormedConv2d)]))
+                yield _numbers(torch.cat([conv.gain() for conv in module.convs if isinstance(conv, NormedConv2d)]))
             case InvertedResidual():
-                scales = [_line(norm)[0] for norm in (module.norm_expanded, module.norm_depthwise, module.norm_out)]
-                found += [(scales[0], _line(module.norm_in)[0]), *scales[1:]]
-    return [tuple(one.numpy() for one in gain) if isinstance(gain, tuple) else gain.numpy() for gain in found]
+                before, expanded, depthwise, out = (
+                    _numbers(_line(norm)[0])
+                    for norm in (module.norm_in, module.norm_expanded, module.norm_depthwise, module.norm_out)
+                )
+                yield from ((expanded, before), depthwise, out)
+
+
+def _numbers(values: Tensor) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = values.detach().cpu().numpy()
+    return found
 
 
 def _fold(module: nn.Module) -> None:
@@ -121,11 +129,11 @@ def _fold(module: nn.Module) -> None:
 
 
 def _line(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift `[C]` of a batch norm with its running statistics."""
+    """Scale and shift, float64 `[C]`, of a batch norm with its running statistics."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
 
 
 def _behind(norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:

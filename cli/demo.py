@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 _STDS = (0.4, 0.7, 1.0)
 _COLUMNS = 10
+_SHIPPED = 24  # samples of the bundled model
 _PAGE = "demo"  # folder of the run
-_FILES = ("index.html", "samples.png", "reconstruction.png", "interpolation.png", "interpolation.gif")
+_FILES = ("index.html", "bundled.png", "samples.png", "reconstruction.png", "interpolation.png", "interpolation.gif")
 
 
 @app.command()
@@ -32,6 +33,8 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="Images; by default the bundled ones.", show_default=False)] = None,
 ) -> None:
     """Train the small model, export and check it, sample, encode and interpolate; writes a page with the pictures.
+
+    The page begins with samples of the bundled model.
 
     Example: hflow-rt demo --minutes 2
     """
@@ -64,14 +67,16 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     """Write every picture; returns file name to caption."""
     import numpy as np
 
-    from hflow_rt.assets import demo_images
+    from hflow_rt.assets import PRETRAINED, demo_images, pretrained
     from hflow_rt.conditions import by_folder
     from hflow_rt.data.dataset import open_dataset
-    from hflow_rt.runtime.images.pictures import labelled_rows, save_image, to_uint8
+    from hflow_rt.runtime import load
+    from hflow_rt.runtime.images.pictures import grid, labelled_rows, save_image, to_uint8
     from hflow_rt.runtime.images.video import save_animation
     from hflow_rt.runtime.latents.latent_views import between, select
     from hflow_rt.runtime.latents.operations import concatenate, ping_pong
 
+    save_image(page / "bundled.png", grid(to_uint8(load(pretrained(), "onnx", "cpu").sample(_SHIPPED, seed=1)), 8))
     rows = [(f"std {std}", to_uint8(session.sample(_COLUMNS, std))) for std in _STDS]
     save_image(page / "samples.png", labelled_rows(rows))
 
@@ -99,6 +104,7 @@ def _draw(session: "Session", page: Path, data: Path | None) -> dict[str, str]:
     big = frames(24, "slerp").repeat(4, 1).repeat(4, 2)
     save_animation(page / "interpolation.gif", big, 12, ping_pong(24))
     return {
+        "bundled.png": f"What ships: hflow-rt sample --model {PRETRAINED} -n {_SHIPPED} --seed 1.",
         "samples.png": "Samples of the exported engine: the same noise at three temperatures.",
         "reconstruction.png": f"Images the model never saw, encoded and decoded; last: without latent {detail}.",
         "interpolation.png": "Between two held-out images, in every space the model offers.",

@@ -24,7 +24,7 @@ def test_demo_writes_a_page_with_pictures(
     (run,) = (tmp_path / "runs").iterdir()
     page = (run / "demo" / "index.html").read_text()
     names = re.findall(r'<img src="([^"]+)"', page)
-    assert names == ["samples.png", "reconstruction.png", "interpolation.png", "interpolation.gif"]
+    assert names == ["bundled.png", "samples.png", "reconstruction.png", "interpolation.png", "interpolation.gif"]
     for name in names:
         with Image.open(run / "demo" / name) as picture:
             assert min(picture.size) >= 64

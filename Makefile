@@ -93,6 +93,7 @@ kernels: proofs
 MODEL ?= hflow-emoji
 FROM ?= runs/$(MODEL)
 EXPORT_hflow-emoji = --bound --std 1 --std z2=0.8 --std z1=0.5 --std z0=0.4
+EXPORT_nvae-emoji = --std 1
 pretrained: install $(FLUENT)
 ifeq ($(MODEL),hflow-emoji)
 	$(HFLOW) train --preset hflow-emoji --data $(FLUENT) --out runs/hflow-emoji-joint

@@ -1,6 +1,6 @@
 """Set the bundled models side by side: pictures in docs/images/models/, and how fast each is in docs/cards/rates.json.
 
-    python docs/compare_models.py fluent64.zip
+    OMP_NUM_THREADS=1 python docs/compare_models.py fluent64.zip
     python docs/make_cards.py
 
 The pictures are of seeds 0 to 7, image 0 of each, whatever came out; below them is what is most like each of them among

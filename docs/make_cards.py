@@ -74,13 +74,14 @@ def card(name: str) -> str:
 
 def table() -> str:
     """The table of docs/models.md: a row for each bundled model."""
-    columns = ["model", "parameters", "bundle", "core-hours", "strict bits/dim", "FD", "KD", "precision", "recall"]
+    columns = ["model", "parameters", "bundle", "core-hours", "bits/dim", "FD", "KD", "precision", "recall"]
     columns += ["most like a training image", "samples/s", "encodings/s"]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     rates = json.loads(RATES.read_text(encoding="utf-8"))
     for name in bundled_models():
         facts = _facts(name)
-        bits = next((report["strict"] for report in facts["reports"] if "strict" in report), None)
+        bound = next(iter(_model(name).bounds()), "")
+        bits = next((report[bound] for report in facts["reports"] if report.get(bound)), None)
         distance = next((report for report in facts["reports"] if "frechet" in report), None)
         cells = [
             f"[`{name}`](../hflow_rt/assets/{name}.md)",
@@ -92,7 +93,7 @@ def table() -> str:
             "–" if distance is None else f"{distance['kernel']['mean']:.3f}",
             *("–" if distance is None else f"{distance[share]:.2f}" for share in ("precision", "recall")),
             "–" if distance is None else f"{distance['nearest']['samples']['largest']:.3f}",
-            *("–" if (found := rates[name].get(what)) is None else f"{found:g}" for what in ("sample", "inverse")),
+            *(f"{rates[name][what]:g}" if what in rates.get(name, {}) else "–" for what in ("sample", "inverse")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -147,6 +148,10 @@ def _reached(name: str, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"{kernel['name']}, the same", f"{kernel['mean']:.3f}{spread if kernel['std'] else ''}"
             if "recall" in report:
                 yield "precision and recall, the same", f"{report['precision']:.3f} and {report['recall']:.3f}"
+            for whose, found in report.get("nearest", {}).items():
+                named = {"held_out": "held-out images"}.get(whose, whose)
+                like = f"{named}, most like a training image, by cosine"
+                yield like, f"{found['median']:.3f} in the middle, {found['largest']:.3f} at most"
     for title, points in facts["curves"].items():
         step = max(1, -(-len(points) // POINTS))
         shown = [*points[:-1:step], points[-1]]

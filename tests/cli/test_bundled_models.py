@@ -16,7 +16,7 @@ import hflow_rt
 from hflow_rt.assets import bundled_models, is_installed, pretrained, resolved
 from hflow_rt.errors import ConfigError
 
-NAMES = ("glow-emoji", "hflow-emoji", "ihdm-emoji")
+NAMES = ("glow-emoji", "hflow-emoji", "ihdm-emoji", "nvae-emoji")
 
 Command = Callable[..., Any]
 
@@ -52,7 +52,7 @@ def test_a_folder_of_that_name_is_the_model(hflow: Command, tiny_run: Path) -> N
     assert "from ihdm-emoji/bundle on onnxruntime" in result.err
 
 
-@pytest.mark.parametrize(("name", "more"), [("glow-emoji", []), ("hflow-emoji", []), ("ihdm-emoji", ["--steps", "3"])])
+@pytest.mark.parametrize(("name", "more"), [(name, ["--steps", "3"] * (name == "ihdm-emoji")) for name in NAMES])
 def test_samples_are_those_of_the_session(hflow: Command, name: str, more: list[str]) -> None:
     result = ok(hflow("sample", "--model", name, "-n", 1, "--seed", 5, "-o", "one", *more))
     assert result.err.startswith(f"{name} is the bundled model\n")
@@ -110,6 +110,6 @@ def test_info_lists_them(hflow: Command) -> None:
     pattern = r"(\S+) +(\S+) +64x64 +\d\.\d\d M parameters +\d+\.\d MB  An? .+\."
     matched = [re.fullmatch(pattern, line) for line in lines[:-1]]
     assert [found and found[1] for found in matched] == list(NAMES)
-    assert lines[-1] == "next: hflow-rt sample --model ihdm-emoji"
+    assert lines[-1] == "next: hflow-rt sample --model nvae-emoji"
     refused(hflow("info", "--models", "--presets"), "--presets and --models list different things; give one")
     refused(hflow("info", "here", "--models"), "--models lists all of them; omit here")

@@ -165,7 +165,7 @@ def test_a_file_that_is_a_folder(bundle: Path) -> None:
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    names = "glow-emoji, hflow-emoji, ihdm-emoji"
+    names = "glow-emoji, hflow-emoji, ihdm-emoji, nvae-emoji"
     expected = f"{tmp_path / 'nowhere'} does not exist; name a run, a bundle or one of {names}"
     assert refused(tmp_path / "nowhere") == expected
 

@@ -58,6 +58,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What `hflow-rt tune` kept on this machine is not tested, nor touched."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patched.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))  # not where a test counts its files
         yield
 
 

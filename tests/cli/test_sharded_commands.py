@@ -154,7 +154,7 @@ def test_a_damaged_shard_is_done_again(hflow: Command, model: Path) -> None:
             "shards go into a folder; say -o",
         ),
         (["encode", "photos", "--keep", "z0"], "--keep and --format are for jobs in shards; say --shards"),
-        (["score", "photos", "--keep", "x"], "unknown 'x' in --keep; this model has all, bits_per_dim, log_prob, end0"),
+        (["score", "photos", "--keep", "x"], "unknown 'x' in --keep of this hflow model, which has all, bits_per_dim"),
         (["score", "photos", "--label", "cat"], "this model knows no classes; omit 'cat'"),
         (["shards", "photos"], "photos has no plan.json"),
         (["score", "photos", "-o", "photos"], "photos holds 0.png and no plan of shards"),

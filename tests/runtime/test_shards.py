@@ -147,8 +147,8 @@ def test_what_is_kept(session: Session, source: Any, photos: Path, tmp_path: Pat
     assert (list(found), len(about["log_prob"]), "bits_per_dim" in about) == (["z0"], 1, False)
     work(session, tmp_path / "out", job, 6, source)  # of the broken one alone
     assert load_latents(tmp_path / "out" / shard_name(job, 6))[0]["z0"].shape == (0, *session.latent_shapes["z0"])
-    known = f"this model has all, {', '.join(scores + latents)}"
-    with pytest.raises(DataError, match=f"unknown 'zz' in --keep; {known}"):
+    known = f"which has all, {', '.join(scores + latents)}"
+    with pytest.raises(DataError, match=f"unknown 'zz' in --keep of this hflow model, {known}"):
         encoding_of(session, photos, source, "encode", "parquet", 2, keep="zz")
     with pytest.raises(DataError, match="safetensors holds latents, and --keep log_prob names none"):
         encoding_of(session, photos, source, "encode", "safetensors", 2, keep="log_prob")

@@ -21,6 +21,8 @@ import hflow_rt
 from hflow_rt import Session
 from hflow_rt.assets import bundled_models
 from hflow_rt.data.selection import Selection, select
+from hflow_rt.evaluation.cache import FeatureCache, cache_folder
+from hflow_rt.evaluation.distance import data_statistics
 from hflow_rt.evaluation.features import EFFICIENTNET, FeatureNetwork, open_features
 from hflow_rt.runtime.images.pictures import Row, save_image, table, to_uint8
 
@@ -49,8 +51,9 @@ def nearest(network: FeatureNetwork, data: Selection, known: NDArray[np.float32]
 def pictures(sessions: dict[str, Session], data: Selection) -> None:
     """samples.png, and nearest.png, which also has training images."""
     network = open_features(EFFICIENTNET, data.images.resolution)
-    parts = [range(start, min(start + 32, len(data))) for start in range(0, len(data), 32)]
-    known = directions(np.concatenate([network(data.pixels(part)) for part in parts]))
+    found = data_statistics(network, data, cache=FeatureCache(cache_folder()))
+    assert found is not None
+    known = directions(found.rows)
     rows, pairs = [], []
     for name, session in sessions.items():
         images = to_uint8(np.concatenate([session.sample(1, seed=seed) for seed in SEEDS]))

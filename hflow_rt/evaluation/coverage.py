@@ -8,24 +8,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["NEIGHBOURS", "Nearest", "nearest", "shares_within"]
+__all__ = ["NEIGHBOURS", "Likeness", "likeness", "shares_within"]
 
 NEIGHBOURS = 3
 _AT_ONCE = 1000  # rows: their distances to 10,000 others are 40 MB
 
 
-class Nearest(NamedTuple):
+class Likeness(NamedTuple):
     """Cosines of images with what is most like each in the data; a copy is at 1."""
 
     median: float
     largest: float
 
 
-def nearest(data: NDArray[np.float32], images: NDArray[np.float32]) -> Nearest:
+def likeness(data: NDArray[np.float32], images: NDArray[np.float32]) -> Likeness:
     """How like the data images `[n, D]` are, each by the one that is most like it, in features `[m, D]`."""
     real, found = (torch.nn.functional.normalize(torch.from_numpy(rows)) for rows in (data, images))
     cosines = torch.cat([(part @ real.T).amax(1) for part in torch.split(found, _AT_ONCE)])
-    return Nearest(float(cosines.quantile(0.5)), float(cosines.max()))
+    return Likeness(float(cosines.quantile(0.5)), float(cosines.max()))
 
 
 def shares_within(data: NDArray[np.float32], samples: NDArray[np.float32]) -> tuple[float, float] | None:

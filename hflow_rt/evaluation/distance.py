@@ -20,7 +20,7 @@ from hflow_rt.data.selection import Selection
 from hflow_rt.errors import DataError
 from hflow_rt.evaluation.batches import Alone, Shares, Track, batches, silent
 from hflow_rt.evaluation.cache import FeatureCache, cache_key
-from hflow_rt.evaluation.coverage import Nearest, nearest, shares_within
+from hflow_rt.evaluation.coverage import Likeness, likeness, shares_within
 from hflow_rt.evaluation.features import FeatureNetwork
 from hflow_rt.evaluation.session import Session, Stds, sample_pixels
 from hflow_rt.evaluation.statistics import Statistics, need_two, statistics
@@ -68,9 +68,9 @@ class DistanceReport:
     dimensions: int
     samples: int
     data: int
-    nearest: Nearest
+    nearest: Likeness
     coverage: tuple[float, float] | None = None  # precision and recall, see `shares_within`
-    held_out: Nearest | None = None  # of images that are not among the data
+    held_out: Likeness | None = None  # of images that are not among the data
 
     @property
     def rank_deficient(self) -> bool:
@@ -179,9 +179,9 @@ def distance_report(
         dimensions=network.dimensions,
         samples=samples.n,
         data=data.n,
-        nearest=nearest(data.rows, samples.rows),
+        nearest=likeness(data.rows, samples.rows),
         coverage=shares_within(data.rows, samples.rows),
-        held_out=None if held_out is None else nearest(data.rows, held_out.rows),
+        held_out=None if held_out is None else likeness(data.rows, held_out.rows),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hflow_rt.data.selection import Selection
 from hflow_rt.evaluation.bits import BitsReport, BoundBits
-from hflow_rt.evaluation.coverage import Nearest
+from hflow_rt.evaluation.coverage import Likeness
 from hflow_rt.evaluation.distance import DistanceReport
 from hflow_rt.evaluation.figures import Estimate
 from hflow_rt.evaluation.path_length import PathLength
@@ -66,7 +66,7 @@ def distance_lines(found: DistanceReport, chosen: Selection, drawn: list[str], s
     return lines
 
 
-def _cosines(found: Nearest) -> str:
+def _cosines(found: Likeness) -> str:
     return f"{found.median:.3f} in the middle, {found.largest:.3f} at most"
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hflow_rt.evaluation.coverage import nearest, shares_within
+from hflow_rt.evaluation.coverage import likeness, shares_within
 
 
 def test_samples_of_a_part_of_the_data() -> None:
@@ -28,11 +28,11 @@ def test_balls_reach_to_the_third_neighbour() -> None:
 
 def test_a_copy_is_at_one() -> None:
     data = np.array([[3, 0], [0, 2]], np.float32)
-    assert nearest(data, data[1:] * 5) == (1, 1)
-    found = nearest(data, np.array([[1, 1], [4, 3], [-1, 0]], np.float32))
+    assert likeness(data, data[1:] * 5) == (1, 1)
+    found = likeness(data, np.array([[1, 1], [4, 3], [-1, 0]], np.float32))
     assert found == pytest.approx((0.5**0.5, 0.8))
     rng = np.random.default_rng(0)
     one, other = (rng.normal(size=(n, 7)).astype(np.float32) for n in (40, 1100))
     exact = (other / np.linalg.norm(other, axis=1)[:, None]) @ (one / np.linalg.norm(one, axis=1)[:, None]).T
-    assert nearest(one, other).largest == pytest.approx(exact.max(), rel=1e-5)
-    assert nearest(one, other).median == pytest.approx(np.median(exact.max(1)), rel=1e-5)
+    assert likeness(one, other).largest == pytest.approx(exact.max(), rel=1e-5)
+    assert likeness(one, other).median == pytest.approx(np.median(exact.max(1)), rel=1e-5)

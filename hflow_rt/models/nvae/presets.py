@@ -85,7 +85,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "training": _training(2000, 10, 16, 1, warmup_epochs=1),
     },
-    # the 64x64 emoji, an hour of one CPU core; its bundle takes 5 MB
+    # the 64x64 emoji, an hour of one CPU core; its bundle takes 6 MB
     "nvae-emoji": {
         "model": {
             "resolution": 64, "groups": (5, 3, 2), "latent_channels": 8, **_width(8), "blocks": 2, "block_cells": 1,

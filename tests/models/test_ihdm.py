@@ -1,5 +1,6 @@
 """IHDM: sizes, the blur, what is trained, the bound, the sampler."""
 
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.checkpoint import parse_config
 from hflow_rt.models.ihdm.bank import coefficients, evenly, known, rebuilt, surviving, waves
-from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis
+from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis, damping
 from hflow_rt.models.ihdm.bound import (
     bits_per_dim,
     level_cost,
@@ -20,13 +21,17 @@ from hflow_rt.models.ihdm.bound import (
 )
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.inverse import decoded, read_parallel, read_sequence
+from hflow_rt.models.ihdm.linear import linear_estimate
 from hflow_rt.models.ihdm.model import IHDM
+from hflow_rt.models.ihdm.network import UNet
 from hflow_rt.models.ihdm.plan import levels_of
 from hflow_rt.models.ihdm.presets import PRESETS, TINY
 from hflow_rt.models.ihdm.sampling import blend, interpolation_weights, prior_state, sample, states
 from hflow_rt.models.plan import Batch, Place
 from hflow_rt.training.config import TrainingConfig
 
+# as published: no patches, and the network adds to its state
+PLAIN = TINY["model"] | {"patch": 1, "linear_skip": False}
 # preset: numbers, tensors, and level biases of all blocks
 SIZES = {
     "ihdm-mnist": (42_082_049, 400, 6272),
@@ -44,7 +49,7 @@ def make(**changes: Any) -> IHDM:
     """In float64, with nothing left at zero."""
     torch.manual_seed(1)
     model = (
-        IHDM(IHDMConfig(**TINY["model"] | {"sigma": 0.01, "delta": 0.0125} | changes))
+        IHDM(IHDMConfig(**PLAIN | {"sigma": 0.01, "delta": 0.0125} | changes))
         .double()
         .eval()
         .requires_grad_(False)
@@ -73,15 +78,16 @@ def test_settings_that_no_network_has() -> None:
     for changes, message in (
         ({"blur_max": 0.1}, "blur_max must be at least blur_min = 0.5, not 0.1"),
         ({"resolution": 7}, "resolution must be divisible by 2, for 2 stages, not 7"),
+        ({"patch": 3}, "divisible by 6, for 2 stages and patches of 3 pixels, not 8"),
         ({"widths": (8, 12)}, "base_width times every one of widths must be a multiple of 32, not 48"),
         ({"attention": (0, 2)}, "attention must name stages 0 to 1, not 2"),
     ):
         with pytest.raises(ConfigError, match=message):
-            parse_config(IHDMConfig, {**TINY["model"], **changes})
+            parse_config(IHDMConfig, {**PLAIN, **changes})
 
 
 def test_blur_is_the_damping_of_cosine_waves() -> None:
-    config = IHDMConfig(**TINY["model"])
+    config = IHDMConfig(**PLAIN)
     x, lengths = images(4), blur_lengths(config)
     assert lengths[[0, 1, -1]].tolist() == [0.0, 0.5, 4.0]
     assert torch.allclose(lengths[2:] / lengths[1:-1], torch.full((3,), 2.0, dtype=torch.float64))
@@ -102,7 +108,7 @@ def test_blur_is_the_damping_of_cosine_waves() -> None:
 
 
 def test_a_fresh_network_adds_nothing() -> None:
-    model = IHDM(IHDMConfig(**TINY["model"]))
+    model = IHDM(IHDMConfig(**PLAIN))
     u = images(2).float()
     assert torch.equal(model.mean(u, torch.tensor([1, 4])), u)
 
@@ -111,6 +117,18 @@ def test_the_level_matters() -> None:
     model, u = make(), images(1)
     first, second = (model.mean(u, torch.tensor([level])) for level in (1, 4))
     assert (first - second).abs().max() > 1e-4
+
+
+def test_patches_are_channels() -> None:
+    # of a network at half the side, which has four times the channels of the image
+    model, u, level = make(patch=2), images(3), torch.tensor([1, 2, 4])
+    within = UNet(model.config.model_copy(update={"patch": 1, "resolution": 4, "channels": 12})).double().eval()
+    within.load_state_dict(model.network.state_dict())
+    squares = torch.stack([u[:, c, i::2, j::2] for c in range(3) for i in (0, 1) for j in (0, 1)], 1)
+    found = within(squares, level)
+    assert found.abs().max() > 0.01
+    for index, (c, i, j) in enumerate(itertools.product(range(3), (0, 1), (0, 1))):
+        assert torch.allclose(model.network(u, level)[:, c, i::2, j::2], found[:, index], atol=1e-12)
 
 
 def test_every_level_is_trained_unless_the_published_way_is_asked_for() -> None:
@@ -128,7 +146,7 @@ def test_every_level_is_trained_unless_the_published_way_is_asked_for() -> None:
 
 
 def test_the_loss_is_a_sum_over_the_image() -> None:
-    model = IHDM(IHDMConfig(**TINY["model"])).double()
+    model = IHDM(IHDMConfig(**PLAIN)).double()
     x, zero = images(2), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
     fresh = model.errors(x, torch.tensor([4, 2]), zero)
     step = torch.stack([model.blur(x[:1], 3) - model.blur(x[:1], 4), model.blur(x[1:], 1) - model.blur(x[1:], 2)])
@@ -185,7 +203,7 @@ def test_interpolation_ends_at_both() -> None:
 def test_as_few_waves_as_rebuild_any_start() -> None:
     counts = {name: len(surviving(IHDMConfig(**PRESETS[name]["model"]))) for name in SIZES}
     assert list(counts.values()) == [8, 8, 8, 13, 4, 13, 13, 13]
-    config = IHDMConfig(**TINY["model"])
+    config = IHDMConfig(**PLAIN)
     kept = waves(config)
     extreme = (images(9) > 0.5).double()
     blurred = Blur(config)(extreme, 4)
@@ -196,7 +214,7 @@ def test_as_few_waves_as_rebuild_any_start() -> None:
 
 
 def test_the_bank_is_of_images_evenly() -> None:
-    config = IHDMConfig(**TINY["model"])
+    config = IHDMConfig(**PLAIN)
     pixels = (images(6) * 255).round().to(torch.uint8)
     each, found = known(config, torch.split(pixels, 4))
     few, many = evenly(each, 3), evenly(each, 8)
@@ -210,16 +228,40 @@ def test_the_bank_is_of_images_evenly() -> None:
     assert torch.equal(few, many[[0, 2, 4]])
 
 
-def test_folded_graphs_are_the_model() -> None:
+def test_the_linear_estimate_is_that_of_a_gaussian() -> None:
+    """Against the conditional mean and variance by matrices over the pixels."""
+    config, sigma = IHDMConfig(**PLAIN), 0.05
+    basis, left = cosine_basis(8), damping(config)[[2, 4]]
+    moments = torch.stack([images(1)[0], images(1, seed=3)[0] + 0.1])
+    u = images(2, seed=4)
+    found = linear_estimate(u, left, (reached := damping(config)[[1, 3]]), basis, moments, sigma)
+    waves, noise = torch.kron(basis, basis), sigma**2 * torch.eye(64)
+    for index in range(2):
+        blur, sharper = (waves.T @ torch.kron(axis[index], axis[index]).diag() @ waves for axis in (left, reached))
+        missed = []
+        for channel in range(3):
+            mean, variance = (moment[channel].flatten() for moment in moments)
+            of_data = waves.T @ variance.diag() @ waves
+            gain = of_data @ blur @ torch.linalg.inv(blur @ of_data @ blur + noise)
+            sharp = waves.T @ mean + gain @ (u[index, channel].flatten() - blur @ waves.T @ mean)
+            assert torch.allclose(found.sharp[index, channel].flatten(), sharp, atol=1e-9)
+            assert torch.allclose(found.sharper[index, channel].flatten(), sharper @ sharp, atol=1e-9)
+            missed.append((sharper @ (of_data - gain @ blur @ of_data) @ sharper).diagonal())
+        assert torch.allclose(found.missed[index].square(), torch.cat(missed).mean())
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch": 2, "linear_skip": True}], ids=["plain", "linear skip"])
+def test_folded_graphs_are_the_model(changes: dict[str, Any]) -> None:
     """`step` and `read` of a row of the table, against the network that is told the level."""
-    model = make()
+    model = make(**changes)
+    model.know((255 * images(6)).byte())
     graphs, loop = model.graphs(), model.routes()["inverse"]
     assert not [name for name, _ in graphs["step"].module.named_parameters() if "embedding" in name or "level" in name]
     u, noise, x = images(2), images(2, seed=7) - 0.5, images(2, seed=8)
     delta, zero = torch.tensor([0.01, 0.02]), torch.zeros(2, 3, 8, 8)
     for index, k in ((0, 4), (3, 1)):
         rows = {name: torch.from_numpy(table[index : index + 1]) for name, table in loop.schedule.items()}
-        axes = (rows["damping"], rows["reached"])
+        axes, before = (rows["damping"], rows["reached"]), [rows["blurred"]] if "blurred" in rows else []
         mean = model.mean(u, torch.tensor([k, k]))
         aim = model.blur(x, k - 1) + 0.01 * noise if k > 1 else x
         reached = mean + delta[:, None, None, None] * noise if k > 1 else mean
@@ -228,8 +270,8 @@ def test_folded_graphs_are_the_model() -> None:
             "read": ((aim - mean) / delta[:, None, None, None], zero, aim) if k > 1 else (zero, x - mean, x),
         }
         given = {
-            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta, *axes),
-            "read": (u, x, noise, rows["level"], rows["goes_on"], axes[1], delta, torch.zeros(2), axes[0]),
+            "step": (u, noise, zero, rows["level"], rows["goes_on"], delta, *axes, *before),
+            "read": (u, x, noise, rows["level"], rows["goes_on"], axes[1], delta, torch.zeros(2), axes[0], *before),
         }
         for name, values in given.items():
             found = graphs[name].module(*(value.float() for value in values))

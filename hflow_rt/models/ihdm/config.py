@@ -15,7 +15,7 @@ _Std = Annotated[float, Field(gt=0, le=10)]
 
 
 class IHDMConfig(ModelConfig):
-    """Levels 0 (sharp) to `steps` (blurriest); a U-Net whose stage i works at side `resolution / 2^i`."""
+    """Levels 0 (sharp) to `steps` (blurriest); a U-Net whose stage i works at side `resolution / (patch 2^i)`."""
 
     resolution: Annotated[int, Field(ge=4, le=_LARGEST_SIDE)]
     bits: Annotated[int, Field(ge=1, le=8)] = Field(default=8, description="of the data; fewer than 8 drop the lowest")
@@ -26,6 +26,9 @@ class IHDMConfig(ModelConfig):
     sigma: _Std = Field(default=0.01, description="noise that training adds to blurred images")
     delta: _Std = Field(default=0.0125, description="noise that sampling adds at every level, unless said otherwise")
 
+    patch: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=1, description="side of the squares of pixels that the network takes as one"
+    )
     base_width: Annotated[int, Field(ge=2, le=1 << 12, multiple_of=2)] = 128
     widths: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
         min_length=1, max_length=10, description="channels of every stage, in base widths"
@@ -44,6 +47,10 @@ class IHDMConfig(ModelConfig):
     )
     moments: bool = Field(
         default=False, description="mean and variance of training images' waves are kept, which fewer steps need"
+    )
+    linear_skip: bool = Field(
+        default=False,
+        description="the network sees the best linear estimate beside its state and corrects that; needs moments",
     )
     noisy_start: bool = Field(default=True, description="sampling begins with noise on the blurred image")
 
@@ -65,11 +72,12 @@ class IHDMConfig(ModelConfig):
     def _check(self) -> "IHDMConfig":
         if self.blur_max < self.blur_min:
             raise ValueError(f"blur_max must be at least blur_min = {self.blur_min}, not {self.blur_max}")
-        halvings = 2 ** (len(self.widths) - 1)
-        if self.resolution % halvings:
-            raise ValueError(
-                f"resolution must be divisible by {halvings}, for {len(self.widths)} stages, not {self.resolution}"
-            )
+        if self.linear_skip and not self.moments:
+            raise ValueError("linear_skip needs moments = true")
+        parts = self.patch * 2 ** (len(self.widths) - 1)
+        if self.resolution % parts:
+            stages = f"{len(self.widths)} stages" + (f" and patches of {self.patch} pixels" if self.patch > 1 else "")
+            raise ValueError(f"resolution must be divisible by {parts}, for {stages}, not {self.resolution}")
         for stage in range(len(self.widths)):
             if self.width(stage) % GROUPS:
                 raise ValueError(

@@ -27,6 +27,7 @@ from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
 from hflow_rt.models.ihdm.bound import PARTS, bound_draws, mixture_cost, parts, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
+from hflow_rt.models.ihdm.linear import linear_estimate
 from hflow_rt.models.ihdm.network import UNet
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "Begin",
     "BlurStart",
     "BoundGraph",
+    "Change",
     "Extrapolation",
     "Read",
     "Step",
@@ -97,25 +99,42 @@ class Extrapolation(nn.Module):
         return found
 
 
-def _change(
-    network: UNet,
-    beyond: Extrapolation | None,
-    u: Tensor,
-    level: Tensor,
-    damping: Tensor | None,
-    reached: Tensor | None,
-) -> Tensor:
-    """What a call adds to its state, before noise."""
-    change = network.walk(u, level)
-    return change if beyond is None else change + beyond(u + change, damping, reached)
+class Change(nn.Module):
+    """What a call adds to its state, before noise. moments: for fewer calls, and for a network beside a linear skip."""
+
+    def __init__(self, network: UNet, moments: Tensor | None) -> None:
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.beyond = None if moments is None else Extrapolation(self.config, moments)
+
+    def forward(
+        self, u: Tensor, level: Tensor, damping: Tensor | None, reached: Tensor | None, blurred: Tensor | None
+    ) -> Tensor:
+        """States `[B, C, R, R]`, biases `[1 or B, W]` and damping of an axis, `[1 or B, R]`, to what is added.
+
+        damping: at the mean. reached: where the call leads, if it may lead beyond that; of a model with moments.
+        blurred: at `u`; of a network beside a linear skip.
+        """
+        if not self.config.linear_skip:
+            change = self.network.walk(u, level)
+        else:
+            assert self.beyond is not None, "settings with linear_skip have moments"
+            assert damping is not None
+            assert blurred is not None
+            basis, moments = self.beyond.basis.to(u), self.beyond.moments.to(u)
+            known = linear_estimate(u, blurred, damping, basis, moments, self.config.sigma)
+            change = known.sharper - u + known.missed * self.network.walk(torch.cat([u, known.sharp], 1), level)
+        if self.beyond is None or reached is None:
+            return change
+        return change + self.beyond(u + change, damping, reached)
 
 
 class Step(nn.Module):
     """One call down. `level` is a row of `level_table`; `goes_on` is 0 in the last call, else 1."""
 
-    def __init__(self, network: UNet, beyond: Extrapolation | None) -> None:
+    def __init__(self, change: Change) -> None:
         super().__init__()
-        self.network, self.beyond = network, beyond
+        self.change = change
 
     def forward(
         self,
@@ -127,12 +146,13 @@ class Step(nn.Module):
         delta: Tensor,
         damping: Tensor | None = None,
         reached: Tensor | None = None,
+        blurred: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Images `[B, C, R, R]`, `[1, W]`, `[1]` and `[B]` to the next state, and the same as an image in [0, 1].
 
-        damping, reached: of `Extrapolation`, where the model has it.
+        damping, reached, blurred: of `Change`, where it takes them.
         """
-        change = _change(self.network, self.beyond, u, level, damping, reached)
+        change = self.change(u, level, damping, reached, blurred)
         return sampler_update(u, change, noise, residual, goes_on * delta, 1 - goes_on)
 
 
@@ -165,10 +185,10 @@ class Read(nn.Module):
 
     basis: Tensor
 
-    def __init__(self, network: UNet, config: IHDMConfig, beyond: Extrapolation | None) -> None:
+    def __init__(self, change: Change) -> None:
         super().__init__()
-        self.network, self.sigma, self.beyond = network, config.sigma, beyond
-        self.register_buffer("basis", cosine_basis(config.resolution), persistent=False)
+        self.change, self.sigma = change, change.config.sigma
+        self.register_buffer("basis", cosine_basis(change.config.resolution), persistent=False)
 
     def forward(
         self,
@@ -181,13 +201,14 @@ class Read(nn.Module):
         delta: Tensor,
         grid: Tensor,
         damping: Tensor | None = None,
+        blurred: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The noise, what is missing after the last call, and the next state, each `[B, C, R, R]`.
 
         reached: damping of the level that the call leads to. grid: `[B]`, noise is rounded to its multiples; 0 for not
-        at all. damping: of `Extrapolation`, where the model has it.
+        at all. damping, blurred: of `Change`, where it takes them.
         """
-        change = _change(self.network, self.beyond, u, level, damping, reached)
+        change = self.change(u, level, damping, reached, blurred)
         noisy, last = _wide(goes_on), _wide(1 - goes_on)
         target = damped(image, self.basis.to(image), reached) + self.sigma * target_noise
         gap = noisy * target + last * image - (u + change)  # at the last, the image to the bit
@@ -210,9 +231,9 @@ class BoundGraph(nn.Module):
     table: Tensor
     starts: Tensor
 
-    def __init__(self, network: UNet, table: Tensor, starts: Tensor, config: IHDMConfig) -> None:
+    def __init__(self, change: Change, table: Tensor, starts: Tensor) -> None:
         super().__init__()
-        self.network, self.config = network, config
+        self.change, self.config = change, (config := change.config)
         constants = {"waves": waves(config), "basis": cosine_basis(config.resolution), "damping": damping(config)}
         for name, value in (constants | {"table": table, "starts": starts}).items():
             self.register_buffer(name, value, persistent=False)
@@ -228,7 +249,7 @@ class BoundGraph(nn.Module):
 
         def error(index: Tensor, noise: Tensor) -> Tensor:
             u = damped(x, basis, damping[index][:, None, None]) + config.sigma * noise
-            mean = u + self.network.walk(u, table[index])
+            mean = u + self.change(u, table[index], damping[index - 1], None, damping[index])
             return (damped(x, basis, damping[index - 1][:, None, None]) - mean).square().flatten(1).sum(1)
 
         blurred = damped(x, basis, damping[-1])
@@ -256,13 +277,16 @@ def folded_network(network: UNet) -> UNet:
 
 def loops(model: IHDM) -> dict[Route, Loop]:
     """Both routes, from the last level to the first; of fewer calls where the model knows its images' moments."""
-    config, axes = model.config, _rows(damping(model.config)[:-1])
+    config = model.config
+    blurred, axes = (_rows(rows) for rows in (damping(config)[1:], damping(config)[:-1]))
     shared = {
         "level": _rows(level_table(model.network)[1:]),
         "goes_on": np.array([1.0] * (config.steps - 1) + [0.0], np.float32),
     }
     if model.moments is not None:
         shared |= {"damping": axes, "reached": axes}
+    if config.linear_skip:
+        shared |= {"blurred": blurred}
     carry, leads_to = {"u_next": "u"}, () if model.moments is None else ("goes_on", "reached")
     return {
         "forward": Loop("begin", "step", shared, carry, last=("image",), leads_to=leads_to),
@@ -298,10 +322,14 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
     delta = TensorSpec("delta", (), "control", (1e-4, 1.0), default=config.delta)
     level = TensorSpec("level", (sum(block.width for block in model.network.blocks()),), "schedule")
     goes_on = TensorSpec("goes_on", (), "schedule", (0.0, 1.0))
-    left, reached = (TensorSpec(name, (config.resolution,), "schedule", (0.0, 1.0)) for name in ("damping", "reached"))
+    left, reached, blurred = (
+        TensorSpec(name, (config.resolution,), "schedule", (0.0, 1.0)) for name in ("damping", "reached", "blurred")
+    )
     grid = TensorSpec("grid", (), "grid", default=0.0)
     folded = folded_network(model.network)
-    beyond, axes = (None, ()) if model.moments is None else (Extrapolation(config, model.moments), (left, reached))
+    change, exact = Change(folded, model.moments), Change(model.network, model.moments)
+    axes = () if model.moments is None else (left, reached)
+    before = (blurred,) if config.linear_skip else ()
     made: dict[str, tuple[nn.Module, nn.Module, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "begin": (
             Begin(config).float(),
@@ -310,9 +338,9 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
             (u_next,),
         ),
         "step": (
-            Step(folded, copy.deepcopy(beyond)).float(),
-            Step(model.network, beyond),
-            (u, noise, latent["residual"], level, goes_on, delta, *axes),
+            Step(change).float(),
+            Step(exact),
+            (u, noise, latent["residual"], level, goes_on, delta, *axes, *before),
             (u_next, image),
         ),
         "blur": (
@@ -322,17 +350,17 @@ def graphs(model: IHDM) -> dict[str, GraphSpec]:
             (latent["start"], latent["start_noise"], u_next),
         ),
         "read": (
-            Read(folded, config, copy.deepcopy(beyond)).float(),
-            Read(model.network, config, beyond),
-            (u, image, target_noise, level, goes_on, reached, delta, grid, *axes[:1]),
+            Read(change).float(),
+            Read(exact),
+            (u, image, target_noise, level, goes_on, reached, delta, grid, *axes[:1], *before),
             (z, latent["residual"], u_next),
         ),
     }
     if (starts := model.bank().get("start")) is not None:
         table = level_table(model.network)
         made["bound"] = (
-            BoundGraph(folded, table, starts, config).float(),
-            BoundGraph(model.network, table, starts, config),
+            BoundGraph(change, table, starts).float(),
+            BoundGraph(exact, table, starts),
             (image, *bound_draws(config)),
             tuple(TensorSpec(name, (), "score") for name in PARTS),
         )

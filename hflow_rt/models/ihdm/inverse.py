@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hflow_rt.models.ihdm.blur import damped
-from hflow_rt.models.ihdm.graphs import Begin, BlurStart, Read, Step
+from hflow_rt.models.ihdm.blur import damped, damping
+from hflow_rt.models.ihdm.graphs import Begin, BlurStart, Change, Read, Step
 
 if TYPE_CHECKING:
     from hflow_rt.models.ihdm.model import IHDM
@@ -69,11 +69,13 @@ def read_parallel(model: IHDM, images: Tensor, draws: Tensor, delta: float | Non
 @torch.no_grad()
 def decoded(model: IHDM, latents: Latents, delta: float | None = None) -> Tensor:
     """Images `[B, C, R, R]`, not clamped."""
-    parts, step = _Parts(model, latents.residual, delta), Step(model.network, None)
+    parts = _Parts(model, latents.residual, delta)
+    step = Step(parts.change)
     u: Tensor
     (u,) = parts.begin(latents.start, latents.start_noise, parts.delta)
     for index, row in enumerate(parts.rows):
-        u, _ = step(u, latents.noise[:, index], latents.residual, row.level, row.goes_on, parts.delta)
+        given = u, latents.noise[:, index], latents.residual, row.level, row.goes_on, parts.delta
+        u, _ = step(*given, damping=row.reached, blurred=row.blurred)
     return u
 
 
@@ -81,6 +83,7 @@ class _Row(NamedTuple):
     level: Tensor
     goes_on: Tensor
     reached: Tensor
+    blurred: Tensor
 
 
 class _Parts:
@@ -89,20 +92,21 @@ class _Parts:
     def __init__(self, model: IHDM, like: Tensor, delta: float | None) -> None:
         config = model.config
         self.begin, self.blur = Begin(config), BlurStart(config)
-        self._read = Read(model.network, config, None)
+        self.change = Change(model.network, model.moments)
+        self._read = Read(self.change)
         self.basis = self._read.basis.to(like)
-        tables = model.routes()["inverse"].schedule
+        tables = {"blurred": damping(config)[1:].flip(0).numpy(), **model.routes()["inverse"].schedule}
         columns = (torch.split(torch.from_numpy(tables[name]).to(like), 1) for name in _Row._fields)
         self.rows = [_Row(*row) for row in zip(*columns, strict=True)]
         self.delta = like.new_full((len(like),), config.delta if delta is None else delta)
 
     def read(
         self, u: Tensor, images: Tensor, target_noise: Tensor, level: Tensor, goes_on: Tensor, reached: Tensor,
-        grid: float = 0.0,
+        blurred: Tensor, grid: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """As the graph."""
         grids = torch.full_like(self.delta, grid)
         found: tuple[Tensor, Tensor, Tensor] = self._read(
-            u, images, target_noise, level, goes_on, reached, self.delta, grids
+            u, images, target_noise, level, goes_on, reached, self.delta, grids, reached, blurred
         )
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ from hflow_rt.errors import ConfigError
 from hflow_rt.models.bins import public_levels
 from hflow_rt.models.family import Bound, Conditions, GraphSpec, LatentModel, Loop, Prior, Route, Unknown, Way
 from hflow_rt.models.ihdm.bank import evenly, known, surviving
-from hflow_rt.models.ihdm.blur import Blur
+from hflow_rt.models.ihdm.blur import Blur, cosine_basis, damping
 from hflow_rt.models.ihdm.bound import bound_draws, bound_terms, level_cost, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.graphs import graphs, loops
+from hflow_rt.models.ihdm.linear import linear_estimate
 from hflow_rt.models.ihdm.network import UNet
 from hflow_rt.models.ihdm.plan import IHDMPlan
 from hflow_rt.models.plan import draw
@@ -36,6 +38,8 @@ class IHDM(LatentModel):
     config: IHDMConfig
     starts: Tensor | None
     moments: Tensor | None
+    basis: Tensor | None
+    damping: Tensor | None
 
     def __init__(self, config: IHDMConfig) -> None:
         super().__init__()
@@ -45,16 +49,36 @@ class IHDM(LatentModel):
         self.start_shape = (config.channels, len(surviving(config)))
         self.register_buffer("starts", torch.zeros(config.bank, *self.start_shape) if config.bank else None)
         self.register_buffer("moments", torch.zeros(2, *config.image_shape) if config.moments else None)
+        skips = config.linear_skip
+        self.register_buffer("basis", cosine_basis(config.resolution).float() if skips else None, persistent=False)
+        self.register_buffer("damping", damping(config).float() if skips else None, persistent=False)
 
     def mean(self, u: Tensor, level: Tensor) -> Tensor:
         """The expected image one level sharper, given `u` at each image's `level`."""
-        added: Tensor = self.network(u, level)
-        return u + added
+        return self._mean(u, level)[0]
 
     def errors(self, images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Squared error of the mean at `level`, summed over each image, `[B]`. noise: standard normal."""
+        return self.errors_and_units(images, level, noise)[0]
+
+    def errors_and_units(self, images: Tensor, level: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """`errors`, and what they would be on average with the linear estimate alone; 1 where there is none."""
         u = self.blur(images, level) + self.config.sigma * noise
-        return (self.blur(images, level - 1) - self.mean(u, level)).square().flatten(1).sum(1)
+        mean, unit = self._mean(u, level)
+        return (self.blur(images, level - 1) - mean).square().flatten(1).sum(1), unit
+
+    def _mean(self, u: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.config.linear_skip:
+            added: Tensor = self.network(u, level)
+            return u + added, u.new_ones(())
+        assert self.moments is not None
+        assert self.basis is not None
+        assert self.damping is not None
+        axes = self.damping[level], self.damping[level - 1]
+        known = linear_estimate(u, *axes, self.basis, self.moments, self.config.sigma)
+        correction: Tensor = self.network(torch.cat([u, known.sharp], 1), level)
+        unit = known.missed.square().flatten() * math.prod(self.config.image_shape)
+        return known.sharper + known.missed * correction, unit
 
     def know(self, pixels: Tensor) -> None:
         """Make the bank and the moments of uint8 images `[N, C, R, R]`, the bank as evenly of them as it has rows."""

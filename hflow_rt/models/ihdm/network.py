@@ -133,7 +133,9 @@ class UNet(nn.Module):
 
         stages = range(len(config.widths))
         width = config.width(0)
-        down = [Element(conv=nn.Conv2d(config.channels, width, 3, padding=1))]
+        inner = config.channels * config.patch**2
+        seen = inner * (2 if config.linear_skip else 1)
+        down = [Element(conv=nn.Conv2d(seen, width, 3, padding=1))]
         pushed = [width]
         for stage in stages:
             for _ in range(config.blocks):
@@ -154,7 +156,7 @@ class UNet(nn.Module):
                 up.append(Element(made, attends, nn.Conv2d(width, width, 3, padding=1) if last else None))
         self.up = nn.ModuleList(up)
         self.norm = nn.GroupNorm(GROUPS, width)
-        self.head = _zeroed(nn.Conv2d(width, config.channels, 3, padding=1))
+        self.head = _zeroed(nn.Conv2d(width, inner, 3, padding=1))
 
     def elements(self) -> list[Element]:
         """In the order of the walk."""
@@ -180,15 +182,14 @@ class UNet(nn.Module):
         """Images `[B, C, R, R]` and biases, `[W]` or `[B, W]`, to what the next sharper level adds."""
         rows = iter(torch.split(biases, [block.width for block in self.blocks()], -1))
         pushed: list[Tensor] = []
-        h = u
+        h = F.pixel_unshuffle(u, self.config.patch)
         for part in (self.down, self.middle, self.up):
             for element in part:
                 beside = pushed.pop() if part is self.up else None
                 h = element(h, None if element.block is None else next(rows), beside)
                 if part is self.down:
                     pushed.append(h)
-        found: Tensor = self.head(normed(h, self.norm))
-        return found
+        return F.pixel_shuffle(self.head(normed(h, self.norm)), self.config.patch)
 
     def forward(self, u: Tensor, level: Tensor) -> Tensor:
         """Images `[B, C, R, R]` and their levels `[B]` to what the next sharper level adds."""

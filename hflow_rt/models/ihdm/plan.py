@@ -43,12 +43,12 @@ class IHDMPlan(TrainingPlan):
         self.model.know(pixels)
 
     def loss(self, phase: str, batch: Batch, place: Place) -> LossTerms:
-        """The squared error, summed over the image."""
+        """The squared error, summed over the image, or relative to that of the linear estimate."""
         config = self.model.config
         images = public_levels(batch.pixels, config.bits)
         level = levels_of(batch.draws["level"], config.trained_levels)
-        error = self.model.errors(images, level, batch.draws["noise"]).mean()
-        return LossTerms(error, None, {"error": error.detach()})
+        error, unit = self.model.errors_and_units(images, level, batch.draws["noise"])
+        return LossTerms((error / unit).mean(), None, {"error": error.detach().mean()})
 
 
 def levels_of(uniform: Tensor, last: int) -> Tensor:

@@ -102,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 TINY: dict[str, Any] = {
     "model": {
         "resolution": 8, "steps": 4, "blur_max": 4.0, "sigma": 0.2, "delta": 0.25, "base_width": 4, "widths": (8, 16),
-        "blocks": 1, "attention": (1,), "bank": 8, "moments": True,
+        "blocks": 1, "attention": (1,), "bank": 8, "moments": True, "patch": 2, "linear_skip": True,
     },
     "training": _training(4, 1e-3, 0.9, images=400, warmup_images=40, init_images=8),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from hflow_rt.kernels import dispatch, group_norm, sampler_update
 from hflow_rt.kernels.group_norm import group_norm_silu
 from hflow_rt.kernels.sampler_update import sampler_update_reference
 from hflow_rt.models.ihdm.config import IHDMConfig
-from hflow_rt.models.ihdm.graphs import Step, folded_network, level_table
+from hflow_rt.models.ihdm.graphs import Change, Step, folded_network, level_table
 from hflow_rt.models.ihdm.model import IHDM
 from hflow_rt.models.ihdm.presets import TINY
 
@@ -126,7 +126,7 @@ def test_an_update(device: str, as_good: AsGood) -> None:
 def make(device: str) -> IHDM:
     """Nothing left at zero."""
     torch.manual_seed(1)
-    model = IHDM(IHDMConfig(**(TINY["model"] | {"dropout": 0.0}))).to(device)
+    model = IHDM(IHDMConfig(**(TINY["model"] | {"linear_skip": False, "dropout": 0.0}))).to(device)
     for parameter in model.parameters():
         if not parameter.detach().any():
             parameter.data = 0.1 * torch.randn(parameter.shape).to(device)
@@ -146,7 +146,7 @@ def test_ihdm_trains_and_steps_on_the_kernels(device: str, launched: list[str]) 
     images, noise, u = (torch.randn(2, *model.config.image_shape, generator=generator).to(device) for _ in range(3))
     level = torch.tensor([1, model.config.steps], device=device)
     row = level_table(model.network)[2:3].to(device)
-    step = Step(folded_network(model.network), None)
+    step = Step(Change(folded_network(model.network), None))
 
     def run() -> list[Tensor]:
         loss = model.errors(images, level, noise).sum()

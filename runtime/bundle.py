@@ -65,10 +65,11 @@ class Bundle:
         return sha256(weights) in (checkpoint["sha256"], checkpoint.get("exported_from"))
 
     def table(self, name: str) -> "dict[str, NDArray[np.float32]]":
-        """The arrays of a bundled safetensors file by name. Raises as `file` does."""
+        """The arrays of a bundled safetensors file by name, float32. Raises as `file` does."""
+        import numpy as np
         from safetensors.numpy import load_file
 
-        return load_file(self.file(name))
+        return {key: np.asarray(array, np.float32) for key, array in load_file(self.file(name)).items()}
 
     @property
     def model(self) -> Path:

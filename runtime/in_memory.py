@@ -23,7 +23,7 @@ class _InMemory(Bundle):
     tables: Mapping[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
 
     def table(self, name: str) -> dict[str, NDArray[np.float32]]:
-        return self.tables[name]
+        return {key: array.astype(np.float32) for key, array in self.tables[name].items()}
 
 
 def session_of(model: "LatentModel", family: str = "model") -> Session:

@@ -34,16 +34,23 @@ def described(model: LatentModel, ways: Mapping[Route, str | Loop], graphs: Coll
     }
 
 
-def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Contents of the files that `described` names: float32 arrays by name."""
+def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str, dict[str, NDArray[np.floating]]]:
+    """Contents of the files that `described` names, arrays by name: float32, or float16 where that loses nothing."""
     found = {
-        _schedule(route): {name: np.ascontiguousarray(table, np.float32) for name, table in way.schedule.items()}
+        _schedule(route): {name: _smallest(table) for name, table in way.schedule.items()}
         for route, way in ways.items()
         if isinstance(way, Loop)
     }
     if bank := model.bank():
-        found[_BANK] = {name: rows.detach().float().cpu().contiguous().numpy() for name, rows in bank.items()}
+        found[_BANK] = {name: _smallest(rows.detach().cpu().numpy()) for name, rows in bank.items()}
     return found
+
+
+def _smallest(table: NDArray[np.floating]) -> NDArray[np.floating]:
+    exact = np.ascontiguousarray(table, np.float32)
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), exact) else exact
 
 
 def latents_of(model: LatentModel) -> tuple[manifest.Latent, ...]:

@@ -48,28 +48,32 @@ def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list
     Raises `BundleError` for a bundle that lacks the way to images, `BackendUnavailable` as `find_runtime` does, and
     `DataError` for a folder that holds anything else.
     """
+    from safetensors.numpy import save
+
     files = find_runtime(runtime)
     bundle = find_bundle(model)
     session = open_bundle(bundle, "onnx", "cpu")
     manifest = bundle.manifest
     web = _web(session)
     sources = {file for graph in web["graphs"].values() for file in (graph["file"], *graph["weights"])}
-    sources |= {way["schedule"] for way in web["routes"].values() if "schedule" in way} | {*filter(None, [web["bank"]])}
+    tables = {way["schedule"] for way in web["routes"].values() if "schedule" in way} | {*filter(None, [web["bank"]])}
     about = described(session) | {"engine": "browser", "backend": "this browser", "projects": False, "web": web}
     if not about["encodes"]:
         about["encodes_not"] = f"{manifest.absent['inverse']}; a static page cannot search"
     page = {source.name: source for source in PAGE.iterdir() if source.name not in ("server.js", "index.html")}
     copies = page | {source: bundle.file(source) for source in sorted(sources)}
     copies |= {f"ort/{file}": files / file for file in RUNTIME} | {"ort/LICENSE.txt": _LICENCE}
-    about["files"] = sorted([*copies, "index.html", "model.json"])
+    about["files"] = sorted([*copies, *tables, "index.html", "model.json"])
     _check_ours(folder, about["files"])
     with atomic_directory(folder) as made:
         (made / "ort").mkdir()
         for name, source in copies.items():
             shutil.copyfile(source, made / name)
+        for name in tables:  # float32, which is all that the page reads
+            (made / name).write_bytes(save(bundle.table(name)))
         (made / "index.html").write_text(_page_alone(), encoding="utf-8")
         (made / "model.json").write_text(json.dumps(about), encoding="utf-8")
-    size = sum(manifest.files[source].bytes for source in sources)
+    size = sum(manifest.files[source].bytes for source in sources | tables)
     lines = [f"{about['name']}, {size / 2**20:.1f} MB of model: {folder}/"]
     if size > _LARGE:
         lines.append(f"a model beyond {_LARGE // 2**20} MB takes long to load in a browser, and phones may refuse it")

@@ -13,7 +13,7 @@ from golden_cases import Case as Listing
 from torch import Tensor
 
 from hflow_rt.models.checkpoint import load_state
-from hflow_rt.models.ihdm.bank import coefficients, waves
+from hflow_rt.models.ihdm.bank import Waves
 from hflow_rt.models.ihdm.blur import blur_lengths
 from hflow_rt.models.ihdm.bound import pixel_cost, start_cost, step_cost, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
@@ -230,7 +230,7 @@ def likelihood(case: Case) -> Quantities:
     model, delta, x = case.model(), case.described["delta"], case["x_test"]
     with torch.no_grad():
         blurred = prior_state(model, case["x_train"].double())
-        start = start_cost(model, x, coefficients(blurred, waves(model.config)), delta)
+        start = start_cost(model, x, Waves(model.config).coefficients(blurred), delta)
         level_1 = torch.ones(len(x), dtype=torch.int64)
         errors = [model.errors(x, level_1, case["nll_noise0"])]
         errors += [model.errors(x, level_1 * k, case["noise"][k - 1]) for k in range(1, model.config.steps + 1)]

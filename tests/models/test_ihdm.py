@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hflow_rt.errors import ConfigError, DataError
 from hflow_rt.models.checkpoint import parse_config
-from hflow_rt.models.ihdm.bank import coefficients, evenly, known, rebuilt, surviving, waves
+from hflow_rt.models.ihdm.bank import Waves, evenly, known, surviving
 from hflow_rt.models.ihdm.blur import Blur, blur_lengths, cosine_basis, damping
 from hflow_rt.models.ihdm.bound import (
     bits_per_dim,
@@ -158,15 +158,15 @@ def test_start_cost_is_that_of_a_mixture() -> None:
     model, delta = make(), 0.02
     train, test = images(5, seed=4), images(2, seed=5)
     test[1] = train[3]
-    kept = waves(model.config)
-    found = start_cost(model, test, coefficients(model.blur(train, 4), kept), delta)
+    starts = Waves(model.config).coefficients(model.blur(train, 4))
+    found = start_cost(model, test, starts, delta)
     values, sigma = 3 * 64, model.config.sigma
     squared = (model.blur(test, 4)[:, None] - model.blur(train, 4)[None]).square().flatten(2).sum(2)
     ratio = sigma**2 / delta**2
     divergence = (values * (ratio - 1 - math.log(ratio)) + squared / delta**2) / 2
     assert torch.allclose(found, math.log(5) - torch.logsumexp(-divergence, 1), rtol=1e-9)
     with pytest.raises(DataError, match="the bank has none; give images"):
-        start_cost(model, test, torch.zeros(0, 3, len(kept)), delta)
+        start_cost(model, test, starts[:0], delta)
 
 
 def test_costs_of_a_perfect_step() -> None:
@@ -204,12 +204,13 @@ def test_as_few_waves_as_rebuild_any_start() -> None:
     counts = {name: len(surviving(IHDMConfig(**PRESETS[name]["model"]))) for name in SIZES}
     assert list(counts.values()) == [8, 8, 8, 13, 4, 13, 13, 13]
     config = IHDMConfig(**PLAIN)
-    kept = waves(config)
+    kept = Waves(config)
     extreme = (images(9) > 0.5).double()
     blurred = Blur(config)(extreme, 4)
-    found = coefficients(blurred, kept)
-    assert (rebuilt(found, kept) - blurred).abs().max() < 1e-6
-    assert (rebuilt(found[..., :-3], kept[:-3]) - blurred).abs().max() > 1e-6
+    found = kept.coefficients(blurred)
+    assert (kept.rebuilt(found) - blurred).abs().max() < 1e-6
+    found[..., -3:] = 0
+    assert (kept.rebuilt(found) - blurred).abs().max() > 1e-6
     assert torch.allclose(found[..., 0], extreme.mean((2, 3)))
 
 

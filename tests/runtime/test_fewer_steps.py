@@ -42,12 +42,12 @@ def test_fewer_calls_extrapolate_what_the_network_knows(session: Session, many_s
     start, start_noise = (torch.from_numpy(latents[name]).double() for name in ("start", "start_noise"))
     noise = torch.from_numpy(np.asarray(latents["noise"])).double()
     assert noise.shape == (3, 2, 3, 8, 8)
-    from hflow_rt.models.ihdm.bank import rebuilt, waves
+    from hflow_rt.models.ihdm.bank import Waves
     from hflow_rt.models.ihdm.blur import cosine_basis, damping
 
     basis, left = cosine_basis(8), damping(config)
     mean, variance = model.moments.double()
-    u = rebuilt(start, waves(config)) + delta * start_noise
+    u = Waves(config).rebuilt(start) + delta * start_noise
     for call, (level, reached) in enumerate(((4, 1), (1, 0))):
         m = model.mean(u, torch.full((3,), level))
         before, after = (torch.outer(left[k], left[k]) for k in (level - 1, reached))

@@ -4,16 +4,15 @@ A start is `[C, M]`, M waves a channel in units in which the first, the constant
 Starts of training images are the prior: a bank, of which every sample takes one.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hflow_rt.models.ihdm.blur import Blur, cosine_basis, damping
 from hflow_rt.models.ihdm.config import IHDMConfig
 
-__all__ = ["coefficients", "evenly", "known", "rebuilt", "surviving", "waves"]
+__all__ = ["Waves", "evenly", "known", "surviving"]
 
 _TOLERANCE = 1e-6  # of a pixel, for any image: far below the noise that is added to it
 
@@ -36,23 +35,32 @@ def surviving(config: IHDMConfig) -> list[tuple[int, int]]:
     return sorted(map(tuple, kept.tolist()), key=lambda wave: (wave[0] ** 2 + wave[1] ** 2, wave))
 
 
-def waves(config: IHDMConfig) -> Tensor:
-    """What one unit of every surviving wave adds to the pixels, float64 `[M, R * R]`."""
-    basis, kept = cosine_basis(config.resolution), torch.tensor(surviving(config), device="cpu")
-    products = basis[kept[:, 0], :, None] * basis[kept[:, 1], None, :]
-    return products.flatten(1) * config.resolution
+class Waves(nn.Module):
+    """Between blurred images and the waves that survive in them, by products along either axis."""
 
+    low: Tensor
+    place: Tensor
 
-def coefficients(images: Tensor, waves: Tensor) -> Tensor:
-    """The waves in blurred images `[B, C, R, R]`, `[B, C, M]`."""
-    # the waves are orthogonal, and each has the norm R
-    return images.flatten(2) @ waves.to(images).T / math.prod(images.shape[2:])
+    def __init__(self, config: IHDMConfig) -> None:
+        super().__init__()
+        kept = torch.tensor(surviving(config), device="cpu")
+        count = int(kept.max()) + 1
+        self.side = config.resolution
+        self.register_buffer("low", cosine_basis(config.resolution)[:count], persistent=False)
+        # which of the squares of low waves each number is
+        grid = torch.eye(count**2, dtype=torch.float64, device="cpu")[kept[:, 0] * count + kept[:, 1]]
+        self.register_buffer("place", grid, persistent=False)
 
+    def coefficients(self, images: Tensor) -> Tensor:
+        """The waves in blurred images `[B, C, R, R]`, `[B, C, M]`."""
+        low = self.low.to(images)
+        return (low @ images @ low.T).flatten(2) @ self.place.T.to(images) / self.side
 
-def rebuilt(start: Tensor, waves: Tensor) -> Tensor:
-    """The blurred images `[B, C, R, R]` of starts `[B, C, M]`."""
-    side = math.isqrt(waves.shape[1])
-    return (start @ waves.to(start)).reshape(*start.shape[:2], side, side)
+    def rebuilt(self, start: Tensor) -> Tensor:
+        """The blurred images `[B, C, R, R]` of starts `[B, C, M]`."""
+        low = self.low.to(start)
+        grid = (start @ self.place.to(start)).unflatten(2, (len(low), len(low)))
+        return low.T @ grid @ low * self.side
 
 
 def known(config: IHDMConfig, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -60,11 +68,11 @@ def known(config: IHDMConfig, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor
 
     Starts `[N, C, M]`; moments `[2, C, R, R]`, mean and variance of every cosine wave.
     """
-    blur, kept, basis = Blur(config), waves(config), cosine_basis(config.resolution)
+    blur, kept, basis = Blur(config), Waves(config), cosine_basis(config.resolution)
     starts, sums = list[Tensor](), basis.new_zeros(2, *config.image_shape)
     for pixels in batches:
         images = pixels.to(basis) / 255
-        starts.append(coefficients(blur(images, config.steps), kept).float())
+        starts.append(kept.coefficients(blur(images, config.steps)).float())
         found = basis @ images @ basis.T
         sums += torch.stack([found.sum(0), found.square().sum(0)])
     mean, square = sums / sum(map(len, starts))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hflow_rt.errors import DataError
 from hflow_rt.models.family import TensorSpec
-from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
+from hflow_rt.models.ihdm.bank import Waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
 from hflow_rt.models.ihdm.config import IHDMConfig
 from hflow_rt.models.ihdm.plan import levels_of
@@ -48,16 +48,16 @@ def start_cost(model: IHDM, images: Tensor, starts: Tensor, delta: float) -> Ten
     if not len(starts):
         raise DataError("the prior is a mixture around training images, and the bank has none; give images")
     config, images = model.config, images.double()
-    kept, basis, last = (t.to(images) for t in (waves(config), cosine_basis(config.resolution), damping(config)[-1]))
-    return mixture_cost(config, damped(images, basis, last), starts.double(), kept, delta)
+    basis, last = (t.to(images) for t in (cosine_basis(config.resolution), damping(config)[-1]))
+    return mixture_cost(config, damped(images, basis, last), starts.double(), Waves(config), delta)
 
 
-def mixture_cost(config: IHDMConfig, blurred: Tensor, starts: Tensor, kept: Tensor, delta: float) -> Tensor:
-    """The same of images `[B, C, R, R]` at the last level, in their precision. kept: the `waves`."""
-    found = coefficients(blurred, kept)
+def mixture_cost(config: IHDMConfig, blurred: Tensor, starts: Tensor, kept: Waves, delta: float) -> Tensor:
+    """The same of images `[B, C, R, R]` at the last level, in their precision."""
+    found = kept.coefficients(blurred)
     # waves are orthogonal, and each has the norm R; what they leave out is orthogonal to all of them
     apart = (found[:, None] - starts).square().flatten(2).sum(2) * config.resolution**2
-    rest = (blurred - rebuilt(found, kept)).square().flatten(1).sum(1)
+    rest = (blurred - kept.rebuilt(found)).square().flatten(1).sum(1)
     ratio = config.sigma / delta
     constant = _values(config) * (ratio**2 - 1 - 2 * math.log(ratio))
     divergence = ((apart + rest[:, None]) / delta**2 + constant) / 2

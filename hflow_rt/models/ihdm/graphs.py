@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hflow_rt.kernels.sampler_update import sampler_update
 from hflow_rt.models.family import GraphSpec, Loop, Route, TensorSpec
-from hflow_rt.models.ihdm.bank import coefficients, rebuilt, waves
+from hflow_rt.models.ihdm.bank import Waves
 from hflow_rt.models.ihdm.blur import cosine_basis, damped, damping
 from hflow_rt.models.ihdm.bound import PARTS, bound_draws, mixture_cost, parts, uniformly
 from hflow_rt.models.ihdm.config import IHDMConfig
@@ -58,15 +58,13 @@ def _wide(number: Tensor) -> Tensor:
 class Begin(nn.Module):
     """A start and its noise to the state at the last level."""
 
-    waves: Tensor
-
     def __init__(self, config: IHDMConfig) -> None:
         super().__init__()
-        self.register_buffer("waves", waves(config), persistent=False)
+        self.waves = Waves(config)
 
     def forward(self, start: Tensor, start_noise: Tensor, delta: Tensor) -> tuple[Tensor]:
         """`[B, C, M]`, `[B, C, R, R]` and `[B]` to `[B, C, R, R]`."""
-        return (rebuilt(start, self.waves) + _wide(delta) * start_noise,)
+        return (self.waves.rebuilt(start) + _wide(delta) * start_noise,)
 
 
 class Extrapolation(nn.Module):
@@ -159,23 +157,22 @@ class Step(nn.Module):
 class BlurStart(nn.Module):
     """An image and drawn noise to its start, the start's noise, and the state that `Begin` makes of both."""
 
-    waves: Tensor
     basis: Tensor
     damping: Tensor
 
     def __init__(self, config: IHDMConfig) -> None:
         super().__init__()
         self.sigma = config.sigma
-        self.register_buffer("waves", waves(config), persistent=False)
+        self.waves = Waves(config)
         self.register_buffer("basis", cosine_basis(config.resolution), persistent=False)
         self.register_buffer("damping", damping(config)[-1], persistent=False)
 
     def forward(self, image: Tensor, last_noise: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, C, R, R]`, the same and `[B]` to `[B, C, M]`, `[B, C, R, R]` and the same."""
         blurred = damped(image, self.basis.to(image), self.damping.to(image))
-        start = coefficients(blurred, self.waves)
+        start = self.waves.coefficients(blurred)
         # of the rebuilt start, so that what rebuilding loses is in the noise
-        found = rebuilt(start, self.waves)
+        found = self.waves.rebuilt(start)
         start_noise = (blurred - found + self.sigma * last_noise) / _wide(delta)
         return start, start_noise, found + _wide(delta) * start_noise
 
@@ -225,7 +222,6 @@ def _rounded(values: Tensor, grid: Tensor) -> Tensor:
 class BoundGraph(nn.Module):
     """One draw of the bound, see `bound_terms`; the bank is a constant."""
 
-    waves: Tensor
     basis: Tensor
     damping: Tensor
     table: Tensor
@@ -234,7 +230,8 @@ class BoundGraph(nn.Module):
     def __init__(self, change: Change, table: Tensor, starts: Tensor) -> None:
         super().__init__()
         self.change, self.config = change, (config := change.config)
-        constants = {"waves": waves(config), "basis": cosine_basis(config.resolution), "damping": damping(config)}
+        self.waves = Waves(config)
+        constants = {"basis": cosine_basis(config.resolution), "damping": damping(config)}
         for name, value in (constants | {"table": table, "starts": starts}).items():
             self.register_buffer(name, value, persistent=False)
 
@@ -253,7 +250,7 @@ class BoundGraph(nn.Module):
             return (damped(x, basis, damping[index - 1][:, None, None]) - mean).square().flatten(1).sum(1)
 
         blurred = damped(x, basis, damping[-1])
-        start = mixture_cost(config, blurred, self.starts.to(x), self.waves.to(x), config.delta)
+        start = mixture_cost(config, blurred, self.starts.to(x), self.waves, config.delta)
         found = parts(config, start, error(drawn, noise), error(torch.ones_like(drawn), pixel_noise))
         return tuple(found.values())
 

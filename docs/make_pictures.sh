@@ -3,10 +3,11 @@
 set -euo pipefail
 pictures=$(cd "$(dirname "$0")" && pwd)/images/latents
 model=${1:+$(realpath "$1")}
+model=${model:-hflow-emoji}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-hflow-rt() { command hflow-rt "$@" ${model:+--model "$model"}; }
+hflow-rt() { command hflow-rt "$@" --model "$model"; }
 
 # every indented command of the page, in its order
 sed -n '/^```$/,/^```$/{/^```$/!p}' "$(dirname "$pictures")/../latents.md" > commands.sh

@@ -56,7 +56,7 @@ class Session(Known):
     """A loaded model. Arrays come back as the kind that went in: numpy, or torch on the tensor's device.
 
     >>> import hflow_rt
-    >>> with hflow_rt.load() as session:
+    >>> with hflow_rt.load("hflow-emoji") as session:
     ...     session.latent_shapes["z0"]
     (3, 64, 64)
     """
@@ -83,7 +83,7 @@ class Session(Known):
         Latents of so many steps have so many noises. Raises `DataError` where that is not possible.
 
         >>> import hflow_rt
-        >>> hflow_rt.load().in_steps(1).steps
+        >>> hflow_rt.load("hflow-emoji").in_steps(1).steps
         Traceback (most recent call last):
         hflow_rt.errors.DataError: the number of steps is for models of many, and this ... model takes one; omit it
         """
@@ -95,7 +95,7 @@ class Session(Known):
         Raises `DataError` as `check_controls` does.
 
         >>> import hflow_rt
-        >>> hflow_rt.load().with_controls({}).controls
+        >>> hflow_rt.load("hflow-emoji").with_controls({}).controls
         {}
         """
         self.check_controls(controls)
@@ -110,7 +110,7 @@ class Session(Known):
         fit.
 
         >>> import hflow_rt
-        >>> session = hflow_rt.load()
+        >>> session = hflow_rt.load("hflow-emoji")
         >>> latents = next(session.draw([7], seed=1))
         >>> bool((session.forward(latents) == session.sample(8, seed=1)[7:]).all())
         True
@@ -132,7 +132,7 @@ class Session(Known):
         `forward` does.
 
         >>> import hflow_rt
-        >>> session = hflow_rt.load()
+        >>> session = hflow_rt.load("hflow-emoji")
         >>> len([*session.trajectory(next(session.draw([0])))])
         1
         """
@@ -165,7 +165,7 @@ class Session(Known):
         mean. Raises `DataError`, and `NoInverse` where there is none.
 
         >>> import hflow_rt
-        >>> session = hflow_rt.load()
+        >>> session = hflow_rt.load("hflow-emoji")
         >>> encoded = session.inverse(session.read("photo.png"))
         >>> encoded.latents["z0"].shape, encoded.log_prob.shape
         ((1, 3, 64, 64), (1,))
@@ -215,7 +215,7 @@ class Session(Known):
         of `in_steps`. pixels: as of `drawn_pixels`.
 
         >>> import hflow_rt
-        >>> hflow_rt.load().sample(2, std=0.7, seed=1).shape
+        >>> hflow_rt.load("hflow-emoji").sample(2, std=0.7, seed=1).shape
         (2, 3, 64, 64)
         """
         check_count("the number of images", n)
@@ -256,7 +256,7 @@ class Session(Known):
         to R. Raises `DataError` for a file that cannot be used, and warns of those in folders and archives.
 
         >>> import hflow_rt
-        >>> hflow_rt.load().read("photo.png").shape
+        >>> hflow_rt.load("hflow-emoji").read("photo.png").shape
         (1, 3, 64, 64)
         """
         from hflow_rt.runtime.images.reading import read_pictures
@@ -273,7 +273,7 @@ class Session(Known):
         name, for a device, and for a picture too large for its format.
 
         >>> import hflow_rt
-        >>> session = hflow_rt.load()
+        >>> session = hflow_rt.load("hflow-emoji")
         >>> session.save(session.sample(4), "samples.png")
         """
         path = Path(path)

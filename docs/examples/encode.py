@@ -10,7 +10,7 @@ import numpy as np
 import hflow_rt
 
 source, target = sys.argv[1:]
-session = hflow_rt.load()
+session = hflow_rt.load("hflow-emoji")
 image = session.read(source)  # float32 [1, 3, R, R] in [0, 1]
 encoded = session.inverse(image)
 again = session.forward(encoded.latents)

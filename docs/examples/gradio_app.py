@@ -10,7 +10,7 @@ from PIL import Image
 import hflow_rt
 from hflow_rt.runtime.images.pictures import grid, to_uint8
 
-session = hflow_rt.load()
+session = hflow_rt.load("hflow-emoji")
 
 
 def samples(seed: float, std: float) -> Image.Image:

@@ -14,7 +14,7 @@ from hflow_rt.runtime.latents.latent_views import between
 from hflow_rt.runtime.latents.operations import ping_pong
 
 first, last, target = sys.argv[1:]
-session = hflow_rt.load()
+session = hflow_rt.load("hflow-emoji")
 ends = session.inverse(session.read(first, last)).latents
 frames = np.concatenate([to_uint8(frame) for frame in between(session, ends, 24, mode="slerp")])
 save_animation(target, frames, fps=12, order=ping_pong(24))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hflow_rt
 
-session = hflow_rt.load()
+session = hflow_rt.load("hflow-emoji")
 found = []
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:

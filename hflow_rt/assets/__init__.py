@@ -7,7 +7,7 @@ from hflow_rt.errors import ConfigError
 
 __all__ = ["PRETRAINED", "bundled_models", "demo_images", "is_installed", "pretrained", "resolved"]
 
-PRETRAINED = "hflow-emoji"
+PRETRAINED = "ihdm-emoji"
 _HERE = Path(str(files(__name__)))
 
 
@@ -33,9 +33,9 @@ def pretrained(name: str = PRETRAINED) -> Path:
 
     >>> import hflow_rt
     >>> hflow_rt.pretrained().name
-    'hflow-emoji'
-    >>> hflow_rt.load(hflow_rt.pretrained("ihdm-emoji")).steps
-    100
+    'ihdm-emoji'
+    >>> hflow_rt.load(hflow_rt.pretrained("hflow-emoji")).steps
+    1
     """
     known = bundled_models()
     if name not in known:

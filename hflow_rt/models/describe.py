@@ -18,12 +18,13 @@ TABLES = (_BANK, *(f"{route}.schedule.safetensors" for route in get_args(Route))
 
 def described(model: LatentModel, ways: Mapping[Route, str | Loop], graphs: Collection[str]) -> dict[str, Any]:
     """Fields of the manifest of a bundle with these routes and graphs of the model."""
+    files = _schedules(ways)
     return {
         "config": model.config.model_dump(mode="json"),
         "resolution": model.resolution,
         "latents": latents_of(model),
         "conditions": dict(model.conditions()),
-        "routes": {route: way if isinstance(way, str) else _loop(route, way) for route, way in ways.items()},
+        "routes": {route: way if isinstance(way, str) else _loop(way, files[route]) for route, way in ways.items()},
         "absent": dict(model.absent()),
         "bank": _BANK if model.bank() else None,
         "spaces": {
@@ -36,8 +37,9 @@ def described(model: LatentModel, ways: Mapping[Route, str | Loop], graphs: Coll
 
 def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str, dict[str, NDArray[np.floating]]]:
     """Contents of the files that `described` names, arrays by name: float32, or float16 where that loses nothing."""
+    files = _schedules(ways)
     found = {
-        _schedule(route): {name: _smallest(table) for name, table in way.schedule.items()}
+        files[route]: {name: _smallest(table) for name, table in way.schedule.items()}
         for route, way in ways.items()
         if isinstance(way, Loop)
     }
@@ -71,16 +73,26 @@ def described_tensor(tensor: TensorSpec) -> manifest.Tensor:
     )
 
 
-def _schedule(route: Route) -> str:
-    return f"{route}.schedule.safetensors"
+def _schedules(ways: Mapping[Route, str | Loop]) -> dict[Route, str]:
+    """Files of the loops' schedules; routes of the same tables share one."""
+    found: dict[Route, tuple[str, Mapping[str, NDArray[np.float32]]]] = {}
+    for route, way in ways.items():
+        if isinstance(way, Loop):
+            same = (file for file, tables in found.values() if _equal(tables, way.schedule))
+            found[route] = next(same, f"{route}.schedule.safetensors"), way.schedule
+    return {route: file for route, (file, _) in found.items()}
 
 
-def _loop(route: Route, loop: Loop) -> manifest.Loop:
+def _equal(tables: Mapping[str, NDArray[np.float32]], others: Mapping[str, NDArray[np.float32]]) -> bool:
+    return tables.keys() == others.keys() and all(np.array_equal(tables[name], others[name]) for name in tables)
+
+
+def _loop(loop: Loop, schedule: str) -> manifest.Loop:
     return manifest.Loop(
         start=loop.start,
         step=loop.step,
         steps=loop.steps,
-        schedule=_schedule(route),
+        schedule=schedule,
         carry=dict(loop.carry),
         last=loop.last,
         every=dict(loop.every),

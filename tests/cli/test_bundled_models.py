@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names() -> None:
     assert bundled_models() == NAMES
-    assert pretrained() == pretrained("hflow-emoji")
+    assert pretrained() == pretrained("ihdm-emoji")
     assert [pretrained(name).name for name in NAMES] == list(NAMES)
     with pytest.raises(ConfigError, match=f"no bundled model is called 'emoji'; the bundled models are {NAMES[0]}, "):
         pretrained("emoji")
@@ -93,7 +93,7 @@ def test_going_on_from_one(hflow: Command) -> None:
 
 def test_info_lists_them(hflow: Command) -> None:
     found = json.loads(ok(hflow("info", "--models", "--json")).out)
-    assert found["default"] == "hflow-emoji"
+    assert found["default"] == "ihdm-emoji"
     assert [row["name"] for row in found["models"]] == list(NAMES)
     glow = found["models"][0]
     assert glow | {"bytes": 0} == {

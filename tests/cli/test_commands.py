@@ -81,8 +81,8 @@ def test_before_any_run_the_model_that_ships_is_used(
     monkeypatch.chdir(tmp_path)
     before = read_manifest(pretrained())
     result = ok(hflow(*arguments))
-    assert result.err.startswith("no run under ./runs: this is hflow-emoji, the bundled model\n")
-    assert arguments[0] == "info" or f"hflow 64x64 from {pretrained()} on onnxruntime" in result.err
+    assert result.err.startswith("no run under ./runs: this is ihdm-emoji, the bundled model\n")
+    assert arguments[0] == "info" or f"ihdm 64x64 from {pretrained()} on onnxruntime" in result.err
     assert read_manifest(pretrained()) == before
     quiet = ok(hflow(*arguments, "--json"))
     assert quiet.err == ""

@@ -88,7 +88,7 @@ def test_python_builds_them_too(run: Path, quick: list[Any]) -> None:
     (engines,) = read_manifest(run / "bundle").engines.values()
     assert list(engines.plans) == ["forward", "inverse", "end_forward", "end_inverse"]
     assert not engines.verified  # no GPU can run them here
-    folder = hflow_rt.export(hflow_rt.pretrained(), "trt", "mine", route="forward")
+    folder = hflow_rt.export(hflow_rt.pretrained("hflow-emoji"), "trt", "mine", route="forward")
     (engines,) = read_manifest(folder).engines.values()
     assert (folder, list(engines.plans)) == (Path("mine"), ["forward"])
 
@@ -134,8 +134,8 @@ def test_the_model_that_ships(hflow: Command, run: Path, quick: list[Any], monke
     before = {path.name for path in pretrained().iterdir()}
     shutil.rmtree("runs")
     result = ok(hflow("export", "--engine", "trt"))
-    assert "no run under ./runs: this is hflow-emoji, the bundled model, in runs/hflow-emoji" in result.err
-    assert find_bundle("runs/hflow-emoji").manifest.engines
+    assert "no run under ./runs: this is ihdm-emoji, the bundled model, in runs/ihdm-emoji" in result.err
+    assert find_bundle("runs/ihdm-emoji").manifest.engines
     assert {path.name for path in pretrained().iterdir()} == before
     ok(hflow("export", "--engine", "trt"))  # now that is the latest run
     assert quick[0].capabilities == ("8.0", "8.6", "8.9", "12.0")

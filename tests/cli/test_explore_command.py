@@ -72,7 +72,7 @@ from pathlib import Path
 sys.modules |= {"starlette": None, "uvicorn": None}
 from hflow_rt.assets import pretrained
 from hflow_rt.runtime.explore.static import write_static
-print(write_static(pretrained(), Path(sys.argv[1]) / "site", Path(sys.argv[1])))
+print(write_static(pretrained("hflow-emoji"), Path(sys.argv[1]) / "site", Path(sys.argv[1])))
 """
     assert "hflow-emoji, 5.8 MB of model" in ok(python(code, tmp_path)).out
 

@@ -188,7 +188,7 @@ def test_a_shard_that_somebody_else_is_at_is_not_done(hflow: Command, model: Pat
 
 def test_missing_shards_are_told_as_ranges_and_a_bundled_model_by_name() -> None:
     assert _ranges((1, 2, 3, 7, 9, 10)) == "1-3, 7, 9-10"
-    assert _bundled(read_manifest(hflow_rt.pretrained()).identity()) == Path("hflow-emoji")
+    assert _bundled(read_manifest(hflow_rt.pretrained()).identity()) == Path("ihdm-emoji")
     assert _bundled("0" * 64) == Path("MODEL")
     manifest = read_manifest(hflow_rt.pretrained())  # whose samples differ
     assert manifest.model_copy(update={"std": ("1",)}).identity() != manifest.identity()

@@ -230,8 +230,8 @@ def test_a_model_of_a_real_size(tmp_path: Path) -> None:
     from hflow_rt.export.mixed_precision import to_mixed_precision
     from hflow_rt.models.checkpoint import load_model
 
-    spec = load_model(pretrained() / "model.safetensors").graphs()["forward"]
-    proto = prepared(pretrained() / "forward.onnx")
+    spec = load_model(pretrained("hflow-emoji") / "model.safetensors").graphs()["forward"]
+    proto = prepared(pretrained("hflow-emoji") / "forward.onnx")
     assert to_mixed_precision(proto, spec.nets, spec.heads) > 100
     onnx.save(proto, tmp_path / "mixed.onnx")
     request = module.BuildRequest(
@@ -253,7 +253,7 @@ def test_the_model_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from hflow_rt.assets import pretrained
 
     monkeypatch.setattr(module, "chosen_gpu", lambda: None)
-    bundle = find_bundle(shutil.copytree(pretrained(), tmp_path / "bundle"))
+    bundle = find_bundle(shutil.copytree(pretrained("hflow-emoji"), tmp_path / "bundle"))
     added, key = add_engines(bundle, "rtx", ["8.9"], graphs=["inverse"])
     plan = added.manifest.engines[key].plans["inverse"]
     assert plan.types.keys() == {"float"}
@@ -387,7 +387,7 @@ def test_it_is_the_same_graph(convolutions: bool) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     from hflow_rt.assets import pretrained
 
-    path = pretrained() / "end_forward.onnx"
+    path = pretrained("hflow-emoji") / "end_forward.onnx"
     proto = prepared(path, convolutions)
     counts = {node.op_type for node in proto.graph.node}
     assert "Cast" not in counts

@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ihdm-emoji": {
         "model": {
             "resolution": 64, "steps": 50, "blur_max": 10.0, "patch": 2, "base_width": 32, "widths": (1, 3, 4),
-            "blocks": 1, "attention": (2,), "moments": True, "linear_skip": True, "dropout": 0.0, "bank": 2048,
+            "blocks": 1, "attention": (2,), "moments": True, "linear_skip": True, "dropout": 0.0, "bank": 896,
         },
         "training": _training(16, 1.2e-3, 0.9995, images=300_000, warmup_images=2000, flip=True, init_images=2048),
     },

@@ -48,12 +48,7 @@ SIZES = {
 def make(**changes: Any) -> IHDM:
     """In float64, with nothing left at zero."""
     torch.manual_seed(1)
-    model = (
-        IHDM(IHDMConfig(**PLAIN | {"sigma": 0.01, "delta": 0.0125} | changes))
-        .double()
-        .eval()
-        .requires_grad_(False)
-    )
+    model = IHDM(IHDMConfig(**PLAIN | {"sigma": 0.01, "delta": 0.0125} | changes)).double().eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any():
             parameter.data = 0.1 * torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/explore.md: the page of the bundled model in a headless Chromium.
+"""Draw the pictures of docs/explore.md: the page of `hflow-emoji` in a headless Chromium.
 
 python docs/make_screenshots.py docs/images/explore
 """
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     """Write light.png, dark.png and phone.png."""
     folder.mkdir(parents=True, exist_ok=True)
     server = subprocess.Popen(
-        [sys.executable, "-m", "hflow_rt.cli", "explore", "--no-browser"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "hflow_rt.cli", "explore", "hflow-emoji", "--no-browser"], stdout=subprocess.PIPE, text=True
     )
     assert server.stdout is not None
     address = server.stdout.readline().split()[-1]

@@ -35,7 +35,9 @@ def main(folder: Path) -> None:
     """Write light.png, dark.png and phone.png."""
     folder.mkdir(parents=True, exist_ok=True)
     server = subprocess.Popen(
-        [sys.executable, "-m", "hflow_rt.cli", "explore", "hflow-emoji", "--no-browser"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "hflow_rt.cli", "explore", "hflow-emoji", "--no-browser"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert server.stdout is not None
     address = server.stdout.readline().split()[-1]

@@ -52,7 +52,8 @@ def main(data: Path) -> None:
         images = to_uint8(fewer.sample(SAMPLES, seed=1))
         seconds = (time.process_time() - began) / SAMPLES
         rows.append(Row(images[:SHOWN], f"{fewer.steps} steps"))
-        print(f"{fewer.steps} steps: {seconds:.2f} CPU seconds an image, distance {distance(patches(images, 2), aim):.1f}")
+        apart = distance(patches(images, 2), aim)
+        print(f"{fewer.steps} steps: {seconds:.2f} CPU seconds an image, distance {apart:.1f}")
     print(f"other images: {distance(patches(known[DATA:], 2), aim):.1f}")
     save_image(PICTURE, table(rows, scale=1))
 

@@ -88,8 +88,8 @@ bench: install
 kernels: proofs
 	$(BIN)/python -m hflow_rt.kernels.report
 
-# A bundled model, made again on a CPU core: make pretrained MODEL=ihdm-emoji. The default one takes an hour for all of
-# it and half of one for its coarse flows; others take the hours that their cards say.
+# A bundled model, made again on a CPU core: make pretrained MODEL=ihdm-emoji. hflow-emoji takes an hour for all
+# of it and half of one for its coarse flows; others take the hours that their cards say.
 MODEL ?= hflow-emoji
 FROM ?= runs/$(MODEL)
 EXPORT_hflow-emoji = --bound --std 1 --std z2=0.8 --std z1=0.5 --std z0=0.4
@@ -137,7 +137,7 @@ gpu-train: gpu-install $(FLUENT)
 	if [ -d runs/gpu/checkpoints ]; then $(ON_GPU) $(HFLOW) train --resume runs/gpu --device cuda --minutes 10; \
 	else $(ON_GPU) $(HFLOW) train --preset hflow-64 --data $(FLUENT) --out runs/gpu --device cuda --minutes 10; fi
 
-# Every picture in the docs, drawn by the bundled model.
+# Every picture in the docs, drawn by hflow-emoji.
 pictures: install
 	PATH="$(abspath $(BIN)):$$PATH" docs/make_pictures.sh
 

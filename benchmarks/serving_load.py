@@ -115,7 +115,7 @@ def malformed(address: str, latents: dict[str, np.ndarray], number: int) -> str:
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("model", nargs="?", type=Path, default=Path("hflow-emoji"))
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--malformed", type=int, default=10_000)
     asked = parser.parse_args()

@@ -29,12 +29,12 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 SHARDS = 16
 
-# of the bundled model: what is measured, its command, and which source of images it reads
+# of hflow-emoji: what is measured, its command, and which source of images it reads
 JOBS = {
-    "samples, npz": ("sample --format npz", None),
-    "scores of a folder": ("score", "photos"),
-    "encodings of webdataset shards, parquet": ("encode --format parquet", "tars"),
-    "encodings of parquet, safetensors": ("encode --format safetensors", "tables"),
+    "samples, npz": ("sample --model hflow-emoji --format npz", None),
+    "scores of a folder": ("score --model hflow-emoji", "photos"),
+    "encodings of webdataset shards, parquet": ("encode --model hflow-emoji --format parquet", "tars"),
+    "encodings of parquet, safetensors": ("encode --model hflow-emoji --format safetensors", "tables"),
 }
 
 
@@ -240,7 +240,7 @@ def main() -> None:
                 if asked.only != "kills":
                     print(f"\n{shards_on_ray(cluster, Path(name))}.")
             return
-        print(f"# Jobs in shards ({platform.machine()}, {os.cpu_count()} cores, the bundled model)\n")
+        print(f"# Jobs in shards ({platform.machine()}, {os.cpu_count()} cores, hflow-emoji)\n")
         for part, measure in parts.items():
             if asked.only in (None, part):
                 measure(Path(name))

@@ -31,7 +31,7 @@ PICTURE = "A picture (.png, .jpg, .webp)."
 GRID = "A grid (.png, .jpg, .webp), or a folder for one file each."
 
 _MODEL_HELP = (
-    "A run, a bundle, or a name of 'info --models'; by default the latest run under ./runs, else the bundled model."
+    "A run, a bundle, or a name of 'info --models'; by default the latest run under ./runs, else a bundled one."
 )
 # such commands take it as --model, too, see `app`
 ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]

@@ -76,7 +76,7 @@ def sample(
 ) -> None:
     """Draw images from the model.
 
-    Example: hflow-rt sample --backend onnx --std 0.7 -n 16 -o samples.png
+    Example: hflow-rt sample -n 16 --seed 1 -o samples.png
     """
     import numpy as np
 

@@ -20,7 +20,7 @@ __all__ = ["session_of"]
 
 @dataclass(frozen=True)
 class _InMemory(Bundle):
-    tables: Mapping[str, dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+    tables: Mapping[str, dict[str, NDArray[np.floating]]] = field(default_factory=dict)
 
     def table(self, name: str) -> dict[str, NDArray[np.float32]]:
         return {key: array.astype(np.float32) for key, array in self.tables[name].items()}

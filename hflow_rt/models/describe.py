@@ -44,7 +44,7 @@ def tables_of(model: LatentModel, ways: Mapping[Route, str | Loop]) -> dict[str,
         if isinstance(way, Loop)
     }
     if bank := model.bank():
-        found[_BANK] = {name: _smallest(rows.detach().cpu().numpy()) for name, rows in bank.items()}
+        found[_BANK] = {name: _smallest(rows.detach().float().cpu().numpy()) for name, rows in bank.items()}
     return found
 
 

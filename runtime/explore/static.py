@@ -73,7 +73,7 @@ def write_static(model: Path, folder: Path, runtime: Path | None = None) -> list
             (made / name).write_bytes(save(bundle.table(name)))
         (made / "index.html").write_text(_page_alone(), encoding="utf-8")
         (made / "model.json").write_text(json.dumps(about), encoding="utf-8")
-    size = sum(manifest.files[source].bytes for source in sources | tables)
+    size = sum((folder / source).stat().st_size for source in sources | tables)
     lines = [f"{about['name']}, {size / 2**20:.1f} MB of model: {folder}/"]
     if size > _LARGE:
         lines.append(f"a model beyond {_LARGE // 2**20} MB takes long to load in a browser, and phones may refuse it")

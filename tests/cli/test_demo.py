@@ -14,6 +14,7 @@ from hflow_rt.models import registry
 def test_demo_writes_a_page_with_pictures(
     hflow: Callable[..., Any], docs_family: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hflow_rt.cli.demo._SHIPPED", 2)
     monkeypatch.setitem(registry.FAMILIES, "colour", "family_of_the_docs")
     monkeypatch.setattr(registry, "DEFAULT_PRESET", "colour")
     monkeypatch.chdir(tmp_path)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from outcomes import ok, refused
+from safetensors.numpy import load_file
 
 from hflow_rt.runtime.explore import static
 
@@ -21,7 +23,8 @@ Command = Callable[..., Any]
 def test_it_says_where_it_is_and_ends_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "hflow_rt.cli", "explore", "--no-browser", "--port", str(port), "--token", "a&b"]
+    command = [sys.executable, "-m", "hflow_rt.cli", "explore", "hflow-emoji", "--no-browser", "--port"]
+    command += [str(port), "--token", "a&b"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -47,7 +50,7 @@ def test_a_folder_for_any_host(hflow: Command, tmp_path: Path, monkeypatch: pyte
     refused(hflow("explore", "--static", "site", "--web-runtime", "dist"), "npm install onnxruntime-web")
     for name in static.RUNTIME:
         (runtime / name).write_text(name)
-    found = ok(hflow("explore", "--static", "site", "--web-runtime", "dist"))
+    found = ok(hflow("explore", "hflow-emoji", "--static", "site", "--web-runtime", "dist"))
     assert "hflow-emoji, 5.8 MB of model: site/" in found.out
     assert "next: python -m http.server --directory site" in found.out
     written = {path.relative_to("site").as_posix() for path in Path("site").rglob("*") if path.is_file()}
@@ -56,7 +59,11 @@ def test_a_folder_for_any_host(hflow: Command, tmp_path: Path, monkeypatch: pyte
     assert "server.js" not in written
     assert "'wasm-unsafe-eval'" in Path("site/index.html").read_text()
     assert str(tmp_path) not in Path("site/model.json").read_text()
-    ok(hflow("explore", "--static", "site", "--web-runtime", "dist"))  # made again
+    # made again, of the model that is taken where there is no run; tables are float32 for the page
+    assert "ihdm-emoji, 9." in ok(hflow("explore", "--static", "site", "--web-runtime", "dist")).out
+    about = json.loads(Path("site/model.json").read_text())["web"]
+    for table in (about["bank"], about["routes"]["forward"]["schedule"]):
+        assert {array.dtype for array in load_file(f"site/{table}").values()} == {np.dtype("float32")}
     Path("site/CNAME").write_text("keep")
     refused(hflow("explore", "--static", "site", "--web-runtime", "dist"), "site holds CNAME, which is not of such")
     assert Path("site/CNAME").read_text() == "keep"

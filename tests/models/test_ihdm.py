@@ -32,6 +32,7 @@ from hflow_rt.training.config import TrainingConfig
 
 # as published: no patches, and the network adds to its state
 PLAIN = TINY["model"] | {"patch": 1, "linear_skip": False}
+LINEAR = {"patch": 2, "linear_skip": True}
 # preset: numbers, tensors, and level biases of all blocks
 SIZES = {
     "ihdm-mnist": (42_082_049, 400, 6272),
@@ -73,6 +74,7 @@ def test_settings_that_no_network_has() -> None:
     for changes, message in (
         ({"blur_max": 0.1}, "blur_max must be at least blur_min = 0.5, not 0.1"),
         ({"resolution": 7}, "resolution must be divisible by 2, for 2 stages, not 7"),
+        ({"moments": False, "linear_skip": True}, "linear_skip needs moments = true"),
         ({"patch": 3}, "divisible by 6, for 2 stages and patches of 3 pixels, not 8"),
         ({"widths": (8, 12)}, "base_width times every one of widths must be a multiple of 32, not 48"),
         ({"attention": (0, 2)}, "attention must name stages 0 to 1, not 2"),
@@ -246,7 +248,7 @@ def test_the_linear_estimate_is_that_of_a_gaussian() -> None:
         assert torch.allclose(found.missed[index].square(), torch.cat(missed).mean())
 
 
-@pytest.mark.parametrize("changes", [{}, {"patch": 2, "linear_skip": True}], ids=["plain", "linear skip"])
+@pytest.mark.parametrize("changes", [{}, LINEAR], ids=["plain", "linear skip"])
 def test_folded_graphs_are_the_model(changes: dict[str, Any]) -> None:
     """`step` and `read` of a row of the table, against the network that is told the level."""
     model = make(**changes)
@@ -278,8 +280,10 @@ def test_folded_graphs_are_the_model(changes: dict[str, Any]) -> None:
                 assert (one - correct).abs().max() < 2e-5 * scale
 
 
-def test_images_come_back_from_what_was_read_off() -> None:
-    model = make()
+@pytest.mark.parametrize("changes", [{}, LINEAR], ids=["plain", "linear skip"])
+def test_images_come_back_from_what_was_read_off(changes: dict[str, Any]) -> None:
+    model = make(**changes)
+    model.know((255 * images(6)).byte())
     x, draws = images(3), torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     sequence, parallel = read_sequence(model, x, draws, 0.02), read_parallel(model, x, draws, 0.02)
     for latents in (sequence, parallel):
@@ -313,9 +317,28 @@ def test_a_start_without_noise_is_a_setting() -> None:
     assert quiet.prior_std() == {"start": 1.0, "start_noise": 0.0, "residual": 0.0}
 
 
-def test_the_bound_is_the_mean_of_its_draws() -> None:
+def test_a_fresh_network_beside_a_linear_skip_adds_nothing_either() -> None:
+    """On images whose waves are independent normals its relative error is 1, also where networks are rounded."""
+    basis, moments = cosine_basis(8), torch.stack([images(1)[0], images(1, seed=3)[0] + 0.1])
+    normals = torch.randn(4000, 3, 8, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x = basis.T @ (moments[0] + moments[1].sqrt() * normals) @ basis
+    model = IHDM(IHDMConfig(**PLAIN | LINEAR))
+    assert model.moments is not None
+    model.moments.copy_(moments)
+    level, noise = 1 + torch.arange(4000) % 4, torch.randn(4000, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        error, unit = model.errors_and_units(x.float(), level, noise)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, _ = model.errors_and_units(x.float(), level, noise)
+    for one in range(1, 5):
+        assert (error / unit)[level == one].mean() == pytest.approx(1, abs=0.02)
+    assert torch.equal(rounded, error)
+
+
+@pytest.mark.parametrize("changes", [{}, LINEAR], ids=["plain", "linear skip"])
+def test_the_bound_is_the_mean_of_its_draws(changes: dict[str, Any]) -> None:
     """Over levels drawn evenly, the parts of one draw add up to all steps; and all is near what noise alone costs."""
-    model = make(bank=3)
+    model = make(bank=3, **changes)
     pixels = (images(3, seed=11) * 255).round().to(torch.uint8)
     model.know(pixels)
     inputs = model.bound_inputs("strict", pixels[:1].expand(3, -1, -1, -1), torch.Generator().manual_seed(12))
@@ -332,8 +355,9 @@ def test_the_bound_is_the_mean_of_its_draws() -> None:
     assert costs.shape == (1, 4)
 
 
-def test_the_graph_of_the_bound() -> None:
-    model = make(bank=3)
+@pytest.mark.parametrize("changes", [{}, LINEAR], ids=["plain", "linear skip"])
+def test_the_graph_of_the_bound(changes: dict[str, Any]) -> None:
+    model = make(bank=3, **changes)
     model.know((images(3, seed=11) * 255).round().to(torch.uint8))
     inputs = model.bound_inputs("strict", (images(4) * 255).to(torch.uint8), torch.Generator().manual_seed(12))
     inputs["level"] = torch.tensor([0.1, 0.5, 0.9, 1 - 2**-24])

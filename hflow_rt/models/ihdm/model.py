@@ -32,6 +32,11 @@ _BATCH = 64
 _BANK_IMAGES = 4096  # that a bank is made of, for a model that came without
 
 
+def _exactly(like: Tensor) -> torch.autocast:
+    """Products of images are not rounded, whatever the network computes in: rounding is as large as the noise."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 class IHDM(LatentModel):
     """The network and the blur it undoes. Images are `[B, C, R, R]` in [0, 1]; levels int64 `[B]`, 1 to `steps`."""
 
@@ -63,9 +68,11 @@ class IHDM(LatentModel):
 
     def errors_and_units(self, images: Tensor, level: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """`errors`, and what they would be on average with the linear estimate alone; 1 where there is none."""
-        u = self.blur(images, level) + self.config.sigma * noise
+        with _exactly(images):
+            u = self.blur(images, level) + self.config.sigma * noise
+            aim = self.blur(images, level - 1)
         mean, unit = self._mean(u, level)
-        return (self.blur(images, level - 1) - mean).square().flatten(1).sum(1), unit
+        return (aim - mean).square().flatten(1).sum(1), unit
 
     def _mean(self, u: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         if not self.config.linear_skip:
@@ -75,7 +82,8 @@ class IHDM(LatentModel):
         assert self.basis is not None
         assert self.damping is not None
         axes = self.damping[level], self.damping[level - 1]
-        known = linear_estimate(u, *axes, self.basis, self.moments, self.config.sigma)
+        with _exactly(u):
+            known = linear_estimate(u, *axes, self.basis, self.moments, self.config.sigma)
         correction: Tensor = self.network(torch.cat([u, known.sharp], 1), level)
         unit = known.missed.square().flatten() * math.prod(self.config.image_shape)
         return known.sharper + known.missed * correction, unit

@@ -182,14 +182,16 @@ class UNet(nn.Module):
         """Images `[B, C, R, R]` and biases, `[W]` or `[B, W]`, to what the next sharper level adds."""
         rows = iter(torch.split(biases, [block.width for block in self.blocks()], -1))
         pushed: list[Tensor] = []
-        h = F.pixel_unshuffle(u, self.config.patch)
+        patch = self.config.patch
+        h = u if patch == 1 else F.pixel_unshuffle(u, patch)
         for part in (self.down, self.middle, self.up):
             for element in part:
                 beside = pushed.pop() if part is self.up else None
                 h = element(h, None if element.block is None else next(rows), beside)
                 if part is self.down:
                     pushed.append(h)
-        return F.pixel_shuffle(self.head(normed(h, self.norm)), self.config.patch)
+        found: Tensor = self.head(normed(h, self.norm))
+        return found if patch == 1 else F.pixel_shuffle(found, patch)
 
     def forward(self, u: Tensor, level: Tensor) -> Tensor:
         """Images `[B, C, R, R]` and their levels `[B]` to what the next sharper level adds."""

@@ -1,7 +1,7 @@
 """hflow-rt: train latent-variable image models, export them, run them, and prove the engines are the model.
 
 >>> import hflow_rt
->>> session = hflow_rt.load("hflow-emoji")
+>>> session = hflow_rt.load()
 >>> images = session.read("photo.png")
 >>> latents = session.inverse(images).latents
 >>> again = session.forward(latents)

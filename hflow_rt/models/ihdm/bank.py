@@ -59,8 +59,9 @@ class Waves(nn.Module):
     def rebuilt(self, start: Tensor) -> Tensor:
         """The blurred images `[B, C, R, R]` of starts `[B, C, M]`."""
         low = self.low.to(start)
-        grid = (start @ self.place.to(start)).unflatten(2, (len(low), len(low)))
-        return low.T @ grid @ low * self.side
+        grid = (start @ self.place.to(start)).reshape(*start.shape[:2], len(low), len(low))
+        found: Tensor = low.T @ grid @ low * self.side
+        return found
 
 
 def known(config: IHDMConfig, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,8 @@ class Change(nn.Module):
             change = known.sharper - u + known.missed * self.network.walk(torch.cat([u, known.sharp], 1), level)
         if self.beyond is None or reached is None:
             return change
-        return change + self.beyond(u + change, damping, reached)
+        further: Tensor = self.beyond(u + change, damping, reached)
+        return change + further
 
 
 class Step(nn.Module):
@@ -246,7 +247,7 @@ class BoundGraph(nn.Module):
 
         def error(index: Tensor, noise: Tensor) -> Tensor:
             u = damped(x, basis, damping[index][:, None, None]) + config.sigma * noise
-            mean = u + self.change(u, table[index], damping[index - 1], None, damping[index])
+            mean: Tensor = u + self.change(u, table[index], damping[index - 1], None, damping[index])
             return (damped(x, basis, damping[index - 1][:, None, None]) - mean).square().flatten(1).sum(1)
 
         blurred = damped(x, basis, damping[-1])
